@@ -1,0 +1,85 @@
+"""The endpoints for programs: `/answer` gives a text, `/chat` a growing one. Neither remembers anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import gradio as gr
+
+from demo.checks import check_length, read_sampling
+from demo.display import pace
+from llama_adapter.errors import UsageError
+from llama_adapter.generate import Answer
+from llama_adapter.model import LlamaAdapter
+from llama_adapter.template import Turn, question_turn
+
+
+class Endpoints:
+    """What `gr.api` offers by the names of these methods."""
+
+    def __init__(self, model: LlamaAdapter) -> None:
+        self.model = model
+
+    def answer(
+        self,
+        message: str,
+        adapter: str | None = None,
+        system: str = "",
+        temperature: float = 0.1,
+        top_p: float = 0.75,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        max_new_tokens: int = 256,
+        seed: int | None = None,
+    ) -> str:
+        """The answer to one question. `adapter`: a name that the page offers; none is the bare base."""
+        knobs = (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+        with _refused(), closing(self._ask(message, [], adapter, system, knobs)) as answer:
+            for _ in answer:
+                pass
+            return answer.text
+
+    def chat(
+        self,
+        message: str,
+        history: list[dict[str, str]] | None = None,
+        adapter: str | None = None,
+        system: str = "",
+        temperature: float = 0.1,
+        top_p: float = 0.75,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        max_new_tokens: int = 256,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """The answer to a conversation's latest message, as far as it has got. `history`: what was said
+        before, as {"role": "user" or "assistant", "content": text}."""
+        knobs = (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+        with _refused(), closing(self._ask(message, history or [], adapter, system, knobs)) as answer:
+            for _ in pace(answer):
+                yield answer.text
+            yield answer.text
+
+    def _ask(
+        self, message: Any, history: Any, adapter: str | None, system: Any, knobs: tuple[Any, ...]
+    ) -> Answer:
+        before = [Turn("system", check_length(system))] if system else []
+        if not isinstance(history, list):
+            raise UsageError("history is no list of messages")
+        for said in history:
+            if not (isinstance(said, dict) and {"role", "content"} <= set(said)):
+                raise UsageError("a message of the history is no object with a role and a content")
+            before.append(Turn(str(said["role"]), check_length(said["content"])))
+        turns = [*before, question_turn(check_length(message))]
+        return self.model.stream_chat(turns, adapter=adapter, sampling=read_sampling(*knobs))
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """A caller's mistake as the error that Gradio hands on."""
+    try:
+        yield
+    except UsageError as error:
+        raise gr.Error(str(error), print_exception=False) from None

@@ -1,0 +1,320 @@
+"""The page: what is on it, and what happens when a person does something there."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import zip_longest
+from typing import Any
+
+import gradio as gr
+
+from demo.api import Endpoints
+from demo.checks import MAX_CHARACTERS, MAX_NEW_TOKENS, check_length, read_sampling
+from demo.display import answer_messages, messages, pace, shown, typed
+from llama_adapter.chat import Conversation
+from llama_adapter.errors import UsageError
+from llama_adapter.generate import Answer
+from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.sampling import Sampling
+
+EXAMPLES = (
+    "Give three tips for staying healthy.",
+    "Explain to a child why the sky is blue.",
+    "Write a short poem about the sea.",
+    "What is the capital of France?",
+)
+
+# The box that a question is typed in, while nobody answers and while somebody does.
+IDLE = {"submit_btn": "Send", "stop_btn": False}
+BUSY = {"submit_btn": False, "stop_btn": "Stop"}
+
+# On no list of endpoints.
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+# Not in the queue either.
+AT_ONCE: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+# In the queue, or there would be no warnings, but next to whatever else is there.
+TAKING: dict[str, Any] = {**PRIVATE, "concurrency_limit": None, "show_progress": "hidden"}
+# One at a time: two answers at once take longer than one after the other.
+BY_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+# A new question ends the answer before it, so it must not be dropped while that one still runs.
+ANSWERING: dict[str, Any] = {**PRIVATE, **BY_MODEL, "trigger_mode": "multiple", "show_progress": "minimal"}
+
+
+class Handlers:
+    """What the page's events call. All that is kept of a person is a conversation in Gradio's session state.
+
+    A question is taken at once; its answer, of which nothing is computed before, waits for the model to be free.
+    ``settings`` are the name of the adapter, the system text and what `read_sampling` takes.
+    """
+
+    def __init__(self, model: LlamaAdapter) -> None:
+        self.model = model
+
+    # --- the chat: the box, what the chat looks like, the conversation ---
+
+    def ask(self, message: str, chat: Conversation | None, *settings: Any) -> tuple[Any, ...]:
+        """Take what was typed out of the box."""
+        return self._take(lambda chat: chat.ask(check_length(message)), chat, settings, value="")
+
+    def ask_example(self, event: gr.SelectData, chat: Conversation | None, *settings: Any) -> tuple[Any, ...]:
+        """Take the example that was clicked."""
+        return self._take(lambda chat: chat.ask(check_length(event.value["text"])), chat, settings)
+
+    def retry(self, chat: Conversation | None, *settings: Any) -> tuple[Any, ...]:
+        """Take the last question again."""
+        return self._take(Conversation.retry, chat, settings)
+
+    def edit(self, event: gr.EditData, chat: Conversation | None, *settings: Any) -> tuple[Any, ...]:
+        """Take an earlier question in its new words."""
+        index = event.index if isinstance(event.index, int) else event.index[0]
+        return self._take(
+            lambda chat: chat.edit(index // 2, check_length(typed(event.value))), chat, settings
+        )
+
+    def _take(
+        self,
+        ask: Callable[[Conversation], Answer],
+        chat: Conversation | None,
+        settings: tuple[Any, ...],
+        **box: Any,
+    ) -> tuple[Any, ...]:
+        chat = Conversation(self.model) if chat is None else chat
+        try:
+            chat.adapter, chat.system, chat.sampling = _read(settings)
+            ask(chat)
+        except UsageError as error:
+            _warn(error)
+            return gr.skip(), gr.skip(), gr.skip()
+        return gr.update(**BUSY, **box), messages(chat, waiting=True), chat
+
+    def answer(self, chat: Conversation | None) -> Iterator[tuple[Any, ...]]:
+        """Give the answer to the question that was taken: the box and the chat, again and again."""
+        if chat is None or not chat.exchanges:
+            yield gr.skip(), gr.skip()
+            return
+        with closing(chat.exchanges[-1].answer) as answer:  # also where the person closed the page
+            for _ in pace(answer):
+                yield gr.update(**BUSY), messages(chat, waiting=True)
+        yield gr.update(**IDLE), messages(chat)
+
+    def stop(self, chat: Conversation | None) -> tuple[Any, Any]:
+        """End the answer where it is."""
+        if chat is None or not chat.exchanges:
+            return gr.update(**IDLE), gr.skip()
+        chat.exchanges[-1].answer.close()
+        return gr.update(**IDLE), messages(chat)
+
+    def undo(self, chat: Conversation | None) -> tuple[Any, Any]:
+        """Forget the last exchange; its question is back in the box."""
+        if chat is None or not chat.exchanges:
+            return gr.skip(), gr.skip()
+        return chat.undo(), messages(chat)
+
+    def clear(self, chat: Conversation | None) -> tuple[Any, Any]:
+        """Forget everything."""
+        if chat is not None:
+            chat.clear()
+        return gr.update(**IDLE), []
+
+    # --- side by side: the box, the two answers, their conversations ---
+
+    def ask_both(self, message: str, *settings: Any) -> tuple[Any, ...]:
+        """Ask the bare base and the adapter the same."""
+        try:
+            adapter, system, sampling = _read(settings)
+            if adapter == NO_ADAPTER:
+                raise UsageError("the bare base would answer on both sides; choose an adapter above")
+            pair = [
+                Conversation(self.model, adapter=name, system=system, sampling=sampling)
+                for name in (NO_ADAPTER, adapter)
+            ]
+            for side in pair:
+                side.ask(check_length(message))
+        except UsageError as error:
+            _warn(error)
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        return gr.update(**BUSY), *_answers(pair, waiting=True), pair
+
+    def answer_both(self, pair: list[Conversation] | None) -> Iterator[tuple[Any, ...]]:
+        """Let the two answer by turns, a piece each."""
+        if not pair:
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
+        left, right = (side.exchanges[-1].answer for side in pair)
+        with closing(left), closing(right):
+            for _ in pace(zip_longest(left, right)):
+                yield gr.update(**BUSY), *_answers(pair, waiting=True)
+        yield gr.update(**IDLE), *_answers(pair)
+
+    def stop_both(self, pair: list[Conversation] | None) -> tuple[Any, ...]:
+        """End the two answers where they are."""
+        for side in pair or ():
+            side.exchanges[-1].answer.close()
+        return gr.update(**IDLE), *(_answers(pair) if pair else (gr.skip(), gr.skip()))
+
+
+def _read(settings: tuple[Any, ...]) -> tuple[str, str, Sampling]:
+    adapter, system, *knobs = settings
+    return adapter, check_length(system), read_sampling(*knobs)
+
+
+def _warn(error: UsageError) -> None:
+    gr.Warning(html.escape(str(error)), title="")  # it may quote the person, and Gradio takes it for HTML
+
+
+def _answers(pair: list[Conversation], *, waiting: bool = False) -> list[Any]:
+    return [answer_messages(side.exchanges[-1], waiting=waiting) for side in pair]
+
+
+# --- what is on the page ------------------------------------------------------------------------------------
+
+
+def build_page(model: LlamaAdapter, experts: dict[str, str], *, max_queue: int = 20) -> gr.Blocks:
+    """The page for a model whose adapters are loaded.
+
+    Args:
+        experts: a line about each adapter by name, and about `NO_ADAPTER`.
+        max_queue: how many may wait for the model.
+    """
+    handlers = Handlers(model)
+    endpoints = Endpoints(model)
+    with gr.Blocks(title="LLaMA-Adapter", analytics_enabled=False) as page:
+        gr.api(endpoints.answer, api_name="answer", **BY_MODEL)
+        gr.api(endpoints.chat, api_name="chat", **BY_MODEL)
+
+        with gr.Row(elem_id="header"):
+            with gr.Column(scale=3, min_width=260):
+                gr.Markdown("# LLaMA-Adapter")
+                line = gr.Markdown(shown(experts[model.active_adapter]), elem_id="line", latex_delimiters=[])
+            expert = gr.Dropdown(
+                [("none: the bare base" if name == NO_ADAPTER else name, name) for name in experts],
+                value=model.active_adapter,
+                label="Adapter",
+                filterable=False,
+                scale=2,
+                min_width=260,
+            )
+        expert.change(lambda name: shown(experts[name]), expert, line, **AT_ONCE)
+
+        with gr.Accordion("How the answer is made", open=False, render=False) as settings:
+            inputs = [expert, *_settings()]
+        with gr.Tab("Chat"):
+            _chat(handlers, inputs)
+        with gr.Tab("Side by side"):
+            _side_by_side(handlers, inputs)
+        settings.render()
+    page.queue(max_size=max_queue)
+    return page
+
+
+def _settings() -> list[gr.components.Component]:
+    """The system text, and what `read_sampling` takes, in its order."""
+    defaults = Sampling()
+    with gr.Row():
+        temperature = gr.Slider(
+            0, 2, defaults.temperature, step=0.05, label="Temperature", info="more varies more"
+        )
+        top_p = gr.Slider(
+            0.05, 1, defaults.top_p, step=0.05, label="Top-p", info="of the likeliest; 1 is all"
+        )
+        top_k = gr.Slider(0, 200, defaults.top_k, step=1, label="Top-k", info="of the likeliest; 0 is all")
+    with gr.Row():
+        penalty = gr.Slider(
+            1, 2, defaults.repetition_penalty, step=0.05, label="Repetition penalty", info="1 is none"
+        )
+        length = gr.Slider(
+            16, MAX_NEW_TOKENS, defaults.max_new_tokens, step=16, label="Longest answer", info="in tokens"
+        )
+        seed = gr.Number(None, precision=0, label="Seed", info="empty: another answer every time")
+    system = gr.Textbox(
+        "",
+        label="System text",
+        info="how the model shall behave",
+        lines=1,
+        max_lines=4,
+        max_length=MAX_CHARACTERS,
+    )
+    return [system, temperature, top_p, top_k, penalty, length, seed]
+
+
+def _box(placeholder: str, **options: Any) -> gr.Textbox:
+    return gr.Textbox(
+        "",
+        label="Your question",
+        show_label=False,
+        placeholder=placeholder,
+        lines=1,
+        max_lines=8,
+        max_length=MAX_CHARACTERS,
+        **IDLE,
+        **options,
+    )
+
+
+def _bot(label: str, **options: Any) -> gr.Chatbot:
+    return gr.Chatbot(
+        label=label,
+        show_label=False,
+        latex_delimiters=[],  # prices are no formulas
+        feedback_options=None,
+        allow_tags=False,
+        **options,
+    )
+
+
+def _chat(handlers: Handlers, settings: list[gr.components.Component]) -> None:
+    chat = gr.State()
+    bot = _bot(
+        "Conversation",
+        height="58vh",
+        min_height=340,
+        editable="user",
+        buttons=["copy", "copy_all"],
+        placeholder="Ask something, or begin with one of these.",
+        examples=[{"text": text} for text in EXAMPLES],
+    )
+    box = _box("Ask something")
+    takes = [
+        box.submit(handlers.ask, [box, chat, *settings], [box, bot, chat], **TAKING),
+        bot.example_select(handlers.ask_example, [chat, *settings], [box, bot, chat], **TAKING),
+        bot.retry(handlers.retry, [chat, *settings], [box, bot, chat], **TAKING),
+        bot.edit(handlers.edit, [chat, *settings], [box, bot, chat], **TAKING),
+    ]
+    answers = [
+        take.success(handlers.answer, chat, [box, bot], show_progress_on=bot, **ANSWERING) for take in takes
+    ]
+    box.stop(handlers.stop, chat, [box, bot], cancels=answers, **AT_ONCE)
+    bot.clear(handlers.clear, chat, [box, bot], cancels=answers, **AT_ONCE)
+    bot.undo(handlers.undo, chat, [box, bot], **AT_ONCE)
+
+
+def _side_by_side(handlers: Handlers, settings: list[gr.components.Component]) -> None:
+    pair = gr.State()
+    box = _box("Ask both the same")
+    examples = gr.Examples([[text] for text in EXAMPLES], box, label="For example", api_visibility="private")
+    look: dict[str, Any] = {
+        "elem_classes": "answer",
+        "height": "45vh",
+        "min_height": 240,
+        "buttons": ["copy"],
+    }
+    with gr.Row():
+        with gr.Column(min_width=260):
+            gr.Markdown("### Bare base")
+            left = _bot("Answer of the bare base", **look)
+        with gr.Column(min_width=260):
+            gr.Markdown("### With the adapter")
+            right = _bot("Answer with the adapter", **look)
+    takes = [
+        trigger(handlers.ask_both, [box, *settings], [box, left, right, pair], **TAKING)
+        for trigger in (box.submit, examples.load_input_event.success)
+    ]
+    answers = [
+        take.success(
+            handlers.answer_both, pair, [box, left, right], show_progress_on=[left, right], **ANSWERING
+        )
+        for take in takes
+    ]
+    box.stop(handlers.stop_both, pair, [box, left, right], cancels=answers, **AT_ONCE)

@@ -1,0 +1,97 @@
+"""The page on a port of this machine, with the rule that a browser asks nobody else for anything."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from demo.display import SCRIPT
+from llama_adapter.errors import UsageError
+
+# Gradio's page has inline scripts and styles and compiles some; what counts is that all comes from here.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
+
+THEME = gr.themes.Base(
+    primary_hue="teal",
+    neutral_hue="slate",
+    radius_size="lg",
+    # The system's own: any other would be fetched.
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+).set(body_text_color_subdued="*neutral_500")
+
+CSS = """
+.gradio-container { max-width: 60rem !important; width: 100%; margin: auto !important; }
+#header { align-items: end; }
+#header h1 { margin-bottom: 0.25rem; }
+#line *, .thought .prose * { color: var(--body-text-color-subdued); }
+.thought .prose * { font-size: var(--text-sm); }
+.message.thought { margin-top: 0.5rem; }
+.message-row.bubble { margin: 0.75rem 0.75rem 0.5rem; }
+.message-buttons .icon-button-wrapper { margin: 0 0.75rem !important; }
+.examples { grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) !important; }
+/* Nothing to clear where every question stands for itself. */
+.answer .icon-button-wrapper.top-panel { display: none; }
+@media (max-width: 640px) { .gradio-container .main { padding: 0.75rem !important; } }
+"""
+
+
+class SameOrigin:
+    """Adds the Content-Security-Policy to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise UsageError where the page could not be served from there."""
+    try:
+        socket.create_server((host, port)).close()
+    except OverflowError:
+        raise UsageError(f"--port is {port}; expected 1 to 65535") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(
+            f"port {port} of {host} can't be had ({reason}); choose another with --port, or --host"
+        ) from None
+
+
+def serve(
+    page: gr.Blocks, *, host: str, port: int, share: bool = False, auth: tuple[str, str] | None = None
+) -> str:
+    """Serve the page until `page.close()`; returns its address."""
+    # Gradio asks its own page whether it is there, which a proxy for the outside world can't know.
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", host]))
+    options: dict[str, Any] = {
+        "server_name": host,
+        "server_port": port,
+        "share": share,
+        "auth": auth,
+        "prevent_thread_lock": True,
+        "quiet": True,
+        "ssr_mode": False,
+        "enable_monitoring": False,
+        "run_history": False,
+        "max_file_size": 1,  # nothing on the page takes a file
+        "footer_links": ["api", "settings"],
+        "theme": THEME,
+        "css": CSS,
+        "head": f"<script>{SCRIPT}</script>",
+        "app_kwargs": {"middleware": [Middleware(SameOrigin)]},
+    }
+    _, local, public = page.launch(**options)
+    return public or local

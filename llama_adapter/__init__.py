@@ -1,0 +1,38 @@
+"""LLaMA-Adapter: a frozen decoder learns to follow instructions by training a million parameters.
+
+from llama_adapter import LlamaAdapter
+
+model = LlamaAdapter.from_pretrained("smollm2-135m-alpaca")
+print(model.chat("Give three tips for staying healthy."))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama_adapter.chat import Conversation
+    from llama_adapter.model import LlamaAdapter
+    from llama_adapter.sampling import Sampling
+    from llama_adapter.template import Turn
+
+__all__ = ["Conversation", "LlamaAdapter", "Sampling", "Turn", "__version__"]
+
+# Imported when first asked for: torch and transformers take seconds, and `llama-adapter --help` has no use
+# for them.
+_MODULES = {"Conversation": "chat", "LlamaAdapter": "model", "Sampling": "sampling", "Turn": "template"}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("llama-adapter")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

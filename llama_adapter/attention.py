@@ -1,0 +1,283 @@
+"""The gated adaptation prompts of LLaMA-Adapter, as an attention function of transformers.
+
+Every attention layer of most decoders in transformers calls the function that is registered under its
+``attn_implementation``, with the queries and keys as they enter the softmax. The whole method is one such
+function: it calls the stock one and adds, in the adapted layers, what the queries read from the prompts
+(arXiv 2303.16199, eq. 4-8, with two separate softmaxes as eq. 7 scales them apart):
+
+    tokens  = softmax(q k^T * s) v
+    prompts = softmax(q (W_k P)^T * s) (W_v P)
+    out     = tokens + tanh(g_h) * prompts
+
+What a forward pass tells its layers travels as one keyword argument through the decoder, never as state on
+modules: two threads, beams, mixed batches and recomputation in backward would break on state.
+
+Shapes: B rows, T tokens, L adapted layers, H heads, G key-value heads, K prompts, d head width,
+D hidden size.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from llama_adapter.errors import UsageError
+
+PREFIX = "llama_adapter_"  # no "flash" and no "/" in it: transformers reads meaning into both
+STOCK = ("sdpa", "eager")  # the implementations that can be wrapped
+
+
+class Prompts(Protocol):
+    """What an adapted layer asks for: its prompts' keys and values, the gate already in the values."""
+
+    @property
+    def first_layer(self) -> int:
+        """Index of the lowest adapted layer; all above it are adapted."""
+        ...
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, 1, T, K) bool, true where a token sees a prompt; None: each sees all."""
+        ...
+
+    def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
+        """Keys and gated values, each (B or 1, H, K, d), for the decoder's layer ``attention``."""
+        ...
+
+
+@dataclass(frozen=True)
+class LivePrompts:
+    """Prompts that each layer projects itself, with gradients: for training.
+
+    ``W_k P`` is computed inside the layer's own forward, where a sharded layer's weights are gathered.
+    """
+
+    prompts: Tensor  # (B or 1, L, K, D)
+    gates: Tensor  # (L, H), before tanh
+    first_layer: int
+    mask: Tensor | None = None
+
+    def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
+        index = layer_index(attention) - self.first_layer
+        return project_prompts(attention, self.prompts[:, index], self.gates[index])
+
+
+@dataclass(frozen=True)
+class ProjectedPrompts:
+    """Prompts whose keys and values were computed beforehand, once for a whole generation."""
+
+    keys: Tensor  # (B or 1, L, H, K, d)
+    values: Tensor  # (B or 1, L, H, K, d), times tanh(gate)
+    first_layer: int
+    mask: Tensor | None = None
+
+    def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
+        index = layer_index(attention) - self.first_layer
+        return self.keys[:, index], self.values[:, index]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens start..stop of a packed sequence; they see themselves and, before that, their context.
+
+    The context is a segment of its own, given by its start and stop.
+    """
+
+    start: int
+    stop: int
+    context: tuple[int, int] | None = None
+
+
+def segment_positions(segments: tuple[Segment, ...]) -> Tensor:
+    """The position of every token of a packed sequence, (1, T): counted on from its context's end."""
+    counts = []
+    for segment in segments:
+        start = 0 if segment.context is None else segment.context[1] - segment.context[0]
+        counts.append(torch.arange(start, start + segment.stop - segment.start))
+    return torch.cat(counts)[None]
+
+
+def layer_index(attention: nn.Module) -> int:
+    return int(attention.layer_idx)  # type: ignore[arg-type]
+
+
+def project_prompts(attention: nn.Module, prompts: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """``W_k P`` and ``tanh(g) * W_v P`` by the layer's own frozen weights, without rotary embedding.
+
+    Args:
+        attention: a layer with ``k_proj`` and ``v_proj`` (and ``k_norm`` where the family has one).
+        prompts: (B, K, D).
+        gate: (H,), before tanh.
+
+    Returns:
+        keys and gated values, each (B, H, K, d). Folding the gate into the values saves one multiplication a
+        token and changes nothing else: the softmax is linear in them.
+    """
+    k_proj, v_proj = attention.k_proj, attention.v_proj
+    head_dim = int(attention.head_dim)  # type: ignore[arg-type]
+    prompts = prompts.to(compute_dtype(attention))
+    keys = k_proj(prompts)  # type: ignore[operator]
+    values = v_proj(prompts)  # type: ignore[operator]
+    norm: Any = getattr(attention, "k_norm", None)
+    whole = norm is not None and norm.weight.ndim == 1 and norm.weight.shape[0] != head_dim
+    if whole:  # OLMo 2 normalises all heads together, the others head by head
+        keys = norm(keys)
+    keys = keys.unflatten(-1, (-1, head_dim))
+    if norm is not None and not whole:
+        keys = norm(keys)
+    values = values.unflatten(-1, (-1, head_dim))
+    repeats = gate.shape[-1] // keys.shape[-2]
+    keys = keys.transpose(1, 2).repeat_interleave(repeats, dim=1)
+    values = values.transpose(1, 2).repeat_interleave(repeats, dim=1)
+    return keys, values * torch.tanh(gate)[:, None, None].to(values.dtype)
+
+
+def compute_dtype(attention: nn.Module) -> torch.dtype:
+    """The dtype in which the layer computes (a quantised projection's weight has another)."""
+    weight = attention.k_proj.weight  # type: ignore[union-attr]
+    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()  # type: ignore[operator,return-value]
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float | None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax attention, (B, H, T, d); ``softcap`` bounds the scores as Gemma 2 does, which sdpa cannot."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+    scores = query @ keys.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = scores.new_ones((), dtype=torch.bool)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return weights.masked_fill(~mask, 0) @ values  # a row that sees nothing gets zeros, as from sdpa
+
+
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[Segment, ...],
+    *,
+    scaling: float | None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Causal attention of several rows packed in one sequence: a row sees itself and its context only.
+
+    One call a row instead of one (T, T) mask: the work grows with the rows' lengths, not with their sum
+    squared.
+
+    Args:
+        query: (1, H, T, d). key, value: (1, G, T, d).
+        segments: what each stretch of the sequence sees; together they cover it in order.
+        sliding_window: how many tokens back a layer sees, where the family limits it.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    # Cut once: one slice has a gradient as long as the whole sequence, and all parts together have no more.
+    lengths = [segment.stop - segment.start for segment in segments]
+    queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
+    place = {(segment.start, segment.stop): index for index, segment in enumerate(segments)}
+    outputs = []
+    for index, segment in enumerate(segments):
+        seen = [index] if segment.context is None else [place[segment.context], index]
+        mask = _visible(lengths[index], sum(lengths[i] for i in seen), sliding_window, query.device)
+        outputs.append(
+            attend(
+                queries[index],
+                torch.cat([keys[i] for i in seen], dim=2),
+                torch.cat([values[i] for i in seen], dim=2),
+                scaling=scaling,
+                mask=mask,
+                softcap=softcap,
+            )
+        )
+    return torch.cat(outputs, dim=2)
+
+
+@lru_cache(maxsize=64)  # every layer of a pack asks for the same
+def _visible(length: int, seen: int, window: int | None, device: torch.device) -> Tensor:
+    """(length, seen) bool: the last ``length`` tokens of ``seen`` see themselves and what is before them."""
+    with torch.inference_mode(False):  # or training could not use what an evaluation has made
+        mask = torch.ones(length, seen, dtype=torch.bool, device=device).tril(seen - length)
+        return mask if window is None else mask.triu(seen - length - window + 1)
+
+
+def gated_attention(
+    stock: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    prompts: Prompts | None = None,
+    segments: tuple[Segment, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The stock attention plus the gated prompts; without ``prompts`` exactly the stock one.
+
+    Args:
+        query: (B, H, T, d). key, value: (B, G, S, d), after rotary embedding and cache.
+        prompts: what the adapted layers read, or None.
+        segments: the rows of a packed sequence (B = 1), in place of ``attention_mask``.
+
+    Returns:
+        (B, T, H, d) and the attention weights where the stock function gives them.
+    """
+    softcap = kwargs.get("softcap")
+    weights = None
+    if segments is None:
+        attention = _stock_function(stock, module)
+        output, weights = attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    else:
+        unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+        if unknown:
+            raise UsageError(f"rows cannot be packed for this decoder: its attention uses {unknown[0]}")
+        window = kwargs.get("sliding_window")
+        output = attend_packed(
+            query, key, value, segments, scaling=scaling, softcap=softcap, sliding_window=window
+        ).transpose(1, 2)
+    if prompts is None or layer_index(module) < prompts.first_layer:
+        return output, weights
+    keys, values = prompts.of_layer(module)
+    rows = query.shape[0]
+    if keys.shape[0] != rows:
+        keys, values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
+    gated = attend(query, keys, values, scaling=scaling, mask=prompts.mask, softcap=softcap)
+    return output + gated.transpose(1, 2), weights
+
+
+def _stock_function(stock: str, module: nn.Module) -> Any:
+    if stock != "eager":
+        return AttentionInterface()[stock]
+    # The eager function is not registered: each family has its own, beside its layers.
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def register(stock: str) -> str:
+    """Register the gated form of a stock implementation with transformers; returns its name."""
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return gated_attention(stock, module, *args, **kwargs)
+
+    name = PREFIX + stock
+    AttentionInterface.register(name, attention)
+    # Without its mask function a custom implementation gets no mask at all, and padding is silently ignored.
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[stock])
+    return name

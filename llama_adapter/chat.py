@@ -1,0 +1,133 @@
+"""The exchanges of one chat, and what can become of them: answered anew, edited, taken back."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from llama_adapter.errors import UsageError
+from llama_adapter.sampling import Sampling
+from llama_adapter.template import Turn, question_turn
+
+if TYPE_CHECKING:  # slow to import
+    from llama_adapter.generate import Answer
+    from llama_adapter.model import LlamaAdapter
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer, which may still be growing."""
+
+    question: Turn
+    answer: Answer
+    adapter: str  # who answered
+
+    @property
+    def turns(self) -> list[Turn]:
+        return [self.question, Turn("assistant", self.answer.text)]
+
+
+class Conversation:
+    """One person's chat with a model. Several of them can share one model.
+
+    Every call that asks gives the `Answer` to iterate over. What it has said so far is already part of the
+    conversation, so an answer that is closed early is kept as far as it got.
+
+    Attributes:
+        model: who answers.
+        adapter: name of the adapter that does; None is the model's active one, ``"none"`` the bare base.
+        system: the text of a system turn; empty for none.
+        sampling: how tokens are chosen.
+        exchanges: what was said; the latest one's answer has its ``tokens`` and ``tokens_per_second``.
+        dropped: how many of the earliest exchanges the latest answer was made without, because the context
+            has no room for them.
+    """
+
+    def __init__(
+        self,
+        model: LlamaAdapter,
+        *,
+        adapter: str | None = None,
+        system: str = "",
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.system = system
+        self.sampling = sampling or Sampling()
+        self.exchanges: list[Exchange] = []
+        self.dropped = 0
+
+    def ask(self, message: str) -> Answer:
+        """Ask something. An answer that is still being made ends where it is.
+
+        Raises:
+            UsageError: an empty question, or one longer than the context; nothing has changed then.
+        """
+        return self._ask(question_turn(message), self.exchanges)
+
+    def retry(self) -> Answer:
+        """Ask the last question again; the new answer takes the old one's place. Raises as `edit`."""
+        return self._ask(self._exchange(-1).question, self.exchanges[:-1])
+
+    def edit(self, index: int, message: str) -> Answer:
+        """Ask something else in the place of an exchange; that one and all after it are forgotten.
+
+        Raises:
+            UsageError: as `ask`, and an exchange that is not there.
+        """
+        self._exchange(index)
+        return self._ask(question_turn(message), self.exchanges[:index])
+
+    def undo(self) -> str:
+        """Forget the last exchange; returns what its question was. Raises UsageError where there is none."""
+        last = self._exchange(-1)
+        last.answer.close()
+        self.exchanges = self.exchanges[:-1]
+        return last.question.text
+
+    def clear(self) -> None:
+        """Forget everything that was said."""
+        while self.exchanges:
+            self.undo()
+        self.dropped = 0
+
+    def _exchange(self, index: int) -> Exchange:
+        try:
+            return self.exchanges[index]
+        except IndexError:
+            raise UsageError("nothing was asked there yet") from None
+
+    def _ask(self, question: Turn, before: Sequence[Exchange]) -> Answer:
+        dropped, turns = self._window(question, before)
+        adapter = self.model.active_adapter if self.adapter is None else self.adapter
+        answer = self.model.stream_chat(turns, adapter=adapter, sampling=self.sampling)
+        if self.exchanges:
+            self.exchanges[-1].answer.close()
+        self.exchanges = [*before, Exchange(question, answer, adapter)]
+        self.dropped = dropped
+        return answer
+
+    def _window(self, question: Turn, before: Sequence[Exchange]) -> tuple[int, list[Turn]]:
+        """How many exchanges have no room, and the turns of the others up to the question."""
+        opening = [Turn("system", self.system)] if self.system.strip() else []
+
+        def turns(dropped: int) -> list[Turn]:
+            # An answer stopped before its first word would teach the model to say nothing.
+            kept = [exchange.turns for exchange in before[dropped:] if exchange.answer.text]
+            return [*opening, *chain.from_iterable(kept), question]
+
+        context = self.model.context_length
+        if context is None:
+            return 0, turns(0)
+        # The answer needs room as well, but a long one shall not push out the whole conversation.
+        room = context - min(self.sampling.max_new_tokens, context // 2)
+
+        def fits(dropped: int) -> bool:
+            return len(self.model.encode_question(turns(dropped), adapter=self.adapter)) <= room
+
+        dropped = bisect_left(range(len(before)), True, key=fits)
+        return dropped, turns(dropped)

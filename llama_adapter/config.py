@@ -1,0 +1,117 @@
+"""What rebuilds an adapter: frozen dataclasses that are stored as JSON beside its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_adapter.errors import UsageError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of a decoder that an adapter has to fit."""
+
+    family: str  # transformers' model_type
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+
+    def fingerprint(self) -> str:
+        """16 hex digits that name this shape."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.family}, {self.num_layers} layers, width {self.hidden_size}, {self.num_heads} heads "
+            f"({self.num_key_value_heads} key-value) of {self.head_dim}, vocabulary {self.vocab_size}"
+        )
+
+
+def default_adapted_layers(num_layers: int) -> int:
+    """All but the lowest sixteenth: 30 of 32 as published, 29 of 30."""
+    return num_layers - num_layers // 16
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """An adapter's settings (paper, section 3.1) and what it belongs to."""
+
+    base: str  # name, folder or hub id of the decoder
+    shape: DecoderShape
+    adapted_layers: int  # L, the topmost ones
+    prompt_length: int = 10  # K
+    template: str = "alpaca"  # how turns were written when it was trained
+    format_version: int = FORMAT_VERSION
+    training: dict[str, Any] = field(default_factory=dict)  # how it was made; shown, never interpreted
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.adapted_layers <= self.shape.num_layers:
+            raise UsageError(
+                f"adapted layers: {self.adapted_layers} given; the decoder has {self.shape.num_layers}, "
+                f"so choose 1 to {self.shape.num_layers}"
+            )
+        if self.prompt_length < 1:
+            raise UsageError(f"prompt length: {self.prompt_length} given; choose 1 or more (the paper: 10)")
+
+    @property
+    def first_layer(self) -> int:
+        """Index of the lowest adapted layer."""
+        return self.shape.num_layers - self.adapted_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, with the shape's fingerprint for those who only compare."""
+        return {**dataclasses.asdict(self), "base_fingerprint": self.shape.fingerprint()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> AdapterConfig:
+        """Rebuild from ``to_dict``'s result; ``source`` names the file in errors.
+
+        Raises:
+            UsageError: another format version, a missing or unknown key, a wrong type, a changed shape.
+        """
+        values = dict(values)
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UsageError(
+                f"{source}: format version {version!r}, this llama-adapter reads {FORMAT_VERSION}; "
+                "install the release that wrote it"
+            )
+        fingerprint = values.pop("base_fingerprint", None)
+        shape = values.pop("shape", None)
+        if not isinstance(shape, dict):
+            raise UsageError(f"{source}: 'shape' must be an object, found {type(shape).__name__}")
+        config = _build(cls, {**values, "shape": _build(DecoderShape, shape, source)}, source)
+        if fingerprint != config.shape.fingerprint():
+            raise UsageError(f"{source}: its base_fingerprint does not match its shape; the file was edited")
+        return config
+
+
+_TYPES = {"str": str, "int": int, "dict[str, Any]": dict}
+
+
+def _build(cls: Any, values: dict[str, Any], source: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - set(values))
+    if unknown or missing:
+        what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
+        raise UsageError(f"{source}: {what}; expected {', '.join(sorted(fields))}")
+    for name, value in values.items():
+        expected = _TYPES.get(str(fields[name].type))
+        if expected and (not isinstance(value, expected) or isinstance(value, bool)):
+            raise UsageError(f"{source}: {name!r} must be {expected.__name__}, found {value!r:.60}")
+    try:
+        return cls(**values)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None

@@ -1,0 +1,329 @@
+"""The training loop that every script shares: schedule, steps, validation, exact resume.
+
+The folder of a run is the folder of its best adapter so far, with what `RunFolder` keeps beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_adapter.adapter import Adapter
+from llama_adapter.checkpoint import save_adapter
+from llama_adapter.data import Example
+from llama_adapter.errors import UsageError
+from llama_adapter.model import LlamaAdapter
+from llama_adapter.packing import accumulate_gradient, mean_answer_loss
+from llama_adapter.progress import clock
+from llama_adapter.run_folder import RunFolder
+
+MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train; the defaults are the paper's (section 4.1 and the authors' script).
+
+    Attributes:
+        learning_rate: the peak; None takes the authors' rule, ``base_learning_rate * batch_size / 256``.
+        gate_learning_rate: the gates' own peak; None takes the prompts'. On few rows a high rate for the
+            prompts and a low one for the gates learns faster: the prompts have to leave the noise that they
+            start from, and the gates must not let it in meanwhile.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them.
+        max_steps: ends the run (and its schedule) early.
+        validate_every, checkpoint_every: in steps. None validates ten times, at least once an epoch.
+        max_tokens: what goes through the decoder at once. A batch of more is accumulated: the gradients
+            are equal.
+    """
+
+    epochs: int = 5
+    warmup_epochs: float = 2.0
+    batch_size: int = 64
+    base_learning_rate: float = 9e-3
+    learning_rate: float | None = None
+    gate_learning_rate: float | None = None
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float | None = None
+    max_steps: int | None = None
+    validate_every: int | None = None
+    checkpoint_every: int = 50
+    max_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_steps", "validate_every", "checkpoint_every", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name.replace('_', '-')} is {value}; expected 1 or more")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise UsageError(
+                f"warmup-epochs is {self.warmup_epochs}; expected 0 to {self.epochs}, the epochs"
+            )
+        for name in ("base_learning_rate", "learning_rate", "gate_learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name.replace('_', '-')} is {value}; expected a number above 0")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.learning_rate or self.base_learning_rate * self.batch_size / 256
+
+    def total_steps(self, rows: int) -> int:
+        """Optimiser steps of the whole run on so many rows."""
+        steps = math.ceil(rows / self.batch_size) * self.epochs
+        return min(steps, self.max_steps or steps)
+
+    def schedule(self, step: int, total: int) -> float:
+        """Share of the peak rates: a linear warm-up, then half a cosine to zero; ``step`` counts from 0."""
+        warmup = total * self.warmup_epochs / self.epochs
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))
+
+
+@dataclass
+class _Progress:
+    """What changes from step to step and is restored by a resume."""
+
+    step: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains one adapter of a model on encoded rows.
+
+    Attributes:
+        adapter: name of the adapter in ``model``; nothing else is changed.
+        output: folder of the run and of the best adapter.
+        data: what tells these rows from others (names, fingerprints); kept with the adapter, and a resume
+            must find it again.
+    """
+
+    model: LlamaAdapter
+    adapter: str
+    train_examples: Sequence[Example]
+    validation_examples: Sequence[Example]
+    settings: TrainingSettings
+    output: Path
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, *, resume: bool = False) -> float:
+        """Train to the end, or on from the last checkpoint; returns the best validation loss in nats a token.
+
+        The first Ctrl-C (or SIGTERM) ends the run after the step in hand, with a checkpoint; resumed, it
+        goes on as if nothing had been. A second one ends it at once.
+
+        Raises:
+            UsageError: a folder with another run, a resume with other data or settings, or losses that stay
+                not finite.
+            KeyboardInterrupt: after a Ctrl-C.
+        """
+        adapter = self.model.adapters[self.adapter]
+        assert isinstance(adapter, Adapter)
+        adapter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [adapter.prompts], "peak": self.settings.peak_learning_rate},
+                {
+                    "params": [adapter.gates],
+                    "peak": self.settings.gate_learning_rate or self.settings.peak_learning_rate,
+                },
+            ],
+            betas=self.settings.betas,
+            weight_decay=self.settings.weight_decay,
+        )
+        made_of = dataclasses.asdict(dataclasses.replace(adapter.config, training={}))
+        rows = {"train_rows": len(self.train_examples), "validation_rows": len(self.validation_examples)}
+        description = {
+            "settings": dataclasses.asdict(self.settings),
+            "data": {**self.data, **rows},
+            "adapter": made_of,
+        }
+        folder = RunFolder(self.output, description, resume=resume)
+        progress = _Progress()
+        if resume and (state := folder.load_checkpoint()) is not None:
+            adapter.load_state_dict(state["adapter"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            progress = _Progress(**state["progress"])
+            folder.line.say(f"going on from step {progress.step}")
+        folder.open_metrics(progress.step)
+        try:
+            self._steps(adapter, optimizer, progress, folder)
+        finally:
+            folder.close_metrics()
+        return progress.best_loss
+
+    def _steps(
+        self, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: _Progress, folder: RunFolder
+    ) -> None:
+        settings = self.settings
+        total = settings.total_steps(len(self.train_examples))
+        per_epoch = math.ceil(len(self.train_examples) / settings.batch_size)
+        validate_every = settings.validate_every or min(per_epoch, math.ceil(total / 10))
+        pace = _Pace(progress, total)
+        bad = 0
+        with _stop_request() as stop:
+            for batch in self._batches(progress.step, total):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * settings.schedule(progress.step, total)
+                rate = optimizer.param_groups[0]["lr"]
+                loss, norm = self._gradient(adapter, batch)
+                fine = math.isfinite(loss) and math.isfinite(norm)
+                if fine:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                bad = 0 if fine else bad + 1
+                progress.skipped_steps += not fine
+                progress.step += 1
+                progress.tokens += sum(len(example.input_ids) for example in batch)
+                progress.seconds = pace.seconds()
+                folder.measured(
+                    progress.step,
+                    loss=loss,
+                    learning_rate=rate,
+                    gradient_norm=norm,
+                    tokens=progress.tokens,
+                    seconds=round(progress.seconds, 3),
+                )
+                folder.line.show(
+                    f"step {progress.step}/{total}  loss {loss:.3f}  lr {rate:.2e}  {pace}"
+                    + (f"  {progress.skipped_steps} steps skipped" if progress.skipped_steps else "")
+                )
+                last = progress.step == total
+                if bad < MAX_BAD_STEPS and (last or progress.step % validate_every == 0):
+                    self._validate(adapter, progress, folder)
+                if (
+                    last
+                    or stop.is_set()
+                    or bad == MAX_BAD_STEPS
+                    or progress.step % settings.checkpoint_every == 0
+                ):
+                    state = {
+                        "adapter": adapter.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "progress": dataclasses.asdict(progress),
+                        "rng": torch.get_rng_state(),
+                    }
+                    folder.save_checkpoint(progress.step, state)
+                if bad == MAX_BAD_STEPS:
+                    rows = ", ".join(str(example.row) for example in batch[:20])
+                    raise UsageError(
+                        f"the loss was not finite {bad} steps in a row, last in the rows {rows}; the weights "
+                        f"before are kept in {self.output}; look at these rows or lower the learning rate"
+                    )
+                if stop.is_set() and not last:
+                    folder.line.say(
+                        f"stopped after step {progress.step} of {total}; "
+                        "the same command with --resume goes on from there"
+                    )
+                    raise KeyboardInterrupt
+
+    def _batches(self, first: int, last: int) -> Iterator[list[Example]]:
+        """The batches of steps first..last; an epoch's order depends on the seed and its number only."""
+        size = self.settings.batch_size
+        per_epoch = math.ceil(len(self.train_examples) / size)
+        order: list[int] = []
+        for step in range(first, last):
+            epoch, place = divmod(step, per_epoch)
+            if not order or place == 0:
+                generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+                order = torch.randperm(len(self.train_examples), generator=generator).tolist()
+            yield [self.train_examples[i] for i in order[place * size : (place + 1) * size]]
+
+    def _gradient(self, adapter: Adapter, batch: Sequence[Example]) -> tuple[float, float]:
+        """Accumulate the gradient of the batch's mean loss a token; returns the loss and the norm."""
+        loss = accumulate_gradient(
+            self.model,
+            batch,
+            device=self.model.decoder.device,
+            max_tokens=self.settings.max_tokens,
+            adapter=self.adapter,
+        )
+        limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
+        return loss, float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), limit))
+
+    def _validate(self, adapter: Adapter, progress: _Progress, folder: RunFolder) -> None:
+        rows = len(self.validation_examples)
+        loss, tokens = mean_answer_loss(
+            self.model,
+            self.validation_examples,
+            device=self.model.decoder.device,
+            max_tokens=self.settings.max_tokens,
+            progress=lambda done: folder.line.show(f"validation {done}/{rows} rows"),
+            adapter=self.adapter,
+        )
+        folder.measured(progress.step, validation_loss=loss)
+        if not loss < progress.best_loss:
+            best = f"best: {progress.best_loss:.4f} after step {progress.best_step}"
+        else:
+            best = "the best so far, kept"
+            progress.best_loss, progress.best_step = loss, progress.step
+            training = {
+                "data": self.data,
+                "settings": dataclasses.asdict(self.settings),
+                "step": progress.step,
+                "validation_loss": round(loss, 4),
+                "validation_tokens": tokens,
+            }
+            adapter.config = dataclasses.replace(adapter.config, training=training)
+            save_adapter(adapter, self.output)
+        folder.line.say(
+            f"step {progress.step}  validation loss {loss:.4f} nats a token on {rows:,} rows ({best})"
+        )
+
+
+class _Pace:
+    """Seconds of the run (earlier sessions counted), rate and time left."""
+
+    def __init__(self, progress: _Progress, total: int) -> None:
+        self._progress, self._total = progress, total
+        self._first = dataclasses.replace(progress)
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        return self._first.seconds + time.monotonic() - self._started
+
+    def __str__(self) -> str:
+        spent = time.monotonic() - self._started
+        steps = self._progress.step - self._first.step
+        speed = (self._progress.tokens - self._first.tokens) / spent
+        return f"{speed:,.0f} tokens/s  {clock(spent / steps * (self._total - self._progress.step))} left"
+
+
+@contextmanager
+def _stop_request() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may listen to signals
+        return
+
+    def request(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

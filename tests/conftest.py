@@ -1,0 +1,27 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def base_folder() -> Path:
+    """The fetched SmolLM2, for tests that need a real base."""
+    folder = CHECKOUT / "weights" / "smollm2-135m-instruct"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("no base model: run `llama-adapter fetch smollm2-135m-instruct`")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The data sets beside the checkout."""
+    folder = CHECKOUT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no data sets in {folder}")
+    return folder

@@ -1,0 +1,506 @@
+"""The page's handlers, its endpoints, and the server that it runs in; what a browser shows is tested apart."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import httpx
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from demo.api import Endpoints
+from demo.checks import MAX_CHARACTERS, MAX_NEW_TOKENS, check_length, read_sampling
+from demo.display import answer_message, messages, pace, shown, typed
+from demo.experts import describe, load_experts
+from demo.page import BUSY, IDLE, Handlers, build_page
+from demo.server import check_port, serve
+from llama_adapter.checkpoint import save_adapter
+from llama_adapter.errors import UsageError
+from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.sampling import Sampling
+from tests.conftest import CHECKOUT
+from tests.scripted import ScriptedModel, build_scripted_model
+from tests.tiny import build_tiny_tokenizer
+from tests.tiny_models import build_tiny_decoder, build_tiny_model
+
+KNOBS = ("", 0, 1, 0, 1, 12, None)  # the settings but for the adapter
+SETTINGS = ("one", *KNOBS)
+HOSTILE = "<script>alert(1)</script> <img src=x onerror=alert(2)> &lt;b&gt; ![](http://x.invalid/y.png)"
+
+
+# --- text on the page ---------------------------------------------------------------------------------------
+
+
+@given(st.text())
+def test_what_is_shown_can_be_read_back_and_holds_no_html(text: str) -> None:
+    text = typed(text)
+    assert typed(shown(text)) == text
+    assert not re.search(r"<[^\u2060]|&[^\u2060]|!\[", shown(text))
+
+
+def test_a_fence_is_left_alone_unless_its_content_would_be_drawn() -> None:
+    assert shown("```python\nx\n```") == "```python\nx\n```"
+    assert shown("```Mermaid\nx\n```").startswith("```\u2060Mermaid")
+
+
+def test_pace_lets_what_comes_at_once_pass_as_one() -> None:
+    assert len(list(pace(range(1000), seconds=60))) == 1
+    assert len(list(pace(range(10), seconds=0))) == 10
+
+
+# --- what comes from outside --------------------------------------------------------------------------------
+
+
+def test_a_message_of_bearable_length_is_left_as_it_is() -> None:
+    assert check_length("x" * MAX_CHARACTERS) == "x" * MAX_CHARACTERS
+
+
+@pytest.mark.parametrize("bad", ["x" * (MAX_CHARACTERS + 1), None, 5, ["text"], {"text": "x"}])
+def test_any_other_message_is_refused(bad: Any) -> None:
+    with pytest.raises(UsageError, match="a message"):
+        check_length(bad)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "name"),
+    [
+        (0, "hot", "temperature"),
+        (0, float("nan"), "temperature"),
+        (1, 0, "top-p"),
+        (1, None, "top-p"),
+        (2, -1, "top-k"),
+        (2, float("inf"), "top-k"),
+        (3, [], "repetition-penalty"),
+        (4, 0, "max-new-tokens"),
+        (4, MAX_NEW_TOKENS + 1, "max-new-tokens"),
+        (5, -1, "seed"),
+        (5, "x" * 1000, "seed"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(place: int, value: Any, name: str) -> None:
+    knobs: list[Any] = list(KNOBS[1:])
+    knobs[place] = value
+    with pytest.raises(UsageError, match=name) as caught:
+        read_sampling(*knobs)
+    assert len(str(caught.value)) < 120
+
+
+def test_settings_are_read_in_order() -> None:
+    expected = Sampling(
+        temperature=0.5, top_p=0.6, top_k=7, repetition_penalty=1.1, max_new_tokens=20, seed=3
+    )
+    assert read_sampling(0.5, 0.6, 7, 1.1, 20.0, "3") == expected
+
+
+# --- adapters to choose from --------------------------------------------------------------------------------
+
+
+def _adapter_folder(folder: Path, card: str | None = None, **settings: Any) -> Path:
+    save_adapter(build_tiny_model(**settings).adapters["tiny"], folder)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("card", "line"),
+    [
+        ("# Title\n\nFollows instructions. And more.\n", "Follows instructions."),
+        ("---\nlicense: x\n# no title\n---\n# Title\nSees\npictures! Really.", "Sees pictures!"),
+        ("No title, no stop", "No title, no stop"),
+        ("# Only a title\n\n## And another\n", "3 prompts in each of the top 2 layers; no model card."),
+        (None, "3 prompts in each of the top 2 layers; no model card."),
+    ],
+)
+def test_the_first_sentence_of_the_card_describes_an_adapter(
+    card: str | None, line: str, tmp_path: Path
+) -> None:
+    assert describe(_adapter_folder(tmp_path / "a", card)) == line
+
+
+def test_adapters_that_fit_are_loaded_and_others_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _adapter_folder(tmp_path / "fits", "# Fits\n\nIt fits.")
+    _adapter_folder(tmp_path / "other-base", "# Other\n\nDoes not.", hidden_size=16)
+    _adapter_folder(tmp_path / "broken", "# Broken\n\nIt was cut off.")
+    with (tmp_path / "broken" / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    model = build_tiny_model(names=())
+    lines = load_experts(model, weights=tmp_path)
+    assert list(lines) == ["fits", NO_ADAPTER]
+    assert lines["fits"] == "It fits."
+    assert list(model.adapters) == ["fits"]
+    assert model.active_adapter == NO_ADAPTER
+    assert capsys.readouterr().err.startswith("broken is left out: ")
+
+
+def test_an_adapter_from_elsewhere_comes_first_and_stays_chosen(tmp_path: Path) -> None:
+    elsewhere = _adapter_folder(tmp_path / "here" / "mine", "# Mine\n\nMy own.")
+    _adapter_folder(tmp_path / "weights" / "fits", "# Fits\n\nIt fits.")
+    model = build_tiny_model(names=())
+    model.load_adapter(elsewhere)
+    lines = load_experts(model, adapter=str(elsewhere), weights=tmp_path / "weights")
+    assert list(lines.items())[:2] == [("mine", "My own."), ("fits", "It fits.")]
+    assert model.active_adapter == "mine"
+
+
+# --- handlers -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handlers() -> Handlers:
+    return Handlers(build_scripted_model())
+
+
+def _texts(look: list[dict[str, Any]]) -> list[str]:
+    """What each message of a chat says, notes left out."""
+    return [typed(message["content"][0]["text"]) for message in look]
+
+
+def _has(box: dict[str, Any], state: dict[str, Any]) -> bool:
+    return state.items() <= box.items()
+
+
+def test_a_question_is_taken_at_once_and_its_answer_grows(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box, look, chat = handlers.ask("Hello?", None, *SETTINGS)
+    assert _has(box, {**BUSY, "value": ""})
+    assert _texts(look) == ["Hello?", "…"]
+    assert handlers.model.made == 0  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("demo.page.pace", lambda pieces: pace(pieces, seconds=0))
+    steps = list(handlers.answer(chat))
+    lengths = [len(_texts(look)[1]) for _, look in steps]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 5
+    assert _has(steps[-2][0], BUSY)
+    assert _has(steps[-1][0], IDLE)
+    assert chat.exchanges[0].answer.tokens == 12
+    note = steps[-1][1][1]["content"][1]["text"]
+    assert re.fullmatch(r"\u206312 tokens · [\d.]+ tokens/s · one", note)
+
+
+def _said(handlers: Handlers, taken: tuple[Any, ...]) -> Any:
+    """Let the answer to what was taken come to its end; the conversation."""
+    for _ in handlers.answer(taken[-1]):
+        pass
+    return taken[-1]
+
+
+def test_retry_edit_undo_and_clear(handlers: Handlers) -> None:
+    chat = _said(handlers, handlers.ask("First", None, *SETTINGS))
+    chat = _said(handlers, handlers.ask("Second", chat, *SETTINGS))
+    chat = _said(handlers, handlers.retry(chat, "two", *KNOBS))
+    assert _texts(messages(chat))[::2] == ["First", "Second"]
+    assert [exchange.adapter for exchange in chat.exchanges] == ["one", "two"]
+
+    event = gr.EditData(None, {"index": 0, "value": shown("<b>First</b>"), "previous_value": "First"})
+    chat = _said(handlers, handlers.edit(event, chat, *SETTINGS))
+    assert [exchange.question.text for exchange in chat.exchanges] == ["<b>First</b>"]
+
+    text, look = handlers.undo(chat)
+    assert (text, look) == ("<b>First</b>", [])
+    chat = _said(handlers, handlers.ask("Third", chat, *SETTINGS))
+    box, look = handlers.clear(chat)
+    assert look == chat.exchanges == []
+    assert _has(box, IDLE)
+    assert handlers.undo(chat) == handlers.undo(None) == (gr.skip(), gr.skip())
+
+
+def test_an_example_is_asked(handlers: Handlers) -> None:
+    event = gr.SelectData(None, {"index": 0, "value": {"text": "Why?"}})
+    assert _texts(handlers.ask_example(event, None, *SETTINGS)[1]) == ["Why?", "…"]
+
+
+def test_stop_keeps_what_was_said_and_ends_the_work(handlers: Handlers) -> None:
+    *_, chat = handlers.ask("Hello?", None, "one", "", 0, 1, 0, 1, 1000, None)
+    answering = handlers.answer(chat)
+    next(answering)
+    box, look = handlers.stop(chat)
+    assert _has(box, IDLE)
+    said = _texts(look)[1]
+    rest = list(answering)
+    assert len(rest) <= 2
+    assert _texts(rest[-1][1])[1].startswith(said)
+    assert handlers.model.made < 10  # type: ignore[attr-defined]
+    assert _has(handlers.stop(None)[0], IDLE)
+
+
+@pytest.mark.parametrize("bad", ["", "  ", "x" * (MAX_CHARACTERS + 1), "half \ud800"])
+def test_a_bad_question_is_told_and_changes_nothing(bad: str, handlers: Handlers) -> None:
+    chat = _said(handlers, handlers.ask("First", None, *SETTINGS))
+    with pytest.raises(gr.Error):
+        handlers.ask(bad, chat, *SETTINGS)
+    with pytest.raises(gr.Error):
+        handlers.ask_both(bad, *SETTINGS)
+    assert len(chat.exchanges) == 1
+
+
+def test_side_by_side_both_answer_by_turns(handlers: Handlers) -> None:
+    box, *look, pair = handlers.ask_both("Hello?", *SETTINGS)
+    assert _has(box, BUSY)
+    assert [_texts(side) for side in look] == [["…"], ["…"]]
+    step = next(iter(handlers.answer_both(pair)))
+    assert [side[0]["content"][1]["text"][:8] for side in step[1:]] == ["\u20631 token"] * 2
+    for step in handlers.answer_both(handlers.ask_both("Hello?", *SETTINGS)[-1]):
+        pass
+    assert [text.split()[0] for side in step[1:] for text in _texts(side)] == ["none", "one"]
+    assert _has(step[0], IDLE)
+
+
+def test_side_by_side_can_be_stopped_and_wants_an_adapter(handlers: Handlers) -> None:
+    *_, pair = handlers.ask_both("Hello?", *SETTINGS)
+    answering = handlers.answer_both(pair)
+    next(answering)
+    assert _has(handlers.stop_both(pair)[0], IDLE)
+    assert len(list(answering)) <= 2
+    assert _has(handlers.stop_both(None)[0], IDLE)
+    with pytest.raises(gr.Error, match="both sides"):
+        handlers.ask_both("Hello?", NO_ADAPTER, *KNOBS)
+
+
+def test_hostile_text_is_defused_in_question_and_answer(handlers: Handlers) -> None:
+    *_, chat = handlers.ask(HOSTILE, None, "one", "", 0, 1, 0, 1, 1000, None)
+    _said(handlers, (chat,))
+    said = chat.exchanges[0].answer.text
+    assert HOSTILE in said
+    for message in messages(chat):
+        for part in message["content"]:
+            assert not re.search(r"<[^\u2060]|&[^\u2060]|!\[", part["text"])
+    assert answer_message(chat.exchanges[0], dropped=2)["content"][1]["text"].endswith(
+        "the conversation's first 4 messages no longer fit"
+    )
+
+
+# --- the server ---------------------------------------------------------------------------------------------
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+@contextmanager
+def _served(model: LlamaAdapter) -> Iterator[str]:
+    page = build_page(model, {name: f"About {name}." for name in [*model.adapters, NO_ADAPTER]})
+    try:
+        yield serve(page, host="127.0.0.1", port=_free_port())
+    finally:
+        page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaAdapter:
+    return build_tiny_model(
+        names=("one", "two"), tokenizer=build_tiny_tokenizer(), max_position_embeddings=1024
+    )
+
+
+@pytest.fixture(scope="module")
+def address(model: LlamaAdapter) -> Iterator[str]:
+    with _served(model) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Client:
+    return Client(address, verbose=False)
+
+
+@pytest.mark.parametrize("adapter", ["one", "two", NO_ADAPTER])
+def test_answer_is_what_the_model_says(adapter: str, client: Client, model: LlamaAdapter) -> None:
+    found = client.predict("Name a colour.", adapter, "", 0, max_new_tokens=16, api_name="/answer")
+    assert found == model.chat(
+        "Name a colour.", adapter=adapter, sampling=Sampling(temperature=0, max_new_tokens=16)
+    )
+
+
+def test_a_seed_makes_the_answer_the_same(client: Client) -> None:
+    once, again, other = (
+        client.predict("Hi", temperature=1.5, top_p=1, max_new_tokens=16, seed=seed, api_name="/answer")
+        for seed in (1, 1, 2)
+    )
+    assert once == again != other
+
+
+def test_chat_streams_and_reads_the_history(client: Client, model: LlamaAdapter) -> None:
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    job = client.submit("And now?", history, "one", "Be brief.", 0, max_new_tokens=24, api_name="/chat")
+    last = job.result()
+    assert job.outputs()[-1] == last
+    alone = client.predict("And now?", "one", "Be brief.", 0, max_new_tokens=24, api_name="/answer")
+    assert last != alone
+
+
+def test_curl_gets_an_answer(address: str) -> None:
+    """The commands of the README."""
+    posted = httpx.post(f"{address}gradio_api/call/v2/answer", json={"message": "Hi", "max_new_tokens": 4})
+    event = posted.json()["event_id"]
+    found = httpx.get(f"{address}gradio_api/call/answer/{event}").text
+    assert "event: complete" in found
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"message": ""}, "the question is empty"),
+        ({"message": "x" * (MAX_CHARACTERS + 1)}, "shorten it"),
+        ({"message": 5}, "no text"),
+        ({"message": "Hi", "adapter": "../../etc/passwd"}, "no adapter"),
+        ({"message": "Hi", "temperature": "hot"}, "temperature"),
+        ({"message": "Hi", "temperature": -1}, "temperature"),
+        ({"message": "Hi", "max_new_tokens": 10**9}, "max-new-tokens"),
+        ({"message": "Hi", "system": {"a": 1}}, "no text"),
+        ({"message": "two words " * 700}, "the base reads 1024"),
+    ],
+)
+def test_bad_values_are_told_to_the_caller(values: dict[str, Any], told: str, client: Client) -> None:
+    with pytest.raises(AppError, match=re.escape(told)):
+        client.predict(**values, api_name="/answer")
+
+
+@pytest.mark.parametrize(
+    "history",
+    ["text", [1], [{"role": "user"}], [{"role": "root", "content": "x"}], [{"role": "user", "content": 1}]],
+)
+def test_a_bad_history_is_told_to_the_caller(history: Any, client: Client) -> None:
+    with pytest.raises(AppError):
+        client.predict("Hi", history, api_name="/chat")
+
+
+def test_hostile_text_comes_back_to_a_program_as_it_is() -> None:
+    answer = Endpoints(build_scripted_model()).answer(HOSTILE, max_new_tokens=1000)
+    assert HOSTILE in answer
+
+
+def test_only_the_two_endpoints_are_public(client: Client) -> None:
+    described: Any = client.view_api(return_format="dict")
+    assert set(described["named_endpoints"]) == {"/answer", "/chat"}
+    assert not described["unnamed_endpoints"]
+
+
+def test_the_browser_is_told_to_ask_nobody_else(address: str) -> None:
+    policy = httpx.get(address).headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "http" not in policy
+
+
+def test_nothing_can_be_uploaded_and_no_file_be_read(address: str) -> None:
+    sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.txt", b"some text")})
+    assert sent.status_code in (400, 413)
+    for path in ("/etc/passwd", f"{CHECKOUT}/pyproject.toml", "../pyproject.toml"):
+        assert httpx.get(f"{address}gradio_api/file={path}").status_code in (403, 404)
+
+
+def test_no_connection_leaves_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts: list[Any] = []
+    connect = socket.socket.connect
+
+    def watched(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            hosts.append(address[0])
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", watched)
+    with _served(build_scripted_model()) as address:
+        Client(address, verbose=False).predict("Hi", max_new_tokens=4, api_name="/answer")
+    assert set(hosts) == {"127.0.0.1"}
+
+
+def test_a_caller_who_leaves_stops_the_work() -> None:
+    model = build_scripted_model(delay=0.02)
+    with _served(model) as address:
+        call = f"{address}gradio_api/call"
+        event = httpx.post(f"{call}/v2/chat", json={"message": "Hi", "max_new_tokens": 1000}).json()[
+            "event_id"
+        ]
+        with httpx.stream("GET", f"{call}/chat/{event}") as stream:
+            for line in stream.iter_lines():
+                if line.startswith("event: generating"):
+                    break
+        _assert_settles(model)
+
+
+def _assert_settles(model: ScriptedModel) -> None:
+    """Within two seconds no token is made any more, though there would be many to come."""
+    deadline = time.monotonic() + 2
+    before = -1
+    while model.made != before:
+        assert time.monotonic() < deadline, "the work goes on"
+        before = model.made
+        time.sleep(0.2)
+    assert 0 < before < 400
+
+
+def test_a_taken_port_is_told_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match="--port"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+    with pytest.raises(UsageError, match="--host"):
+        check_port("192.0.2.1", port)
+    with pytest.raises(UsageError, match="--port"):
+        check_port("127.0.0.1", 70_000)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def _demo(*options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "demo", *options],
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"},
+    )
+
+
+def test_the_command_serves_the_page_until_ctrl_c(tmp_path: Path) -> None:
+    tokenizer = build_tiny_tokenizer()
+    build_tiny_decoder(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    port = _free_port()
+    process = _demo("--base", str(tmp_path / "base"), "--weights", str(tmp_path), "--port", str(port))
+    try:
+        assert process.stdout is not None
+        assert f"http://127.0.0.1:{port}/" in process.stdout.readline()
+        with pytest.raises(OSError):
+            socket.create_connection((socket.gethostbyname(socket.gethostname()), port), timeout=1).close()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "stopped"
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--auth", "me"], "--auth"), (["--nothing"], "--nothing"), (["--port", "x"], "--port")],
+)
+def test_a_mistyped_option_is_told_in_one_line(options: list[str], told: str) -> None:
+    process = _demo(*options)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert told in errors
+    assert errors.count("\n") == 1

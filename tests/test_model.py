@@ -1,0 +1,573 @@
+"""LlamaAdapter: adapters by name, batches, packs, the hub, and training by other people's loops."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from accelerate import Accelerator
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+from transformers.utils import hub as transformers_hub
+
+from llama_adapter import checkpoint
+from llama_adapter.adapter import Adapter
+from llama_adapter.attention import Segment
+from llama_adapter.decoder import attention_layers
+from llama_adapter.errors import UsageError
+from llama_adapter.model import LlamaAdapter
+from llama_adapter.sampling import Sampling
+from llama_adapter.template import Turn, encode_question
+from tests.tiny import build_tiny_tokenizer
+from tests.tiny_models import build_tiny_decoder, build_tiny_model, padded, random_rows
+
+ADAPTER_KEYS = {"adapters.tiny.prompts", "adapters.tiny.gates"}
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    """The one line with which an action is refused."""
+    with pytest.raises(UsageError) as error:
+        action()
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+@pytest.fixture
+def model() -> LlamaAdapter:
+    return build_tiny_model(names=("first", "second"))
+
+
+# --- adapters by name ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_adapters_are_chosen_by_name_for_good_or_for_one_call(model: LlamaAdapter) -> None:
+    ids = torch.stack(random_rows(7))
+    first, second, none = (model(ids, adapter=name).logits for name in ("first", "second", "none"))
+    assert not torch.equal(first, second) and not torch.equal(first, none)
+    assert model.active_adapter == "second" and torch.equal(model(ids).logits, second)
+    model.set_adapter("first")
+    assert torch.equal(model(ids).logits, first)
+    model.set_adapter("none")
+    assert torch.equal(model(ids).logits, none)
+
+
+@torch.no_grad()
+def test_switched_off_adapters_come_back_even_after_an_error(model: LlamaAdapter) -> None:
+    ids = torch.stack(random_rows(7))
+    with model.disable_adapters():
+        assert torch.equal(model(ids).logits, build_tiny_decoder()(ids).logits)
+        assert not torch.equal(model(ids, adapter="second").logits, model(ids).logits)
+    assert model.active_adapter == "second"
+    with pytest.raises(RuntimeError), model.disable_adapters():
+        raise RuntimeError
+    assert model.active_adapter == "second"
+
+
+def test_the_base_answers_when_the_active_adapter_is_dropped(model: LlamaAdapter) -> None:
+    model.delete_adapter("first")
+    assert model.active_adapter == "second" and list(model.adapters) == ["second"]
+    model.delete_adapter("second")
+    assert model.active_adapter == "none" and not any(p.requires_grad for p in model.parameters())
+    (row,) = random_rows(5)
+    assert torch.equal(model(row[None]).logits, build_tiny_decoder()(row[None]).logits)
+    model.new_adapter("first")
+    assert model.active_adapter == "first"
+
+
+@pytest.mark.parametrize("name", ["", "none", "with.dot", "training", "keys", "forward", "_modules"])
+def test_names_that_cannot_be_used_are_refused(model: LlamaAdapter, name: str) -> None:
+    assert repr(name) in refusal(lambda: model.new_adapter(name))
+    assert list(model.adapters) == ["first", "second"] and model.active_adapter == "second"
+
+
+def test_a_name_that_is_taken_or_not_there_is_refused(model: LlamaAdapter) -> None:
+    assert "'first' is taken" in refusal(lambda: model.new_adapter("first"))
+    (row,) = random_rows(3)
+    for use in (
+        model.set_adapter,
+        model.delete_adapter,
+        lambda name: model(row[None], adapter=name),
+        lambda name: model.generate(row[None], adapter=name),
+        lambda name: model.save_pretrained("nowhere", adapter=name),
+    ):
+        assert "there are first, second, none" in refusal(lambda use=use: use("third"))
+    assert "none" not in model.adapters
+    refusal(lambda: model.delete_adapter("none"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"num_hidden_layers": 2},
+        {"hidden_size": 16, "head_dim": 4},
+        {"num_key_value_heads": 4},
+        {"vocab_size": 65},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_an_adapter_of_another_base_is_refused(model: LlamaAdapter, other: dict[str, Any]) -> None:
+    stranger = build_tiny_model(**other).adapters["tiny"]
+    assert isinstance(stranger, Adapter)
+    message = refusal(lambda: model.add_adapter("stranger", stranger))
+    assert "'stranger' was trained for base 'tiny-base'" in message and "give its own base" in message
+    assert "stranger" not in model.adapters
+
+
+@pytest.mark.parametrize(("layers", "length"), [(0, 10), (4, 10), (-1, 10), (2, 0)])
+def test_sizes_that_no_adapter_can_have_are_refused(model: LlamaAdapter, layers: int, length: int) -> None:
+    refusal(lambda: model.new_adapter("new", adapted_layers=layers, prompt_length=length))
+
+
+def test_the_same_seed_gives_the_same_prompts() -> None:
+    model = build_tiny_model(names=())
+    one, same, other = (model.new_adapter(f"a{i}", seed=seed) for i, seed in enumerate((5, 5, 6)))
+    assert torch.equal(one.prompts, same.prompts) and not torch.equal(one.prompts, other.prompts)
+
+
+def test_a_model_without_adapters_is_the_base() -> None:
+    model = build_tiny_model(names=())
+    (row,) = random_rows(6)
+    assert torch.equal(model(row[None]).logits, build_tiny_decoder()(row[None]).logits)
+    assert "no adapter to save" in refusal(lambda: model.save_pretrained("nowhere"))
+
+
+def test_what_the_model_does_not_have_is_the_decoder_s(model: LlamaAdapter) -> None:
+    assert model.device.type == "cpu" and model.dtype == torch.float32
+    assert model.get_input_embeddings() is model.decoder.get_input_embeddings()
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = model.nonsense
+
+
+@torch.no_grad()
+def test_a_copied_and_a_pickled_model_answer_the_same(model: LlamaAdapter) -> None:
+    ids = torch.stack(random_rows(6))
+    expected = model(ids).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(ids).logits, expected)
+        twin.delete_adapter("first")
+    assert "first" in model.adapters
+
+
+# --- batches and losses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loss_of_a_padded_batch_is_the_mean_over_its_rows_tokens(family: str, side: str) -> None:
+    model = build_tiny_model(family)
+    rows = random_rows(4, 9, 6)
+    ids, mask = padded(rows, side)
+    labels = ids.masked_fill(mask == 0, -100)
+    batch = model(ids, attention_mask=mask, labels=labels)
+    losses = torch.stack([model(row[None], labels=row[None]).loss for row in rows])
+    counts = torch.tensor([len(row) - 1 for row in rows])
+    torch.testing.assert_close(batch.loss, (losses * counts).sum() / counts.sum())
+
+
+@torch.no_grad()
+def test_given_positions_are_taken_and_a_mask_may_be_of_any_type(model: LlamaAdapter) -> None:
+    ids, mask = padded(random_rows(4, 7), "left")
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    for kind in (mask.bool(), mask.float()):
+        torch.testing.assert_close(model(ids, attention_mask=kind).logits[mask.bool()], expected)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    given = model(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+    assert torch.equal(given, expected)
+    moved = model(ids, attention_mask=mask, position_ids=positions + 5).logits[mask.bool()]
+    assert not torch.allclose(moved, expected, atol=1e-4), "the prompts' term depends on the position"
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_token_ids_and_the_last_logits_only(model: LlamaAdapter) -> None:
+    ids, mask = padded(random_rows(4, 7), "left")
+    expected = model(ids, attention_mask=mask).logits
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embedded, attention_mask=mask).logits, expected)
+    last = model(ids, attention_mask=mask, logits_to_keep=1).logits
+    torch.testing.assert_close(last, expected[:, -1:])
+
+
+# --- packed rows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [0, 3], ids=["no context", "shared context"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "qwen3", "starcoder2"])
+def test_packed_rows_equal_rows_one_at_a_time(family: str, shared: int) -> None:
+    model = build_tiny_model(family, torch.float64)
+    adapter = model.adapters["tiny"]
+    context, *rests = random_rows(shared, 6, 9, 4)
+    starts = [shared]
+    for rest in rests:
+        starts.append(starts[-1] + len(rest))
+    segments = [Segment(0, shared)] if shared else []
+    segments += [
+        Segment(start, start + len(rest), context=(0, shared) if shared else None)
+        for start, rest in zip(starts, rests, strict=False)
+    ]
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, [adapter.prompts, adapter.gates]))
+
+    def loss_of(logits: Tensor, rest: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:-1], rest[1:], reduction="sum")
+
+    packed = model(torch.cat([context, *rests])[None], segments=tuple(segments)).logits[0]
+    apart = [model(torch.cat([context, rest])[None]).logits[0, shared:] for rest in rests]
+    torch.testing.assert_close(packed[shared:], torch.cat(apart), rtol=0, atol=1e-6)
+
+    losses = [loss_of(packed[s : s + len(r)], r) for s, r in zip(starts, rests, strict=False)]
+    losses_apart = [loss_of(logits, rest) for logits, rest in zip(apart, rests, strict=True)]
+    pairs = zip(gradients(torch.stack(losses).sum()), gradients(torch.stack(losses_apart).sum()), strict=True)
+    for ours, theirs in pairs:
+        assert theirs.abs().max() > 1e-2
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_positions_of_packed_rows_can_be_given(model: LlamaAdapter) -> None:
+    ids = torch.cat(random_rows(4, 5))[None]
+    segments = (Segment(0, 4), Segment(4, 9))
+    counted = model(ids, segments=segments).logits
+    given = model(ids, segments=segments, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])).logits
+    assert torch.equal(counted, given)
+    assert not torch.allclose(
+        counted, model(ids, segments=segments, position_ids=torch.arange(9)[None]).logits
+    )
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    model = build_tiny_model().train()
+    adapter = model.adapters["tiny"]
+    ids, mask = padded(random_rows(5, 8), "right")
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    for layer in attention_layers(model.decoder):
+        layer.register_forward_hook(count)
+
+    def gradients() -> tuple[list[Tensor], int]:
+        nonlocal calls
+        calls = 0
+        model.zero_grad()
+        model(
+            ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), use_cache=False
+        ).loss.backward()
+        return [adapter.prompts.grad.clone(), adapter.gates.grad.clone()], calls
+
+    plain, plain_calls = gradients()
+    model.gradient_checkpointing_enable()
+    recomputed, recomputed_calls = gradients()
+    assert recomputed_calls > plain_calls, "nothing was recomputed, so nothing was tested"
+    for one, other in zip(plain, recomputed, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_projecting_the_prompts_for_inference_cannot_stop_their_training() -> None:
+    model = build_tiny_model()
+    (row,) = random_rows(6)
+    model(row[None], **model.project())
+    model.generate(row[None], max_new_tokens=2)
+    model(row[None], labels=row[None]).loss.backward()
+    assert model.adapters["tiny"].prompts.grad.abs().max() > 0
+
+
+def training_rows() -> list[dict[str, Tensor]]:
+    return [
+        {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}
+        for row in random_rows(*[8] * 8)
+    ]
+
+
+def train_with_trainer(
+    folder: Path, *, steps: int, resume: str | None = None, **settings: Any
+) -> LlamaAdapter:
+    model = build_tiny_model(tie_word_embeddings=True)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **settings,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=training_rows())
+    trainer.train(resume_from_checkpoint=resume)
+    return model
+
+
+def test_transformers_trainer_trains_saves_and_resumes_the_adapter_alone(tmp_path: Path) -> None:
+    whole = train_with_trainer(tmp_path / "whole", steps=4)
+    saved = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
+    assert set(saved) == ADAPTER_KEYS
+    before = build_tiny_model(tie_word_embeddings=True)
+    for name, tensor in before.decoder.state_dict().items():
+        assert torch.equal(whole.decoder.state_dict()[name], tensor), f"{name} was trained"
+    for name, tensor in before.state_dict().items():
+        assert not torch.equal(whole.state_dict()[name], tensor), f"{name} was not trained"
+        assert torch.equal(saved[name], whole.state_dict()[name])
+
+    resumed = train_with_trainer(tmp_path / "half", steps=4, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_transformers_trainer_with_checkpointed_gradients_and_accumulation(tmp_path: Path) -> None:
+    plain = train_with_trainer(tmp_path / "plain", steps=2, save_strategy="no", gradient_accumulation_steps=2)
+    recomputed = train_with_trainer(
+        tmp_path / "again",
+        steps=2,
+        save_strategy="no",
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+    )
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(recomputed.state_dict()[name], tensor)
+
+
+def test_accelerate_prepares_saves_and_loads_the_adapter_alone(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build_tiny_model(tie_word_embeddings=True)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable, lr=1e-2))
+    (row,) = random_rows(8)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = model(row[None], labels=row[None]).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        return float(loss.detach())
+
+    step()
+    accelerator.save_state(str(tmp_path / "state"))
+    assert set(load_file(tmp_path / "state" / "model.safetensors")) == ADAPTER_KEYS
+    expected = [step(), step()]
+    assert expected[1] < expected[0]
+    accelerator.load_state(str(tmp_path / "state"))
+    assert [step(), step()] == expected
+
+
+def test_a_state_dict_with_a_key_too_few_or_too_many_is_refused() -> None:
+    model = build_tiny_model()
+    state = model.state_dict()
+    assert set(state) == ADAPTER_KEYS
+    model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"adapters\.tiny\.gates"):
+        model.load_state_dict({"adapters.tiny.prompts": state["adapters.tiny.prompts"]})
+    with pytest.raises(RuntimeError, match="stray"):
+        model.load_state_dict({**state, "stray": torch.zeros(1)})
+
+
+# --- folders and the hub ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with its tokenizer, as `fetch` leaves one."""
+    folder = tmp_path_factory.mktemp("weights") / "tiny-base"
+    tokenizer = build_tiny_tokenizer()
+    build_tiny_decoder(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_trained(base: Path, folder: Path, *, name: str = "tiny") -> LlamaAdapter:
+    """Save an adapter with gates that are not zero to ``folder``; returns the model it comes from."""
+    model = LlamaAdapter.from_base(str(base), device="cpu")
+    adapter = model.new_adapter(name, seed=3)
+    torch.nn.init.normal_(adapter.gates)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def test_what_is_saved_comes_back_bit_for_bit(tiny_base: Path, tmp_path: Path) -> None:
+    model = save_trained(tiny_base, tmp_path / "my.adapter")
+    again = LlamaAdapter.from_pretrained(tmp_path / "my.adapter", device="cpu")
+    assert again.active_adapter == "my_adapter" and again.base == model.base
+    for name, tensor in model.adapters["tiny"].state_dict().items():
+        assert torch.equal(again.adapters["my_adapter"].state_dict()[name], tensor)
+    ids = torch.stack(random_rows(7))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert all(p.requires_grad for p in again.adapters.parameters()), "it can be trained on"
+
+
+def test_names_in_the_weights_folders_work_for_adapter_and_base(tiny_base: Path) -> None:
+    weights = tiny_base.parent
+    model = LlamaAdapter.from_base("tiny-base", weights=weights, device="cpu")
+    assert model.base == "tiny-base"
+    model.new_adapter("tiny", seed=0)
+    model.save_pretrained(weights / "tiny-alpaca")
+    assert checkpoint.read_config(weights / "tiny-alpaca").base == "tiny-base"
+    again = LlamaAdapter.from_pretrained("tiny-alpaca", weights=weights, device="cpu")
+    assert again.active_adapter == "tiny-alpaca"
+    assert again.load_adapter("tiny-alpaca", name="second", weights=weights) == "second"
+    assert "is taken" in refusal(lambda: again.load_adapter("tiny-alpaca", weights=weights))
+
+
+def test_a_folder_may_have_any_name(tiny_base: Path, tmp_path: Path) -> None:
+    save_trained(tiny_base, tmp_path / "training")
+    assert LlamaAdapter.from_pretrained(tmp_path / "training", device="cpu").active_adapter == "training_"
+
+
+def test_an_adapter_with_the_wrong_base_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    save_trained(tiny_base, tmp_path / "mine")
+    other = tmp_path / "other-base"
+    build_tiny_decoder(num_hidden_layers=4, vocab_size=320).save_pretrained(other)
+    build_tiny_tokenizer().save_pretrained(other)
+    message = refusal(lambda: LlamaAdapter.from_pretrained(tmp_path / "mine", base=str(other), device="cpu"))
+    assert "other-base" in message and "tiny-base" in message and "4 layers" in message
+    message = refusal(lambda: LlamaAdapter.from_pretrained(tiny_base, device="cpu"))
+    assert "no adapter folder" in message
+
+
+def test_bfloat16_keeps_the_adapter_in_float32(tiny_base: Path, tmp_path: Path) -> None:
+    save_trained(tiny_base, tmp_path / "mine")
+    model = LlamaAdapter.from_pretrained(tmp_path / "mine", device="cpu", dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert {p.dtype for p in model.adapters.parameters()} == {torch.float32}
+    (row,) = random_rows(6)
+    assert model(row[None]).logits.dtype == torch.bfloat16
+
+
+def test_a_hub_id_is_fetched_once(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_trained(tiny_base, tmp_path / "snapshots" / "0123abcd")
+    asked: list[str] = []
+
+    def snapshot(name: str, **_: Any) -> str:
+        asked.append(name)
+        return str(tmp_path / "snapshots" / "0123abcd")
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot)
+    model = LlamaAdapter.from_pretrained("owner/llama-v1.5", device="cpu")
+    assert asked == ["owner/llama-v1.5"] and model.active_adapter == "llama-v1_5"
+
+
+@pytest.mark.parametrize("kind", [GatedRepoError, RepositoryNotFoundError, OSError])
+def test_a_hub_id_that_cannot_be_had_says_what_to_do(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        if kind is OSError:
+            raise OSError("no\nnetwork")
+        response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/owner/name"))
+        raise kind("Access is restricted.\nLog in.", response=response)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", refuse)
+    message = refusal(lambda: LlamaAdapter.from_pretrained("owner/name", device="cpu"))
+    assert "'owner/name'" in message and "hf auth login" in message
+    assert ("accept its terms" in message) == (kind is GatedRepoError)
+
+
+def test_pushing_to_the_hub_uploads_the_two_files(
+    model: LlamaAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: dict[str, set[str]] = {}
+
+    class Hub:
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, *, repo_id: str, operations: list[Any], **_: Any) -> None:
+            uploaded[repo_id] = {operation.path_in_repo for operation in operations}
+
+    monkeypatch.setattr(transformers_hub, "hf_api", Hub)
+    monkeypatch.setattr(transformers_hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("# A card"))
+    model.push_to_hub("owner/mine", private=True)
+    assert uploaded == {"owner/mine": {"adapter_config.json", "adapter_model.safetensors", "README.md"}}
+
+
+# --- answering ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chatty() -> LlamaAdapter:
+    return build_tiny_model(tokenizer=build_tiny_tokenizer())
+
+
+GREEDY = Sampling(max_new_tokens=12, temperature=0)
+
+
+def test_an_answer_streams_and_its_pieces_are_the_whole(chatty: LlamaAdapter) -> None:
+    answer = chatty.stream_chat("Name three colours.", sampling=GREEDY)
+    assert answer.tokens == 0 and answer.text == ""
+    pieces = list(answer)
+    assert len(pieces) > 1 and all(pieces)
+    assert chatty.chat("Name three colours.", sampling=GREEDY) == "".join(pieces).strip() == answer.text
+    assert 1 < answer.tokens <= 12 and answer.tokens_per_second > 0
+
+
+def test_a_closed_answer_keeps_what_was_said(chatty: LlamaAdapter) -> None:
+    answer = chatty.stream_chat("Name three colours.", sampling=GREEDY)
+    first = next(answer)
+    answer.close()
+    assert list(answer) == [] and answer.text == first.strip()
+
+
+def test_the_bare_base_is_asked_by_its_own_template_and_the_adapter_by_its(chatty: LlamaAdapter) -> None:
+    assert chatty.template() == "alpaca" and chatty.template("none") == "chat"
+    adapted = chatty.chat("Name three colours.", sampling=GREEDY)
+    assert adapted != chatty.chat("Name three colours.", sampling=GREEDY, adapter="none")
+    assert chatty.chat([Turn("user", "Name three colours.")], sampling=GREEDY) == adapted
+
+
+def test_prompts_are_projected_once_an_answer(chatty: LlamaAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: Any = attention_layers(chatty.decoder)[-1]
+    seen: list[int] = []
+    hook = layer.k_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    try:
+        chatty.chat("Name three colours.", sampling=GREEDY)
+    finally:
+        hook.remove()
+    assert seen.count(3) == 1, "three prompts once, then only tokens"
+    assert seen.count(1) >= 5
+
+
+@pytest.mark.parametrize(
+    "question", ["", "  \n", [], [Turn("user", " ")], [Turn("user", "?"), Turn("assistant", "!")]]
+)
+def test_an_empty_question_or_none_is_refused(chatty: LlamaAdapter, question: Any) -> None:
+    refusal(lambda: chatty.chat(question))
+
+
+def test_a_question_longer_than_the_context_is_refused(chatty: LlamaAdapter) -> None:
+    assert "the base reads 128" in refusal(lambda: chatty.chat("word " * 200))
+
+
+def test_an_answer_ends_where_the_context_does() -> None:
+    tokenizer = build_tiny_tokenizer()
+    model = build_tiny_model(tokenizer=tokenizer)
+    with torch.no_grad():  # its logit is 0, so that another token is always likelier
+        model.decoder.get_output_embeddings().weight[tokenizer.eos_token_id] = 0
+    longest = Sampling(max_new_tokens=500, temperature=0)
+    answer = model.stream_chat("Hi", sampling=longest)
+    list(answer)
+    room = 128 - len(encode_question([Turn("user", "Hi")], "alpaca", tokenizer))
+    assert answer.tokens == room
+
+
+def test_without_a_tokenizer_there_is_no_chat(model: LlamaAdapter) -> None:
+    assert "without a tokenizer" in refusal(lambda: model.chat("Hello?"))

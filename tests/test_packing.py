@@ -1,0 +1,119 @@
+"""Rows packed in one sequence: the same losses and gradients as one row at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from llama_adapter.data import IGNORED, Example
+from llama_adapter.packing import (
+    SHORTEST_OPENING,
+    answer_loss,
+    mean_answer_loss,
+    pack,
+    split_by_tokens,
+)
+from tests.tiny_models import build_tiny_model
+
+OPENING = list(range(3, 3 + SHORTEST_OPENING + 2))
+
+
+def example(question: list[int], answer: list[int], row: int = 1) -> Example:
+    return Example(question + answer, [IGNORED] * len(question) + answer, (), row)
+
+
+EXAMPLES = [
+    example([*OPENING, 30, 31], [40, 41, 2], 1),
+    example([5, 6, 7], [42, 2], 2),
+    example([*OPENING, 32], [43, 44, 45, 2], 3),
+    example([*OPENING, 30, 33, 34, 35], [46, 2], 4),
+]
+
+tokens = st.lists(st.integers(3, 63), min_size=1, max_size=6)
+rows = st.builds(
+    lambda opened, question, answer: example(OPENING * opened + question, answer),
+    st.booleans(),
+    tokens,
+    tokens,
+)
+
+
+def loss_one_by_one(model: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
+    """The summed loss by whole logits, each row alone."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in examples:
+        logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
+        total = total + F.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "cohere"])
+def test_equals_one_row_at_a_time(family: str) -> None:
+    model = build_tiny_model(family, torch.float64)
+    parameters = list(model.adapters["tiny"].parameters())
+    packed = pack(EXAMPLES)
+    # float64 in, float32 in the loss by design: compare at its precision
+    loss = answer_loss(model, packed)
+    expected = loss_one_by_one(model, EXAMPLES)
+    assert torch.allclose(loss.double(), expected, rtol=1e-6)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shared_opening_is_computed_once() -> None:
+    packed = pack(EXAMPLES)
+    alone = sum(len(row.input_ids) for row in EXAMPLES)
+    assert packed.input_ids.shape[1] == alone - 2 * len(OPENING)
+    assert sorted(packed.rows) == [1, 2, 3, 4]
+    contexts = [segment.context for segment in packed.segments]
+    assert contexts.count((0, len(OPENING))) == 3 and contexts.count(None) == 2
+
+
+def test_an_opening_never_takes_a_prediction_along() -> None:
+    same = [example(OPENING, [40, 2], 1), example(OPENING, [40, 2], 2)]
+    packed = pack(same)
+    assert packed.targets.tolist() == [40, 2, 40, 2]
+
+
+@given(st.lists(rows, min_size=1, max_size=6))
+def test_every_label_is_predicted_from_its_predecessor(examples: list[Example]) -> None:
+    packed = pack(examples)
+    ids, positions = packed.input_ids[0].tolist(), packed.position_ids[0].tolist()
+    assert sorted(packed.targets.tolist()) == sorted(
+        label for row in examples for label in row.labels[1:] if label != IGNORED
+    )
+    assert [segment.start for segment in packed.segments[1:]] == [s.stop for s in packed.segments[:-1]]
+    assert packed.segments[-1].stop == len(ids) == len(positions)
+    restored = []
+    for segment in packed.segments:
+        before = [] if segment.context is None else ids[slice(*segment.context)]
+        row = before + ids[segment.start : segment.stop]
+        where = range(len(before), len(row))
+        assert positions[segment.start : segment.stop] == list(where)
+        restored.append(row)
+    for row in examples:
+        assert row.input_ids in restored
+
+
+@given(st.lists(rows, max_size=12), st.integers(1, 60))
+def test_splitting_loses_no_row_and_keeps_the_budget(examples: list[Example], budget: int) -> None:
+    runs = list(split_by_tokens(examples, budget))
+    assert [row for run in runs for row in run] == examples
+    for run in runs:
+        assert len(run) == 1 or sum(len(row.input_ids) for row in run) <= budget
+
+
+def test_the_mean_is_over_all_tokens_of_all_rows() -> None:
+    model = build_tiny_model()
+    done: list[int] = []
+    mean, count = mean_answer_loss(
+        model, EXAMPLES, device=torch.device("cpu"), max_tokens=30, progress=done.append
+    )
+    assert count == sum(label != IGNORED for row in EXAMPLES for label in row.labels)
+    assert mean == pytest.approx(loss_one_by_one(model, EXAMPLES).item() / count, rel=1e-5)
+    assert done[-1] == len(EXAMPLES)

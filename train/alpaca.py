@@ -1,0 +1,70 @@
+"""Teach a frozen decoder to follow instructions: python -m train.alpaca --data FILE --output DIR"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from llama_adapter.arguments import (
+    Parser,
+    add_model_options,
+    add_training_options,
+    load_model,
+    positive_int,
+    training_settings,
+)
+from llama_adapter.errors import run_command
+
+
+def main() -> None:
+    parser = Parser(prog="python -m train.alpaca", description=__doc__)
+    parser.add_argument(
+        "--data", required=True, help="Alpaca JSON, JSONL, chat messages, ShareGPT, or a hub data set"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder of the run and of the best adapter"
+    )
+    parser.add_argument("--limit", type=positive_int, help="use the first so many rows only")
+    parser.add_argument("--validation-rows", type=positive_int, default=500, help="rows kept back (500)")
+    parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
+    add_model_options(parser)
+    add_training_options(parser)
+    arguments = parser.parse_args()
+
+    # Slow to import, and not needed to say that an option is wrong.
+    from llama_adapter.data import encode_records, read_records, split_records
+    from llama_adapter.training import Trainer
+
+    settings = training_settings(arguments)
+    records, summary = read_records(arguments.data)
+    print(summary, file=sys.stderr)
+    train, validation = split_records(
+        records[: arguments.limit], validation_rows=arguments.validation_rows, seed=settings.seed
+    )
+    model = load_model(arguments)
+    model.new_adapter(
+        "trained",
+        prompt_length=arguments.prompt_length,
+        adapted_layers=arguments.adapted_layers,
+        template=arguments.template,
+        seed=settings.seed,
+    )
+    assert model.tokenizer is not None
+    train_examples, validation_examples = (
+        encode_records(
+            rows, template=arguments.template, tokenizer=model.tokenizer, max_length=arguments.max_length
+        )
+        for rows in (train, validation)
+    )
+    data = {
+        "source": Path(arguments.data).name,
+        "fingerprint": summary.fingerprint,
+        "max_length": arguments.max_length,
+    }
+    trainer = Trainer(model, "trained", train_examples, validation_examples, settings, arguments.output, data)
+    best = trainer.run(resume=arguments.resume)
+    print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
