@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
+import time
 
 from llama_adapter.arguments import Parser, add_adapter_option, add_model_options, load_model
 from llama_adapter.errors import UsageError, run_command
 
 
-def main() -> int | None:
+def main() -> None:
     arguments = _parser().parse_args()
     auth = _auth(arguments.auth)
+    if arguments.max_queue < 1:
+        raise UsageError(f"--max-queue is {arguments.max_queue}; expected 1 or more")
     # Slow to import: help and a mistyped option don't need them.
     from demo.experts import load_experts
     from demo.page import build_page
@@ -25,10 +27,10 @@ def main() -> int | None:
     try:
         address = serve(page, host=arguments.host, port=arguments.port, share=arguments.share, auth=auth)
         print(f"{address} is the page; Ctrl-C ends it", flush=True)
-        threading.Event().wait()
+        while True:
+            time.sleep(3600)
     finally:
         page.close(verbose=False)
-    return None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,11 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from demo.checks import check_length, read_sampling
+from demo.checks import MAX_MESSAGES, check_length, read_sampling
 from demo.display import pace
 from llama_adapter.errors import UsageError
 from llama_adapter.generate import Answer
 from llama_adapter.model import LlamaAdapter
+from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, question_turn
 
 
@@ -27,14 +28,15 @@ class Endpoints:
         message: str,
         adapter: str | None = None,
         system: str = "",
-        temperature: float = 0.1,
-        top_p: float = 0.75,
-        top_k: int = 0,
-        repetition_penalty: float = 1.0,
-        max_new_tokens: int = 256,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        top_k: int = Sampling.top_k,
+        repetition_penalty: float = Sampling.repetition_penalty,
+        max_new_tokens: int = Sampling.max_new_tokens,
         seed: int | None = None,
     ) -> str:
-        """The answer to one question. `adapter`: a name that the page offers; none is the bare base."""
+        """The answer to one question. `adapter`: a name that the page offers, by default the one that is
+        chosen there at first; "none" is the bare base."""
         knobs = (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
         with _refused(), closing(self._ask(message, [], adapter, system, knobs)) as answer:
             for _ in answer:
@@ -47,15 +49,15 @@ class Endpoints:
         history: list[dict[str, str]] | None = None,
         adapter: str | None = None,
         system: str = "",
-        temperature: float = 0.1,
-        top_p: float = 0.75,
-        top_k: int = 0,
-        repetition_penalty: float = 1.0,
-        max_new_tokens: int = 256,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        top_k: int = Sampling.top_k,
+        repetition_penalty: float = Sampling.repetition_penalty,
+        max_new_tokens: int = Sampling.max_new_tokens,
         seed: int | None = None,
     ) -> Iterator[str]:
         """The answer to a conversation's latest message, as far as it has got. `history`: what was said
-        before, as {"role": "user" or "assistant", "content": text}."""
+        before, as {"role": "user" or "assistant", "content": text}; the others are those of `/answer`."""
         knobs = (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
         with _refused(), closing(self._ask(message, history or [], adapter, system, knobs)) as answer:
             for _ in pace(answer):
@@ -67,7 +69,9 @@ class Endpoints:
     ) -> Answer:
         before = [Turn("system", check_length(system))] if system else []
         if not isinstance(history, list):
-            raise UsageError("history is no list of messages")
+            raise UsageError("the history is no list of messages")
+        if len(history) > MAX_MESSAGES:
+            raise UsageError(f"the history has {len(history):,} messages; leave out all but {MAX_MESSAGES}")
         for said in history:
             if not (isinstance(said, dict) and {"role", "content"} <= set(said)):
                 raise UsageError("a message of the history is no object with a role and a content")

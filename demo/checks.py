@@ -8,6 +8,7 @@ from llama_adapter.errors import UsageError
 from llama_adapter.sampling import Sampling
 
 MAX_CHARACTERS = 8000  # of a message
+MAX_MESSAGES = 100  # of a history
 MAX_NEW_TOKENS = 1024  # one answer shall not keep the others waiting for ever
 
 
@@ -30,7 +31,7 @@ def read_sampling(
         top_k=_number("top-k", top_k, int),
         repetition_penalty=_number("repetition-penalty", repetition_penalty, float),
         max_new_tokens=_number("max-new-tokens", max_new_tokens, int),
-        seed=None if seed is None else _number("seed", seed, int),
+        seed=None if seed in (None, "") else _number("seed", seed, int),
     )
     if sampling.max_new_tokens > MAX_NEW_TOKENS:
         raise UsageError(f"max-new-tokens is {max_new_tokens}; expected at most {MAX_NEW_TOKENS}")

@@ -21,11 +21,13 @@ _NOTE = "\u2063"  # invisible separator: what follows was not said by the model
 _MEANING = re.compile(r"<|&|!(?=\[)|[`~]{3,}\s*(?=mermaid)", re.IGNORECASE)
 
 SCRIPT = f"""
-const spoken = text => text.replace(/\\n?{_NOTE}.*/g, "").replaceAll("{_JOINER}", "");
+const spoken = text => text.replace(/\\n*(assistant: )?{_NOTE}.*/g, "").replaceAll("{_JOINER}", "");
 document.addEventListener("copy", event => {{
     const selected = String(getSelection());
-    event.clipboardData.setData("text/plain", spoken(selected));
-    event.preventDefault();
+    if (spoken(selected) !== selected) {{
+        event.clipboardData.setData("text/plain", spoken(selected));
+        event.preventDefault();
+    }}
 }});
 if (navigator.clipboard) {{
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);

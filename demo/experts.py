@@ -26,8 +26,8 @@ def load_experts(
     active = model.active_adapter
     folders = locations.list_weights("adapter", weights)
     if active != NO_ADAPTER and adapter is not None:
-        found = locations.resolve(adapter, kind="adapter", weights=weights)
-        folders = {active: adapter_folder(found), **folders, active: adapter_folder(found)}
+        folder = adapter_folder(locations.resolve(adapter, kind="adapter", weights=weights))
+        folders = {active: folder, **{name: other for name, other in folders.items() if name != active}}
     lines = {}
     for name, folder in folders.items():
         try:
@@ -50,8 +50,9 @@ def describe(folder: Path) -> str:
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")
         text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # what the hub reads
-        paragraphs = [part.strip() for part in re.split(r"\n\s*\n|(?<=\n)(?=#)|(?m:^#.*$)", text)]
-        for paragraph in filter(None, paragraphs):
-            return " ".join(re.split(r"(?<=[.!?])\s", paragraph)[0].split())
+        text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE).strip()
+        if text:
+            sentence = re.split(r"(?<=[.!?])\s|\n\s*\n", text)[0]
+            return " ".join(sentence.split())
     config = read_config(folder)
     return f"{config.prompt_length} prompts in each of the top {config.adapted_layers} layers; no model card."

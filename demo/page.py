@@ -27,8 +27,8 @@ EXAMPLES = (
 )
 
 # The box that a question is typed in, while nobody answers and while somebody does.
-IDLE = {"submit_btn": "Send", "stop_btn": False}
-BUSY = {"submit_btn": False, "stop_btn": "Stop"}
+IDLE: dict[str, Any] = {"submit_btn": "Send", "stop_btn": False}
+BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": "Stop"}
 
 # On no list of endpoints.
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
@@ -45,7 +45,7 @@ ANSWERING: dict[str, Any] = {**PRIVATE, **BY_MODEL, "trigger_mode": "multiple", 
 class Handlers:
     """What the page's events call. All that is kept of a person is a conversation in Gradio's session state.
 
-    A question is taken at once; its answer, of which nothing is computed before, waits for the model to be free.
+    A question is taken at once; its answer, of which nothing is computed before, waits for the model.
     ``settings`` are the name of the adapter, the system text and what `read_sampling` takes.
     """
 
@@ -212,29 +212,28 @@ def build_page(model: LlamaAdapter, experts: dict[str, str], *, max_queue: int =
 def _settings() -> list[gr.components.Component]:
     """The system text, and what `read_sampling` takes, in its order."""
     defaults = Sampling()
+
+    def slider(low: float, high: float, value: float, *, step: float, label: str, info: str) -> gr.Slider:
+        return gr.Slider(low, high, value, step=step, label=label, info=info, min_width=220)
+
     with gr.Row():
-        temperature = gr.Slider(
+        temperature = slider(
             0, 2, defaults.temperature, step=0.05, label="Temperature", info="more varies more"
         )
-        top_p = gr.Slider(
-            0.05, 1, defaults.top_p, step=0.05, label="Top-p", info="of the likeliest; 1 is all"
-        )
-        top_k = gr.Slider(0, 200, defaults.top_k, step=1, label="Top-k", info="of the likeliest; 0 is all")
+        top_p = slider(0.05, 1, defaults.top_p, step=0.05, label="Top-p", info="of the likeliest; 1 is all")
+        top_k = slider(0, 200, defaults.top_k, step=1, label="Top-k", info="of the likeliest; 0 is all")
     with gr.Row():
-        penalty = gr.Slider(
+        penalty = slider(
             1, 2, defaults.repetition_penalty, step=0.05, label="Repetition penalty", info="1 is none"
         )
-        length = gr.Slider(
+        length = slider(
             16, MAX_NEW_TOKENS, defaults.max_new_tokens, step=16, label="Longest answer", info="in tokens"
         )
-        seed = gr.Number(None, precision=0, label="Seed", info="empty: another answer every time")
+        seed = gr.Textbox(
+            "", label="Seed", info="empty: another answer every time", max_length=20, min_width=220
+        )
     system = gr.Textbox(
-        "",
-        label="System text",
-        info="how the model shall behave",
-        lines=1,
-        max_lines=4,
-        max_length=MAX_CHARACTERS,
+        "", label="System text", info="how the model shall behave", max_lines=4, max_length=MAX_CHARACTERS
     )
     return [system, temperature, top_p, top_k, penalty, length, seed]
 

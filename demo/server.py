@@ -27,6 +27,7 @@ THEME = gr.themes.Base(
 
 CSS = """
 .gradio-container { max-width: 60rem !important; width: 100%; margin: auto !important; }
+.gradio-container .main { padding: 1rem clamp(0.5rem, 3vw, 2rem) !important; }
 #header { align-items: end; }
 #header h1 { margin-bottom: 0.25rem; }
 #line *, .thought .prose * { color: var(--body-text-color-subdued); }
@@ -37,7 +38,6 @@ CSS = """
 .examples { grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) !important; }
 /* Nothing to clear where every question stands for itself. */
 .answer .icon-button-wrapper.top-panel { display: none; }
-@media (max-width: 640px) { .gradio-container .main { padding: 0.75rem !important; } }
 """
 
 

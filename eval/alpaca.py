@@ -25,6 +25,11 @@ from llama_adapter.errors import UsageError, run_command
 def main() -> None:
     parser = Parser(prog="python -m eval.alpaca", description=__doc__)
     parser.add_argument("--data", required=True, help="whatever train.alpaca reads")
+    parser.add_argument(
+        "--validation-rows",
+        type=positive_int,
+        help="only the rows that train.alpaca keeps back with the same number and --seed",
+    )
     parser.add_argument("--limit", type=positive_int, help="so many rows, drawn by --seed (default: all)")
     parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
     parser.add_argument("--samples", type=int, default=10, help="answers shown side by side (10)")
@@ -36,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # Slow to import, and not needed to say that an option is wrong.
-    from llama_adapter.data import encode_records, read_records
+    from llama_adapter.data import encode_records, read_records, split_records
     from llama_adapter.model import NO_ADAPTER
     from llama_adapter.packing import mean_answer_loss
     from llama_adapter.progress import RowProgress
@@ -45,6 +50,8 @@ def main() -> None:
     sampling = Sampling(max_new_tokens=arguments.max_new_tokens, temperature=0)
     records, summary = read_records(arguments.data)
     print(summary, file=sys.stderr)
+    if arguments.validation_rows is not None:
+        _, records = split_records(records, validation_rows=arguments.validation_rows, seed=arguments.seed)
     draw = random.Random(arguments.seed)
     if arguments.limit is not None:
         records = draw.sample(records, min(arguments.limit, len(records)))

@@ -22,7 +22,9 @@ import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llama_adapter.arguments import (
@@ -182,14 +184,10 @@ def decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
     question = tokens[:, :QUESTION_TOKENS]
     names = {"bare base": NO_ADAPTER, "adapter": model.active_adapter}
 
-    def of_adapter(name: str) -> Callable[[], Callable[..., Any]]:
-        def prepare() -> Callable[..., Any]:
-            prompts = model.project(name)
-            return lambda **inputs: model(adapter=name, **prompts, **inputs)
+    def prepared(name: str) -> Callable[..., Any]:
+        return partial(model, adapter=name, **model.project(name))
 
-        return prepare
-
-    def answer(prepare: Callable[[], Callable[..., Any]]) -> tuple[float, float]:
+    def answer(prepare: Callable[[], Callable[..., Any]], _: int) -> tuple[float, float]:
         """Seconds to the first token, and for each one after it."""
         sampling = Sampling(max_new_tokens=new_tokens, temperature=0)
         started = time.perf_counter()
@@ -200,31 +198,28 @@ def decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
             pass
         return first - started, (time.perf_counter() - first) / (new_tokens - 1)
 
-    def forward(name: str) -> float:
+    def forward(name: str, _: int) -> float:
         with torch.inference_mode():
             return seconds_of(lambda: model(tokens, adapter=name, use_cache=False), device)
 
-    def generate(name: str) -> float:
+    def generate(name: str, _: int) -> float:
         exactly: dict[str, Any] = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
         mask = torch.ones_like(question)
         options = {**exactly, "attention_mask": mask, "do_sample": False, "pad_token_id": 0}
         return seconds_of(lambda: model.generate(question, adapter=name, **options), device) / new_tokens
 
-    forwards = {label: of_adapter(name) for label, name in names.items()}
+    loops = {label: partial(answer, partial(prepared, name)) for label, name in names.items()}
     if arguments.peers:
         peer = build_peft(model)
-        forwards["PEFT"] = lambda: peer
-    answers = alternate(
-        {label: lambda _, prepare=prepare: answer(prepare) for label, prepare in forwards.items()},
-        rounds=pairs,
-    )
+        loops["PEFT"] = partial(answer, lambda: peer)
+    answers = alternate(loops, rounds=pairs)
     first = {label: [times[0] for times in answers[label]] for label in answers}
     decode = {label: [times[1] for times in answers[label]] for label in answers}
-    passes = alternate({label: lambda _, n=name: forward(n) for label, name in names.items()}, rounds=pairs)
+    passes = alternate({label: partial(forward, name) for label, name in names.items()}, rounds=pairs)
     show("decoding, a token", decode)
     show(f"to the first token, {QUESTION_TOKENS} read", first)
     show(f"forward pass, {FORWARD_TOKENS} tokens", passes)
-    whole = alternate({label: lambda _, n=name: generate(n) for label, name in names.items()}, rounds=pairs)
+    whole = alternate({label: partial(generate, name) for label, name in names.items()}, rounds=pairs)
     show("transformers' generate(), a token", whole)
     return {
         "decode_vs_base": ratio(decode["adapter"], decode["bare base"]),
@@ -279,8 +274,8 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
         forward: Callable[..., Any], length: int | None = None
     ) -> Callable[[Sequence[Example]], float]:
         def gradient(batch: Sequence[Example]) -> float:
-            loss: Tensor = forward(**pad(batch, length, device)).loss
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss: Tensor = forward(**pad(batch, length, device), use_cache=False).loss
+            loss.backward()
             return float(loss.detach())
 
         return gradient
@@ -288,7 +283,7 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
     untrained = {name: list(model.new_adapter(name, seed=0).parameters()) for name in ("packed", "padded")}
     contenders = {
         "packed": learner("packed", untrained["packed"], packed),
-        "padded": learner("padded", untrained["padded"], padded(lambda **i: model(adapter="padded", **i))),
+        "padded": learner("padded", untrained["padded"], padded(partial(model, adapter="padded"))),
     }
     if arguments.peers:
         for label, length in (("PEFT, padded", None), (f"PEFT, padded to {ROW_TOKENS}", ROW_TOKENS)):
@@ -389,13 +384,15 @@ def build_peft(model: LlamaAdapter, *, like: str | None = None) -> torch.nn.Modu
     layers, length, _ = adapter.prompts.shape
     config = AdaptionPromptConfig(adapter_len=length, adapter_layers=layers, task_type="CAUSAL_LM")
     try:
-        peer = get_peft_model(decoder, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for something's old name
+            peer = get_peft_model(decoder, config)
     except ValueError as error:
         raise UsageError(f"--peers: PEFT cannot adapt this base: {error}") from None
     if like is not None:
         adapted = [module for module in peer.modules() if hasattr(module, "adaption_prompt")]
         for module, prompts, gates in zip(adapted, adapter.prompts, adapter.gates, strict=True):
-            module.adaption_prompt.data.copy_(prompts[None])
+            module.adaption_prompt.data.copy_(prompts[None])  # type: ignore[operator]
             module.adaption_gate = torch.nn.Parameter(gates.detach().clone()[:, None, None])
     return peer
 

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from llama_adapter.adapter import Adapter
@@ -32,7 +32,7 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> None:
     tensors = adapter.state_dict().items()
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors}
     with write_atomically(folder / WEIGHTS_FILE) as path:
-        save_file(state, path, metadata={"format": "pt"})
+        path.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would hide it from other users
     write_json(folder / CONFIG_FILE, adapter.config.to_dict())
 
 

@@ -99,6 +99,7 @@ def with_value(value: Any, *path: str) -> Callable[[dict[str, Any]], None]:
         (with_value("two\nlines", "prompt_length"), "'prompt_length' must be int"),
         (with_value(None, "training"), "'training' must be dict"),
         (with_value(9, "adapted_layers"), "choose 1 to 8"),
+        (with_value(0, "adapted_layers"), "choose 1 to 8"),
         (with_value(0, "prompt_length"), "choose 1 or more"),
         (with_value(32, "shape", "hidden_size"), "the file was edited"),
         (without("base_fingerprint"), "base_fingerprint"),

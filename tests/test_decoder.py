@@ -135,8 +135,8 @@ def test_the_decoder_is_frozen_and_in_eval_mode_and_looking_at_it_draws_no_rando
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(p.requires_grad for p in decoder.parameters()) and not decoder.training
     assert decoder.config._attn_implementation == PREFIX + "sdpa"
-    prepare_decoder(decoder)
-    assert decoder.config._attn_implementation == PREFIX + "sdpa"
+    prepare_decoder(decoder.train())
+    assert decoder.config._attn_implementation == PREFIX + "sdpa" and not decoder.training
 
 
 def test_a_switched_decoder_without_prompts_computes_what_it_did() -> None:

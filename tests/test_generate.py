@@ -406,3 +406,8 @@ def test_nothing_after_a_stop_string_is_asked_for() -> None:
 
     assert "".join(stream_text(tokens(), TOKENIZER, ["STOP"])) == "one"
     assert len(asked) < len(ids)
+
+
+def test_of_two_stop_strings_in_one_token_the_first_counts() -> None:
+    (token,) = TOKENIZER(" the")["input_ids"]
+    assert "".join(stream_text([token], TOKENIZER, ["e", "h"])) == " t"

@@ -66,6 +66,12 @@ def test_a_run_leaves_an_adapter_that_eval_scores(
     assert scored["adapter_loss"] < scored["base_loss"]
     assert capsys.readouterr().out.count("bare base  ") == 2
 
+    run(eval.alpaca, [*score, "--samples", "0", "--validation-rows", "4"], monkeypatch)
+    kept_back = json.loads(figures.read_text())
+    trained = json.loads((output / "adapter_config.json").read_text())["training"]
+    assert kept_back["rows"] == 4
+    assert round(kept_back["adapter_loss"], 4) == trained["validation_loss"]
+
 
 def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(base: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -1,0 +1,314 @@
+"""The page in Chromium, as a person uses it. Leaves pictures of it in tests/screenshots/.
+
+The README's picture is made by the one test here that needs the real base and its adapter:
+
+    pytest -m slow tests/test_demo_browser.py
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from demo.experts import load_experts
+from demo.page import EXAMPLES, build_page
+from demo.server import serve
+from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from tests.conftest import CHECKOUT
+from tests.scripted import ScriptedModel, build_scripted_model
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: install the extra 'test'")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
+]
+
+SCREENSHOTS = CHECKOUT / "tests" / "screenshots"
+HOSTILE = (
+    "<script>document.title='owned'</script> <img src=x onerror=\"document.title='owned'\"> "
+    "<b>bold</b> &lt;i&gt; ![p](http://x.invalid/p.png) [link](javascript:alert(1))\n\n"
+    "```mermaid\ngraph TD; A-->B\n```"
+)
+
+
+@contextmanager
+def _served(model: LlamaAdapter, experts: dict[str, str]) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    page = build_page(model, experts)
+    try:
+        yield serve(page, host="127.0.0.1", port=port)
+    finally:
+        page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> ScriptedModel:
+    return build_scripted_model(delay=0.02)
+
+
+@pytest.fixture(scope="module")
+def address(model: ScriptedModel) -> Iterator[str]:
+    lines = {name: f"About *{name}*, with a <b>tag</b>." for name in [*model.adapters, NO_ADAPTER]}
+    with _served(model, lines) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright.expect.set_options(timeout=20_000)
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ],
+        )
+        yield chromium
+        chromium.close()
+
+
+@contextmanager
+def _opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
+    """A page in a browser of its own; a request to another host or an error in it fails the test."""
+    context = browser.new_context(**options)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    context.set_default_timeout(20_000)
+    page = context.new_page()
+    wrong: list[str] = []
+
+    def check_request(request: Any) -> None:
+        if not request.url.startswith((address, "data:", "blob:")):
+            wrong.append(request.url)
+
+    page.on("request", check_request)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(address)
+    page.get_by_role("button", name=EXAMPLES[0]).wait_for()
+    yield page
+    context.close()
+    assert wrong == []
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    with _opened(browser, address, viewport={"width": 1200, "height": 900}) as page:
+        yield page
+
+
+def _shoot(page: Page, name: str) -> None:
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def _answer(page: Page, number: int = -1) -> Locator:
+    """An answer without its note, the latest one by default."""
+    return page.get_by_test_id("bot").filter(has_not_text="tokens/s").nth(number)
+
+
+def _ask(page: Page, text: str, box: str = "Ask something") -> None:
+    page.get_by_placeholder(box).fill(text)
+    page.get_by_placeholder(box).press("Enter")
+
+
+def _stop(page: Page) -> None:
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Send").wait_for()
+
+
+def _finished(page: Page, tokens: int = 48) -> None:
+    """Wait for the end of an answer that `_shorten` limits."""
+    playwright.expect(page.get_by_test_id("bot").last).to_contain_text(f"{tokens} tokens · ")
+    playwright.expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+def _shorten(page: Page, tokens: int = 48) -> None:
+    """Ask for short answers in the settings."""
+    page.get_by_role("button", name="How the answer is made").click()
+    page.get_by_label("number input for Longest answer").fill(str(tokens))
+    page.get_by_label("number input for Longest answer").press("Tab")
+
+
+def test_an_example_is_answered_at_the_first_click(page: Page) -> None:
+    _shoot(page, "empty")
+    page.get_by_role("button", name=EXAMPLES[0]).click()
+    playwright.expect(_answer(page)).to_contain_text(f"one heard: {EXAMPLES[0]}")
+    playwright.expect(page.get_by_test_id("bot").last).to_contain_text(
+        re.compile(r"\d+ tokens · [\d.]+ tokens/s · one")
+    )
+    _stop(page)
+    _shoot(page, "chat")
+
+
+def test_an_answer_grows_and_stops_at_once(page: Page, model: ScriptedModel) -> None:
+    _ask(page, "Count")
+    playwright.expect(page.get_by_placeholder("Ask something")).to_have_value("")
+    playwright.expect(_answer(page)).to_contain_text("1 2 3")
+    first = _answer(page).inner_text()
+    playwright.expect(_answer(page)).to_contain_text("10 11 12")
+    assert _answer(page).inner_text().startswith(first.strip())
+    _stop(page)
+    said, made = _answer(page).inner_text(), model.made
+    time.sleep(0.5)
+    assert model.made <= made + 2
+    assert _answer(page).inner_text() == said
+
+
+def test_a_closed_tab_stops_the_work(browser: Browser, address: str, model: ScriptedModel) -> None:
+    with _opened(browser, address) as page:
+        _ask(page, "Count")
+        playwright.expect(_answer(page)).to_contain_text("1 2 3")
+    time.sleep(0.5)
+    made = model.made
+    time.sleep(0.5)
+    assert model.made == made
+
+
+def test_retry_undo_edit_and_clear(page: Page) -> None:
+    _shorten(page)
+    _ask(page, "First")
+    _finished(page)
+    page.get_by_role("combobox", name="Adapter").click()
+    page.get_by_role("option", name="two").click()
+    playwright.expect(page.locator("#line")).to_have_text("About two, with a <\u2060b>tag<\u2060/b>.")
+    page.get_by_role("button", name="Retry").click()
+    playwright.expect(_answer(page)).to_contain_text("two heard: First")
+    _finished(page)
+    page.get_by_role("button", name="Edit").click()
+    page.locator("textarea.edit-textarea").fill("Second")
+    page.get_by_role("button", name="Submit").click()
+    playwright.expect(_answer(page)).to_contain_text("two heard: Second")
+    _finished(page)
+    _ask(page, "Third")
+    playwright.expect(page.get_by_test_id("user")).to_have_count(2)
+    playwright.expect(_answer(page)).to_contain_text("two heard: Third")
+    _finished(page)
+    page.get_by_role("button", name="Undo").click()
+    playwright.expect(page.get_by_placeholder("Ask something")).to_have_value("Third")
+    playwright.expect(page.get_by_test_id("user")).to_have_count(1)
+    page.get_by_role("button", name="Clear").click()
+    playwright.expect(page.get_by_role("button", name=EXAMPLES[0])).to_be_visible()
+
+
+def test_the_bare_base_can_be_chosen(page: Page) -> None:
+    page.get_by_role("combobox", name="Adapter").click()
+    page.get_by_role("option", name="none").click()
+    playwright.expect(page.locator("#line")).to_contain_text("About none")
+    _ask(page, "Who?")
+    playwright.expect(_answer(page)).to_contain_text("none heard: Who?")
+    playwright.expect(page.get_by_test_id("bot").last).to_contain_text("bare base")
+    _stop(page)
+
+
+def test_side_by_side(page: Page) -> None:
+    page.get_by_role("tab", name="Side by side").click()
+    page.get_by_role("button", name=EXAMPLES[1]).click()
+    for number, name in enumerate((NO_ADAPTER, "one")):
+        playwright.expect(_answer(page, number)).to_contain_text(f"{name} heard: {EXAMPLES[1]}")
+    playwright.expect(_answer(page, 1)).to_contain_text("1 2 3")
+    _shoot(page, "side-by-side")
+    _stop(page)
+
+
+def test_html_is_text_in_question_and_answer_and_on_the_clipboard(page: Page) -> None:
+    _shorten(page, 400)
+    _ask(page, HOSTILE)
+    _finished(page, 400)
+    for said in (page.get_by_test_id("user").last, _answer(page)):
+        playwright.expect(said).to_contain_text("script>document.title='owned'")
+        playwright.expect(said).to_contain_text("lt;i")
+        assert said.locator("script, img, b, i, svg:not(button svg)").count() == 0
+        assert said.locator("a[href^=javascript]").count() == 0
+    assert page.title() == "LLaMA-Adapter"
+    page.get_by_role("button", name="Copy message").last.click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith(f"one heard: {HOSTILE}")
+    assert "tokens/s" not in copied
+    page.get_by_role("button", name="Copy conversation").click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith(f"user: {HOSTILE}\n\nassistant: one heard: {HOSTILE}")
+    assert not re.search("tokens/s|assistant: $|[\u2060\u2063]", copied)
+    _shoot(page, "hostile")
+
+
+def test_a_question_that_is_too_long_or_empty_is_told(page: Page) -> None:
+    _ask(page, " ")
+    playwright.expect(page.get_by_text("the question is empty")).to_be_visible()
+    _shoot(page, "warning")
+    playwright.expect(page.get_by_role("button", name="Send")).to_be_visible()
+    assert page.get_by_placeholder("Ask something").get_attribute("maxlength") == "8000"
+
+
+def test_two_people_do_not_see_each_other(browser: Browser, address: str) -> None:
+    with _opened(browser, address) as mine, _opened(browser, address) as theirs:
+        _ask(mine, "Mine")
+        playwright.expect(_answer(mine)).to_contain_text("1 2 3")
+        _ask(theirs, "Theirs")  # has to wait
+        playwright.expect(theirs.get_by_test_id("user")).to_contain_text("Theirs")
+        _stop(theirs)
+        playwright.expect(_answer(theirs)).to_contain_text("(no answer)")
+        theirs.get_by_role("button", name="Retry").click()
+        _stop(mine)
+        playwright.expect(_answer(theirs)).to_contain_text("one heard: Theirs")
+        playwright.expect(_answer(mine)).to_contain_text("one heard: Mine")
+        for page in (mine, theirs):
+            playwright.expect(page.get_by_test_id("user")).to_have_count(1)
+        _stop(theirs)
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(browser: Browser, address: str) -> None:
+    options: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
+    with _opened(browser, address, **options, has_touch=True, is_mobile=True) as page:
+        _shoot(page, "phone-empty")
+        page.get_by_role("button", name=EXAMPLES[0]).tap()
+        playwright.expect(_answer(page)).to_contain_text("1 2 3")
+        _shoot(page, "phone-chat")
+        _stop(page)
+        for tab in ("Side by side", "Chat"):
+            page.get_by_role("tab", name=tab).tap()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.get_by_role("button", name="How the answer is made").tap()
+        page.get_by_label("System text").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        _shoot(page, "phone-settings")
+
+
+@pytest.mark.slow
+def test_picture_for_the_readme(browser: Browser, base_folder: Path) -> None:
+    """Asks the shipped adapter and leaves the picture in docs/page.png."""
+    adapter = base_folder.parent / "smollm2-135m-alpaca"
+    if not adapter.is_dir():
+        pytest.skip(f"no adapter in {adapter}")
+    model = LlamaAdapter.from_pretrained(adapter)
+    with (
+        _served(model, load_experts(model)) as address,
+        _opened(browser, address, viewport={"width": 1200, "height": 860}) as page,
+    ):
+        page.get_by_role("button", name=EXAMPLES[0]).click()
+        send = page.get_by_role("button", name="Send")
+        page.get_by_role("button", name="Stop").wait_for()
+        send.wait_for(timeout=120_000)
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(500)
+        picture = CHECKOUT / "docs" / "page.png"
+        picture.parent.mkdir(exist_ok=True)
+        page.screenshot(path=picture)
+    assert picture.stat().st_size < 300_000

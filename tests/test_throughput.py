@@ -1,0 +1,100 @@
+"""eval.throughput on a tiny base: it runs, prints its tables and writes the figures it promises."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval import throughput
+from llama_adapter.errors import UsageError
+from tests.conftest import CHECKOUT
+from tests.tiny import build_tiny_tokenizer
+from tests.tiny_models import build_tiny_decoder
+
+DECODING = {"decode_vs_base", "forward_vs_base", "tokens_per_second"}
+TRAINING = {"rows_per_second", "training_vs_peft", "training_vs_pad512", "loss_difference"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = build_tiny_tokenizer()
+    decoder = build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=1024)
+    decoder.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def measure(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> dict[str, float]:
+    figures = folder / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["throughput", *options, "--json", str(figures)])
+    throughput.main()
+    written: dict[str, float] = json.loads(figures.read_text())
+    return written
+
+
+def test_all_suites_and_peers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--pairs", "2", "--new-tokens", "3", "--steps", "4", "--batch-size", "2"]
+    figures = measure(monkeypatch, tmp_path, "--peers", "--base", str(base), *small)
+    assert set(figures) == DECODING | TRAINING
+    assert all(0 < figures[name] < 1000 for name in DECODING - {"tokens_per_second"})
+    assert figures["loss_difference"] < 1e-4, "PEFT must be given the same to do"
+    printed = capsys.readouterr().out
+    for line in ("decoding, a token", "to the first token", "forward pass", "generate()", "a training step"):
+        assert line in printed
+    assert printed.count("PEFT") > 4
+
+
+def test_the_rows_may_come_from_a_file(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(CHECKOUT / "examples" / "instructions.jsonl")
+    options = ["--suite", "training", "--base", str(base), "--data", data, "--batch-size", "4"]
+    figures = measure(monkeypatch, tmp_path, *options, "--steps", "2")
+    assert set(figures) == {"rows_per_second"}
+    assert "instructions.jsonl" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="24 rows: 36 are needed"):
+        measure(monkeypatch, tmp_path, *options, "--steps", "8")
+
+
+def test_without_a_first_token_to_take_off_there_is_nothing_to_measure(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="new-tokens is 1"):
+        measure(monkeypatch, tmp_path, "--base", str(base), "--new-tokens", "1")
+
+
+def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
+    calls: list[str] = []
+
+    def contender(name: str, number: int) -> int:
+        calls.append(name)
+        return number
+
+    results = throughput.alternate(
+        {name: lambda n, name=name: contender(name, n) for name in "abc"}, rounds=3
+    )
+    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
+    assert results == {"a": [1, 2, 3], "b": [1, 2, 3], "c": [1, 2, 3]}
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
+    assert throughput.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == 2.0
+
+
+def test_rows_are_padded_to_the_longest_or_to_a_length() -> None:
+    from llama_adapter.data import Example
+
+    batch = [Example([5, 6, 7], [-100, 6, 7], (), 1), Example([8], [8], (), 2)]
+    inputs = throughput.pad(batch, None, torch.device("cpu"))
+    assert inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert inputs["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    longer = throughput.pad(batch, 4, torch.device("cpu"))
+    assert all(longer[name][:, :3].equal(inputs[name]) and longer[name].shape == (2, 4) for name in inputs)
