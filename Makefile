@@ -19,6 +19,7 @@ test: base .venv/chromium
 
 base: .venv/installed
 	$(BIN)/llama-adapter fetch smollm2-135m-instruct
+	$(BIN)/llama-adapter fetch efficientnet-lite0-imagenet
 
 # Empty files in .venv say what has been done.
 .venv/installed: pyproject.toml constraints.txt

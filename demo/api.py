@@ -10,11 +10,15 @@ import gradio as gr
 
 from demo.checks import MAX_MESSAGES, check_length, read_sampling
 from demo.display import pace
+from demo.pictures import open_given
 from llama_adapter.errors import UsageError
 from llama_adapter.generate import Answer
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, question_turn
+
+# What a program may send as a picture; `open_given` reads it.
+Given = str | dict[str, Any] | list[str | dict[str, Any]] | None
 
 
 class Endpoints:
@@ -26,6 +30,7 @@ class Endpoints:
     def answer(
         self,
         message: str,
+        image: Given = None,
         adapter: str | None = None,
         system: str = "",
         temperature: float = Sampling.temperature,
@@ -35,10 +40,12 @@ class Endpoints:
         max_new_tokens: int = Sampling.max_new_tokens,
         seed: int | None = None,
     ) -> str:
-        """The answer to one question. `adapter`: a name that the page offers, by default the one that is
-        chosen there at first; "none" is the bare base."""
+        """The answer to one question. `image`: a picture that it is about, or a list of them, for adapters
+        that see: `handle_file("photo.jpg")` of gradio_client, a data URL ("data:image/jpeg;base64,..."), or
+        {"path": what /gradio_api/upload answered}. `adapter`: a name that the page offers, by default the
+        one that is chosen there at first; "none" is the bare base."""
         knobs = (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
-        with _refused(), closing(self._ask(message, [], adapter, system, knobs)) as answer:
+        with _refused(), closing(self._ask(message, [], image, adapter, system, knobs)) as answer:
             for _ in answer:
                 pass
             return answer.text
@@ -47,6 +54,7 @@ class Endpoints:
         self,
         message: str,
         history: list[dict[str, str]] | None = None,
+        image: Given = None,
         adapter: str | None = None,
         system: str = "",
         temperature: float = Sampling.temperature,
@@ -57,15 +65,16 @@ class Endpoints:
         seed: int | None = None,
     ) -> Iterator[str]:
         """The answer to a conversation's latest message, as far as it has got. `history`: what was said
-        before, as {"role": "user" or "assistant", "content": text}; the others are those of `/answer`."""
+        before, as {"role": "user" or "assistant", "content": text}; `image`: what the conversation is about;
+        the others are those of `/answer`."""
         knobs = (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
-        with _refused(), closing(self._ask(message, history or [], adapter, system, knobs)) as answer:
+        with _refused(), closing(self._ask(message, history or [], image, adapter, system, knobs)) as answer:
             for _ in pace(answer):
                 yield answer.text
             yield answer.text
 
     def _ask(
-        self, message: Any, history: Any, adapter: str | None, system: Any, knobs: tuple[Any, ...]
+        self, message: Any, history: Any, image: Any, adapter: str | None, system: Any, knobs: tuple[Any, ...]
     ) -> Answer:
         before = [Turn("system", check_length(system))] if system else []
         if not isinstance(history, list):
@@ -77,7 +86,10 @@ class Endpoints:
                 raise UsageError("a message of the history is no object with a role and a content")
             before.append(Turn(str(said["role"]), check_length(said["content"])))
         turns = [*before, question_turn(check_length(message))]
-        return self.model.stream_chat(turns, adapter=adapter, sampling=read_sampling(*knobs))
+        sampling = read_sampling(*knobs)
+        return self.model.stream_chat(
+            turns, image=open_given(image) or None, adapter=adapter, sampling=sampling
+        )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from demo.pictures import picture_file
 from llama_adapter.chat import Conversation, Exchange
 from llama_adapter.model import NO_ADAPTER
 
@@ -21,7 +22,10 @@ _NOTE = "\u2063"  # invisible separator: what follows was not said by the model
 _MEANING = re.compile(r"<|&|!(?=\[)|[`~]{3,}\s*(?=mermaid)", re.IGNORECASE)
 
 SCRIPT = f"""
-const spoken = text => text.replace(/\\n*(assistant: )?{_NOTE}.*/g, "").replaceAll("{_JOINER}", "");
+const spoken = text => text
+    .replace(/\\n*(assistant: )?{_NOTE}.*/g, "")
+    .replace(/^user: http\\S+\\/file=\\S+\\/picture\\.png$/gm, "user: (a picture)")
+    .replaceAll("{_JOINER}", "");
 document.addEventListener("copy", event => {{
     const selected = String(getSelection());
     if (spoken(selected) !== selected) {{
@@ -56,16 +60,24 @@ def messages(conversation: Conversation, *, waiting: bool = False) -> list[Messa
     """
     look: list[Message] = []
     for exchange in conversation.exchanges:
-        last = exchange is conversation.exchanges[-1]
-        look.append(_message("user", exchange.question.text))
-        look.extend(
-            answer_messages(exchange, waiting=waiting and last, dropped=conversation.dropped if last else 0)
-        )
+        question = _message("user", exchange.question.text)
+        question["content"][:0] = [{"path": picture_file(image)} for image in exchange.images]
+        look.append(question)
+        if exchange is conversation.exchanges[-1]:
+            dropped, unseen = conversation.dropped, conversation.unseen
+            look.extend(answer_messages(exchange, waiting=waiting, dropped=dropped, unseen=unseen))
+        else:
+            look.extend(answer_messages(exchange))
     return look
 
 
-def answer_messages(exchange: Exchange, *, waiting: bool = False, dropped: int = 0) -> list[Message]:
-    """An answer as a chat of its own, and under it who gave it, its length and its speed."""
+def answer_messages(
+    exchange: Exchange, *, waiting: bool = False, dropped: int = 0, unseen: bool = False
+) -> list[Message]:
+    """An answer as a chat of its own, and under it who gave it, its length and its speed.
+
+    ``dropped`` and ``unseen`` are what it was made without, as `Conversation` has them.
+    """
     answer = exchange.answer
     if waiting and not answer.text:
         return []
@@ -74,6 +86,8 @@ def answer_messages(exchange: Exchange, *, waiting: bool = False, dropped: int =
         f"{answer.tokens_per_second:.1f} tokens/s",
         "bare base" if exchange.adapter == NO_ADAPTER else exchange.adapter,
     ]
+    if unseen:
+        parts.append("made without the picture")
     if dropped:
         parts.append(f"the conversation's first {2 * dropped} messages no longer fit")
     message = _message("assistant", answer.text or "(no answer)")

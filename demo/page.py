@@ -9,10 +9,12 @@ from itertools import zip_longest
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from demo.api import Endpoints
 from demo.checks import MAX_CHARACTERS, MAX_NEW_TOKENS, check_length, read_sampling
 from demo.display import answer_messages, messages, pace, shown, typed
+from demo.pictures import data_url, draw_examples, open_given, picture_file
 from llama_adapter.chat import Conversation
 from llama_adapter.errors import UsageError
 from llama_adapter.generate import Answer
@@ -26,9 +28,14 @@ EXAMPLES = (
     "What is the capital of France?",
 )
 
+# Questions with a picture drawn by us, for adapters that see.
+PICTURE_EXAMPLES = draw_examples()
+
 # The box that a question is typed in, while nobody answers and while somebody does.
 IDLE: dict[str, Any] = {"submit_btn": "Send", "stop_btn": False}
 BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": "Stop"}
+
+EMPTY: dict[str, Any] = {"text": "", "files": []}
 
 # On no list of endpoints.
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
@@ -54,13 +61,15 @@ class Handlers:
 
     # --- the chat: the box, what the chat looks like, the conversation ---
 
-    def ask(self, message: str, chat: Conversation | None, *settings: Any) -> tuple[Any, ...]:
-        """Take what was typed out of the box."""
-        return self._take(lambda chat: chat.ask(check_length(message)), chat, settings, value="")
+    def ask(self, box: dict[str, Any], chat: Conversation | None, *settings: Any) -> tuple[Any, ...]:
+        """Take what was typed out of the box, with the pictures there."""
+        return self._take(lambda chat: chat.ask(*_read_box(box)), chat, settings, value=EMPTY)
 
     def ask_example(self, event: gr.SelectData, chat: Conversation | None, *settings: Any) -> tuple[Any, ...]:
-        """Take the example that was clicked."""
-        return self._take(lambda chat: chat.ask(check_length(event.value["text"])), chat, settings)
+        """Take the example that was clicked; its picture is ours, whatever file the click names."""
+        text = event.value["text"]
+        pictures = [PICTURE_EXAMPLES[text]] if text in PICTURE_EXAMPLES else []
+        return self._take(lambda chat: chat.ask(check_length(text), pictures), chat, settings)
 
     def retry(self, chat: Conversation | None, *settings: Any) -> tuple[Any, ...]:
         """Take the last question again."""
@@ -94,10 +103,12 @@ class Handlers:
         if chat is None or not chat.exchanges:
             yield gr.skip(), gr.skip()
             return
-        with closing(chat.exchanges[-1].answer) as answer:  # also where the person closed the page
+        latest = chat.exchanges[-1]
+        with closing(latest.answer) as answer:  # also where the person closed the page
             for _ in pace(answer):
-                yield gr.update(**BUSY), messages(chat, waiting=True)
-        yield gr.update(**IDLE), messages(chat)
+                yield gr.skip(), messages(chat, waiting=True)
+        if chat.exchanges and chat.exchanges[-1] is latest:  # else the box is busy with the next question
+            yield gr.update(**IDLE), messages(chat)
 
     def stop(self, chat: Conversation | None) -> tuple[Any, Any]:
         """End the answer where it is."""
@@ -107,10 +118,11 @@ class Handlers:
         return gr.update(**IDLE), messages(chat)
 
     def undo(self, chat: Conversation | None) -> tuple[Any, Any]:
-        """Forget the last exchange; its question is back in the box."""
+        """Forget the last exchange; its question is back in the box, with its pictures."""
         if chat is None or not chat.exchanges:
             return gr.skip(), gr.skip()
-        return chat.undo(), messages(chat)
+        files = [picture_file(image) for image in chat.exchanges[-1].images]
+        return {"text": chat.undo(), "files": files}, messages(chat)
 
     def clear(self, chat: Conversation | None) -> tuple[Any, Any]:
         """Forget everything."""
@@ -118,20 +130,27 @@ class Handlers:
             chat.clear()
         return gr.update(**IDLE), []
 
+    def attach(self, photo: str | None, box: dict[str, Any]) -> tuple[Any, Any]:
+        """Put the photo that was just taken into the box, and have the camera ready for another."""
+        if photo is None:
+            return gr.skip(), gr.skip()
+        return {**box, "files": [*box["files"], photo]}, None
+
     # --- side by side: the box, the two answers, their conversations ---
 
-    def ask_both(self, message: str, *settings: Any) -> tuple[Any, ...]:
-        """Ask the bare base and the adapter the same."""
+    def ask_both(self, box: dict[str, Any], *settings: Any) -> tuple[Any, ...]:
+        """Ask the bare base and the adapter the same; pictures go to the adapter alone."""
         try:
             adapter, system, sampling = _read(settings)
             if adapter == NO_ADAPTER:
                 raise UsageError("the bare base would answer on both sides; choose an adapter above")
+            question, pictures = _read_box(box)
             pair = [
                 Conversation(self.model, adapter=name, system=system, sampling=sampling)
                 for name in (NO_ADAPTER, adapter)
             ]
-            for side in pair:
-                side.ask(check_length(message))
+            for side, seen in zip(pair, ([], pictures), strict=True):
+                side.ask(question, seen)
         except UsageError as error:
             _warn(error)
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
@@ -145,7 +164,7 @@ class Handlers:
         left, right = (side.exchanges[-1].answer for side in pair)
         with closing(left), closing(right):
             for _ in pace(zip_longest(left, right)):
-                yield gr.update(**BUSY), *_answers(pair, waiting=True)
+                yield gr.skip(), *_answers(pair, waiting=True)
         yield gr.update(**IDLE), *_answers(pair)
 
     def stop_both(self, pair: list[Conversation] | None) -> tuple[Any, ...]:
@@ -160,12 +179,22 @@ def _read(settings: tuple[Any, ...]) -> tuple[str, str, Sampling]:
     return adapter, check_length(system), read_sampling(*knobs)
 
 
+def _read_box(box: dict[str, Any]) -> tuple[str, list[Image.Image]]:
+    return check_length(box["text"]), open_given(box["files"])
+
+
 def _warn(error: UsageError) -> None:
     gr.Warning(html.escape(str(error)), title="")  # it may quote the person, and Gradio takes it for HTML
 
 
 def _answers(pair: list[Conversation], *, waiting: bool = False) -> list[Any]:
-    return [answer_messages(side.exchanges[-1], waiting=waiting) for side in pair]
+    left, right = (side.exchanges[-1] for side in pair)
+    look = [
+        answer_messages(left, waiting=waiting, unseen=bool(right.images)),
+        answer_messages(right, waiting=waiting),
+    ]
+    # Gradio's moving dots come only under a question.
+    return [answer or [{"role": "assistant", "content": "…"}] for answer in look]
 
 
 # --- what is on the page ------------------------------------------------------------------------------------
@@ -180,7 +209,9 @@ def build_page(model: LlamaAdapter, experts: dict[str, str], *, max_queue: int =
     """
     handlers = Handlers(model)
     endpoints = Endpoints(model)
-    with gr.Blocks(title="LLaMA-Adapter", analytics_enabled=False) as page:
+    # What was uploaded is kept for a day, or until the page is closed.
+    cleared = (3600, 24 * 3600)
+    with gr.Blocks(title="LLaMA-Adapter", analytics_enabled=False, delete_cache=cleared) as page:
         gr.api(endpoints.answer, api_name="answer", **BY_MODEL)
         gr.api(endpoints.chat, api_name="chat", **BY_MODEL)
 
@@ -201,7 +232,7 @@ def build_page(model: LlamaAdapter, experts: dict[str, str], *, max_queue: int =
         with gr.Accordion("How the answer is made", open=False, render=False) as settings:
             inputs = [expert, *_settings()]
         with gr.Tab("Chat"):
-            _chat(handlers, inputs)
+            _chat(handlers, expert, inputs)
         with gr.Tab("Side by side"):
             _side_by_side(handlers, inputs)
         settings.render()
@@ -238,17 +269,17 @@ def _settings() -> list[gr.components.Component]:
     return [system, temperature, top_p, top_k, penalty, length, seed]
 
 
-def _box(placeholder: str, **options: Any) -> gr.Textbox:
-    return gr.Textbox(
-        "",
+def _box(placeholder: str) -> gr.MultimodalTextbox:
+    return gr.MultimodalTextbox(
         label="Your question",
         show_label=False,
         placeholder=placeholder,
+        file_types=["image"],
+        file_count="multiple",
         lines=1,
         max_lines=8,
-        max_length=MAX_CHARACTERS,
+        max_plain_text_length=10**9,  # of a pasted text: a longer one would become a file
         **IDLE,
-        **options,
     )
 
 
@@ -259,11 +290,24 @@ def _bot(label: str, **options: Any) -> gr.Chatbot:
         latex_delimiters=[],  # prices are no formulas
         feedback_options=None,
         allow_tags=False,
+        allow_file_downloads=False,  # the person has the picture
+        group_consecutive_messages=False,  # a question in one bubble with its picture can't be edited
         **options,
     )
 
 
-def _chat(handlers: Handlers, settings: list[gr.components.Component]) -> None:
+def offered(model: LlamaAdapter, adapter: str) -> list[dict[str, Any]]:
+    """What the empty chat offers to ask, as many for every adapter."""
+    if not model.sees(adapter):
+        return [{"text": text} for text in EXAMPLES]
+    drawn = [  # no path: there is no file
+        {"text": text, "files": [{"path": "", "url": data_url(image), "mime_type": "image/png"}]}
+        for text, image in PICTURE_EXAMPLES.items()
+    ]
+    return [*drawn, *({"text": text} for text in EXAMPLES[: len(EXAMPLES) - len(drawn)])]
+
+
+def _chat(handlers: Handlers, expert: gr.Dropdown, settings: list[gr.components.Component]) -> None:
     chat = gr.State()
     bot = _bot(
         "Conversation",
@@ -272,9 +316,13 @@ def _chat(handlers: Handlers, settings: list[gr.components.Component]) -> None:
         editable="user",
         buttons=["copy", "copy_all"],
         placeholder="Ask something, or begin with one of these.",
-        examples=[{"text": text} for text in EXAMPLES],
+        examples=offered(handlers.model, handlers.model.active_adapter),
     )
+    expert.change(lambda name: gr.update(examples=offered(handlers.model, name)), expert, bot, **AT_ONCE)
     box = _box("Ask something")
+    with gr.Accordion("Take a photo", open=False):
+        camera = gr.Image(sources=["webcam"], type="filepath", show_label=False, label="Camera", height=320)
+    camera.input(handlers.attach, [camera, box], [box, camera], **AT_ONCE)
     takes = [
         box.submit(handlers.ask, [box, chat, *settings], [box, bot, chat], **TAKING),
         bot.example_select(handlers.ask_example, [chat, *settings], [box, bot, chat], **TAKING),
@@ -292,7 +340,9 @@ def _chat(handlers: Handlers, settings: list[gr.components.Component]) -> None:
 def _side_by_side(handlers: Handlers, settings: list[gr.components.Component]) -> None:
     pair = gr.State()
     box = _box("Ask both the same")
-    examples = gr.Examples([[text] for text in EXAMPLES], box, label="For example", api_visibility="private")
+    examples = gr.Examples(
+        [[{"text": text}] for text in EXAMPLES], box, label="For example", api_visibility="private"
+    )
     look: dict[str, Any] = {
         "elem_classes": "answer",
         "height": "45vh",

@@ -7,11 +7,13 @@ import socket
 from typing import Any
 
 import gradio as gr
+from gradio import processing_utils
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from demo.display import SCRIPT
 from llama_adapter.errors import UsageError
+from llama_adapter.pictures import MAX_BYTES
 
 # Gradio's page has inline scripts and styles and compiles some; what counts is that all comes from here.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
@@ -30,12 +32,37 @@ CSS = """
 .gradio-container .main { padding: 1rem clamp(0.5rem, 3vw, 2rem) !important; }
 #header { align-items: end; }
 #header h1 { margin-bottom: 0.25rem; }
-#line *, .thought .prose * { color: var(--body-text-color-subdued); }
-.thought .prose * { font-size: var(--text-sm); }
-.message.thought { margin-top: 0.5rem; }
+#line * { color: var(--body-text-color-subdued); }
 .message-row.bubble { margin: 0.75rem 0.75rem 0.5rem; }
 .message-buttons .icon-button-wrapper { margin: 0 0.75rem !important; }
 .examples { grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) !important; }
+/* The note under an answer: no bubble of its own, beside the answer's buttons. */
+.bot-row + .message-buttons + .bot-row { margin: -1.45rem 0.75rem 0.5rem 3rem !important; }
+.message-buttons:has([aria-label="Retry"]) + .bot-row { margin-left: 6.5rem !important; }
+.bot-row + .message-buttons + .bot-row .message {
+    padding: 0;
+    border: none;
+    background: none;
+    box-shadow: none;
+}
+.bot-row + .message-buttons + .bot-row .prose * {
+    color: var(--body-text-color-subdued);
+    font-size: var(--text-sm);
+}
+.bot-row + .message-buttons + .bot-row + .message-buttons { display: none; }
+/* A picture above its question, which has the buttons. */
+.message-row:has(.component) + .message-buttons { display: none; } /* nor shared with huggingface.co */
+.message-row .image-frame img { max-height: 14rem !important; }
+.multimodal-textbox .padded-button {
+    width: auto !important;
+    padding: 0 var(--size-3) !important;
+    border-radius: var(--radius-xl);
+    background: var(--button-primary-background-fill);
+    color: var(--button-primary-text-color);
+}
+.multimodal-textbox .padded-button:hover { background: var(--button-primary-background-fill-hover); }
+/* Gradio at times lays this over a chat whose waiting question was stopped; what went wrong is in a toast. */
+[data-testid="status-tracker"]:has(.error) { display: none; }
 /* Nothing to clear where every question stands for itself. */
 .answer .icon-button-wrapper.top-panel { display: none; }
 """
@@ -54,6 +81,10 @@ class SameOrigin:
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
+
+
+async def _fetch_nothing(url: str, cache_dir: str) -> str:
+    raise gr.Error("URLs are not fetched; download the picture and send the file", print_exception=False)
 
 
 def check_port(host: str, port: int) -> None:
@@ -76,6 +107,8 @@ def serve(
     # Gradio asks its own page whether it is there, which a proxy for the outside world can't know.
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", host]))
+    # Where a file is expected, and anywhere else, Gradio would fetch what a caller gives the address of.
+    processing_utils.async_ssrf_protected_download = _fetch_nothing
     options: dict[str, Any] = {
         "server_name": host,
         "server_port": port,
@@ -86,7 +119,7 @@ def serve(
         "ssr_mode": False,
         "enable_monitoring": False,
         "run_history": False,
-        "max_file_size": 1,  # nothing on the page takes a file
+        "max_file_size": MAX_BYTES,
         "footer_links": ["api", "settings"],
         "theme": THEME,
         "css": CSS,

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--validation-rows",
         type=positive_int,
-        help="only the rows that train.alpaca keeps back with the same number and --seed",
+        help="only the rows that train.alpaca keeps back with the same number",
     )
     parser.add_argument("--limit", type=positive_int, help="so many rows, drawn by --seed (default: all)")
     parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # Slow to import, and not needed to say that an option is wrong.
-    from llama_adapter.data import encode_records, read_records, split_records
+    from llama_adapter.data import encode_records, expect_text, read_records, split_records
     from llama_adapter.model import NO_ADAPTER
     from llama_adapter.packing import mean_answer_loss
     from llama_adapter.progress import RowProgress
@@ -50,8 +50,9 @@ def main() -> None:
     sampling = Sampling(max_new_tokens=arguments.max_new_tokens, temperature=0)
     records, summary = read_records(arguments.data)
     print(summary, file=sys.stderr)
+    expect_text(records, arguments.data)
     if arguments.validation_rows is not None:
-        _, records = split_records(records, validation_rows=arguments.validation_rows, seed=arguments.seed)
+        _, records = split_records(records, validation_rows=arguments.validation_rows)
     draw = random.Random(arguments.seed)
     if arguments.limit is not None:
         records = draw.sample(records, min(arguments.limit, len(records)))

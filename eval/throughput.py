@@ -1,4 +1,4 @@
-"""What the adapter costs and how fast it trains: python -m eval.throughput [--suite decoding|training|all]
+"""What the adapter costs and how fast it trains: python -m eval.throughput [--suite NAME]
 
 Contenders do the same work in turn, within one run, so that whatever else the machine does hits them alike.
 Every time is a median over the rounds, every ratio the median of the rounds' ratios.
@@ -11,12 +11,17 @@ training: an optimiser step on the same rows, packed as train.* does it and padd
 --peers also PEFT's AdaptionPrompt padded to the longest row and to 512 tokens, as the paper's authors pad.
 --json writes {"rows_per_second"} and with --peers also {"training_vs_peft", "training_vs_pad512",
 "loss_difference"}: how many times more rows a second, and how far any two losses of a step lay apart.
+
+vision: from a photo's file to its features, that time as a share of an answer's, and a token with a picture
+and without, by an adapter that sees. --json writes {"pictures_per_second", "picture_share",
+"decode_with_picture"}.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import io
 import os
 import random
 import statistics
@@ -46,6 +51,7 @@ if TYPE_CHECKING:  # slow to import
 
 QUESTION_TOKENS = 64  # what is read before decoding starts
 FORWARD_TOKENS = 300
+PHOTO_SIZE = (640, 480)  # pixels
 ROW_TOKENS = 512  # the published length, to which the authors pad
 
 # Words of instruction, input and output of 32 rows of Alpaca, evenly spaced by length.
@@ -78,11 +84,15 @@ def main() -> None:
     )
     suites: dict[str, Callable[[LlamaAdapter, argparse.Namespace], dict[str, float]]] = {
         "decoding": decoding,
+        "vision": vision,
         "training": training,
     }
     parser.add_argument("--suite", choices=(*suites, "all"), default="all", help="(all)")
     parser.add_argument("--peers", action="store_true", help="measure PEFT's AdaptionPrompt as well")
-    parser.add_argument("--adapter", help="name, folder or hub id (default: an untrained one, no less work)")
+    parser.add_argument(
+        "--adapter",
+        help="name, folder or hub id (default: an untrained one, no less work; for vision, the shipped one)",
+    )
     parser.add_argument("--pairs", type=positive_int, default=30, help="rounds of decoding (30)")
     parser.add_argument("--new-tokens", type=positive_int, default=32, help="tokens of an answer (32)")
     parser.add_argument("--steps", type=positive_int, default=20, help="rounds of training (20)")
@@ -94,7 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.new_tokens < 2:
         raise UsageError("new-tokens is 1; expected 2 or more, since the first is measured apart")
-    if arguments.adapter is None:
+    if arguments.adapter is None and arguments.suite != "vision":
         arguments.adapter = "none"
 
     import torch
@@ -226,6 +236,69 @@ def decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
         "forward_vs_base": ratio(passes["adapter"], passes["bare base"]),
         "tokens_per_second": 1 / statistics.median(decode["adapter"]),
     }
+
+
+# --- vision -------------------------------------------------------------------------------------------------
+
+
+def vision(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]:
+    """What a picture costs to someone who asks about it."""
+    import torch
+
+    from llama_adapter.generate import stream_tokens
+    from llama_adapter.sampling import Sampling
+
+    if not model.sees():
+        print("left out: the adapter knows nothing of pictures; name one that does with --adapter")
+        return {}
+    photo, device = _photo(), model.decoder.device
+    generator = torch.Generator().manual_seed(0)
+    question = torch.randint(model.shape.vocab_size, (1, QUESTION_TOKENS), generator=generator).to(device)
+    sampling = Sampling(max_new_tokens=arguments.new_tokens, temperature=0)
+
+    def encode(_: int) -> float:
+        return seconds_of(lambda: model.encode_images(photo), device)
+
+    def answer(features: Tensor | None, _: int) -> tuple[float, float]:
+        """Seconds of the whole answer, and of each token after the first."""
+        started = time.perf_counter()
+        owners = None if features is None else torch.zeros(1, dtype=torch.long)
+        projected = model.project(image_features=features, image_owners=owners)
+        stream = stream_tokens(partial(model, **projected), question, sampling, ())
+        next(stream)
+        first = time.perf_counter()
+        for _ in stream:
+            pass
+        end = time.perf_counter()
+        return end - started, (end - first) / (arguments.new_tokens - 1)
+
+    features = model.encode_images(photo)
+    contenders: dict[str, Callable[[int], Any]] = {
+        "without a picture": partial(answer, None),
+        "with a picture": partial(answer, features),
+        "encoding": encode,
+    }
+    times = alternate(contenders, rounds=arguments.pairs)
+    tokens = {name: [t[1] for t in times[name]] for name in list(contenders)[:2]}
+    show("decoding, a token", tokens)
+    show(f"a photo of {PHOTO_SIZE[0]}x{PHOTO_SIZE[1]}, file to features", {"encoding": times["encoding"]})
+    whole = [seconds for seconds, _ in times["with a picture"]]
+    shares = [e / (e + w) for e, w in zip(times["encoding"], whole, strict=True)]
+    print(f"\nits share of an answer of {arguments.new_tokens} tokens: {statistics.median(shares):.1%}")
+    return {
+        "pictures_per_second": 1 / statistics.median(times["encoding"]),
+        "picture_share": statistics.median(shares),
+        "decode_with_picture": ratio(tokens["with a picture"], tokens["without a picture"]),
+    }
+
+
+def _photo() -> bytes:
+    """A JPEG with something in it everywhere."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.effect_noise(PHOTO_SIZE, 60).convert("RGB").save(file, "JPEG")
+    return file.getvalue()
 
 
 # --- training -----------------------------------------------------------------------------------------------

@@ -1,14 +1,56 @@
-"""The only trainable module: adaptation prompts and gates.
+"""The only trainable module: adaptation prompts, gates, and the projection of pictures.
 
-Shapes: L adapted layers, K prompts, D hidden size, H heads.
+Shapes: L adapted layers, K prompts, D hidden size, H heads; N pictures, F features of one; R rows.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from llama_adapter.config import AdapterConfig
+from llama_adapter.config import AdapterConfig, VisionConfig
+
+
+class Projection(nn.Module):
+    """A tower's features -> image tokens (paper, eq. 9): a bottleneck MLP on standardised features.
+
+    Attributes:
+        mean, scale: (F,), what `fit` found; not trained.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, vision: VisionConfig, hidden_size: int, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.tokens = vision.image_tokens
+        self.register_buffer("mean", torch.zeros(vision.feature_width))
+        self.register_buffer("scale", torch.ones(vision.feature_width))
+        self.down = nn.Linear(vision.feature_width, vision.bottleneck)
+        self.up = nn.Linear(vision.bottleneck, self.tokens * hidden_size)
+        for layer in (self.down, self.up):  # torch's own initialisation, from our generator
+            bound = 1 / math.sqrt(layer.in_features)
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+    def fit(self, pictures: Iterable[Tensor]) -> None:
+        """Take mean and deviation of the training pictures' features, (F,) each: channels differ much."""
+        features = torch.stack(list(pictures))
+        self.mean.copy_(features.mean(0))
+        # A channel that none of them stirs would drown all others on the first picture that does.
+        self.scale.copy_(1 / features.std(0, correction=0).clamp_min(1e-2))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (N, F) -> image tokens (N, 1 or K, D)."""
+        hidden = F.gelu(self.down((features.to(self.mean) - self.mean) * self.scale))
+        tokens: Tensor = self.up(hidden).unflatten(-1, (self.tokens, -1))
+        return tokens
 
 
 class Adapter(nn.Module):
@@ -17,6 +59,7 @@ class Adapter(nn.Module):
     Attributes:
         prompts: (L, K, D), drawn from N(0, 1); not normalised before the frozen projections.
         gates: (L, H), zero at the start, so that an untrained adapter leaves the decoder as it is.
+        projection: of pictures, or None for an adapter that knows nothing of them.
     """
 
     def __init__(self, config: AdapterConfig, generator: torch.Generator | None = None) -> None:
@@ -26,7 +69,27 @@ class Adapter(nn.Module):
         prompts = torch.randn(layers, config.prompt_length, shape.hidden_size, generator=generator)
         self.prompts = nn.Parameter(prompts)
         self.gates = nn.Parameter(torch.zeros(layers, shape.num_heads))
+        self.projection: Projection | None = None
+        if config.vision is not None:
+            self.projection = Projection(config.vision, shape.hidden_size, generator)
 
-    def forward(self) -> Tensor:
-        """The prompts of every adapted layer, (1, L, K, D)."""
-        return self.prompts[None]
+    def forward(self, features: Tensor | None = None, owners: Tensor | None = None, rows: int = 1) -> Tensor:
+        """The prompts of every adapted layer, (1, L, K, D), or with pictures (R, L, K, D).
+
+        A row's image token is added to each of its prompts in each layer (paper, eq. 10); the tokens of
+        several pictures are averaged; a row without one gets the prompts as they are.
+
+        Args:
+            features: (N, F), of all pictures of all rows; None where there is none.
+            owners: (N,), the row that each picture belongs to.
+            rows: R.
+        """
+        prompts: Tensor = self.prompts[None]
+        if features is None or owners is None:
+            return prompts
+        assert self.projection is not None
+        tokens = self.projection(features)
+        counts = torch.bincount(owners, minlength=rows).clamp_min(1)
+        shares = tokens / counts[owners, None, None]
+        image = shares.new_zeros(rows, *shares.shape[1:]).index_add(0, owners, shares)
+        return prompts + image[:, None]

@@ -12,8 +12,8 @@ function: it calls the stock one and adds, in the adapted layers, what the queri
 What a forward pass tells its layers travels as one keyword argument through the decoder, never as state on
 modules: two threads, beams, mixed batches and recomputation in backward would break on state.
 
-Shapes: B rows, T tokens, L adapted layers, H heads, G key-value heads, K prompts, d head width,
-D hidden size.
+Shapes: B rows, T tokens, L adapted layers, H heads, G key-value heads, K prompts, R sets of prompts,
+d head width, D hidden size.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -42,13 +43,9 @@ class Prompts(Protocol):
         """Index of the lowest adapted layer; all above it are adapted."""
         ...
 
-    @property
-    def mask(self) -> Tensor | None:
-        """(B, 1, T, K) bool, true where a token sees a prompt; None: each sees all."""
-        ...
-
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
-        """Keys and gated values, each (B or 1, H, K, d), for the decoder's layer ``attention``."""
+        """Keys and gated values for the decoder's layer ``attention``, each (R, H, K, d): R is 1 where all
+        tokens read the same prompts, else B, or in a packed sequence what its segments count to."""
         ...
 
 
@@ -59,10 +56,9 @@ class LivePrompts:
     ``W_k P`` is computed inside the layer's own forward, where a sharded layer's weights are gathered.
     """
 
-    prompts: Tensor  # (B or 1, L, K, D)
+    prompts: Tensor  # (R, L, K, D)
     gates: Tensor  # (L, H), before tanh
     first_layer: int
-    mask: Tensor | None = None
 
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         index = layer_index(attention) - self.first_layer
@@ -73,10 +69,9 @@ class LivePrompts:
 class ProjectedPrompts:
     """Prompts whose keys and values were computed beforehand, once for a whole generation."""
 
-    keys: Tensor  # (B or 1, L, H, K, d)
-    values: Tensor  # (B or 1, L, H, K, d), times tanh(gate)
+    keys: Tensor  # (R, L, H, K, d)
+    values: Tensor  # (R, L, H, K, d), times tanh(gate)
     first_layer: int
-    mask: Tensor | None = None
 
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         index = layer_index(attention) - self.first_layer
@@ -87,12 +82,14 @@ class ProjectedPrompts:
 class Segment:
     """Tokens start..stop of a packed sequence; they see themselves and, before that, their context.
 
-    The context is a segment of its own, given by its start and stop.
+    The context is a segment of its own, given by its start and stop. ``prompts`` says which of the R sets of
+    prompts they read, where there are several.
     """
 
     start: int
     stop: int
     context: tuple[int, int] | None = None
+    prompts: int = 0
 
 
 def segment_positions(segments: tuple[Segment, ...]) -> Tensor:
@@ -209,6 +206,25 @@ def attend_packed(
     return torch.cat(outputs, dim=2)
 
 
+def _attend_own_prompts(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: tuple[Segment, ...],
+    *,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """What each stretch of a packed sequence reads from its own prompts: (1, H, T, d) from (R, H, K, d)."""
+    runs = [(row, list(run)) for row, run in groupby(segments, key=lambda segment: segment.prompts)]
+    queries = query.split([run[-1].stop - run[0].start for _, run in runs], dim=2)
+    parts = [
+        attend(part, keys[row : row + 1], values[row : row + 1], scaling=scaling, softcap=softcap)
+        for part, (row, _) in zip(queries, runs, strict=True)
+    ]
+    return torch.cat(parts, dim=2)
+
+
 @lru_cache(maxsize=64)  # every layer of a pack asks for the same
 def _visible(length: int, seen: int, window: int | None, device: torch.device) -> Tensor:
     """(length, seen) bool: the last ``length`` tokens of ``seen`` see themselves and what is before them."""
@@ -256,10 +272,13 @@ def gated_attention(
     if prompts is None or layer_index(module) < prompts.first_layer:
         return output, weights
     keys, values = prompts.of_layer(module)
-    rows = query.shape[0]
-    if keys.shape[0] != rows:
-        keys, values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
-    gated = attend(query, keys, values, scaling=scaling, mask=prompts.mask, softcap=softcap)
+    if segments is None or keys.shape[0] == 1:
+        rows = query.shape[0]
+        if keys.shape[0] != rows:
+            keys, values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
+        gated = attend(query, keys, values, scaling=scaling, softcap=softcap)
+    else:
+        gated = _attend_own_prompts(query, keys, values, segments, scaling=scaling, softcap=softcap)
     return output + gated.transpose(1, 2), weights
 
 

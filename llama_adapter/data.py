@@ -1,34 +1,33 @@
-"""Records from files and data sets -> token ids and labels.
+"""Rows -> records -> token ids and labels.
 
-Rows have one of three forms: Alpaca's {"instruction", "input", "output"}, chat {"messages": [{"role",
-"content"}]}, or ShareGPT {"conversations": [{"from", "value"}]}; each may name its pictures in "image", as
-LLaVA's files do. They come as a JSON list, as JSONL, as Parquet or Arrow, from a folder that `datasets`
-saved, or from the hub.
+Rows have one of five forms: Alpaca's {"instruction", "input", "output"}, chat {"messages": [{"role",
+"content"}]}, ShareGPT's {"conversations": [{"from", "value"}]}, {"image", "question", "answer"}, and
+{"image", "captions"}, which makes a record of each caption. The first three may name pictures in "image" as
+well, as LLaVA's files do. A row may name its "split".
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_adapter.errors import UsageError
-from llama_adapter.template import Turn, check_unicode, encode_dialogues, in_order
+from llama_adapter.rows import read_rows
+from llama_adapter.template import CAPTION_QUESTIONS, Turn, check_unicode, encode_dialogues, in_order
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
 
+PictureFile = Path | bytes  # its name, or what is in it
+
 IGNORED = -100  # the label that transformers' losses leave out
 _ENCODED_AT_ONCE = 1000  # rows a call of the tokenizer: quick, and its by-products stay small
-_DATASET_FILES = {".parquet": "parquet", ".arrow": "arrow"}
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -49,7 +48,7 @@ class Record:
 
     turns: tuple[Turn, ...]
     row: int
-    images: tuple[Path, ...] = ()
+    images: tuple[PictureFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,125 +79,72 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-    images: tuple[Path, ...]
+    images: tuple[PictureFile, ...]
     row: int
 
 
 def read_records(
-    source: str | Path, *, image_root: str | Path | None = None
+    source: str | Path, *, image_root: str | Path | None = None, split: str | None = None
 ) -> tuple[list[Record], ReadSummary]:
-    """Records of a file, a folder or a hub data set (its "train" split), with a summary of what was found.
+    """Records of whatever `read_rows` reads, with a summary of what was found.
 
     A row without an answer, without a question, or whose turns do not alternate is skipped and counted.
-    `image_root` is where relative names of pictures start; by default the folder of the file. Raises
-    UsageError for a source that is missing, damaged, of another shape, or has nothing in it to learn from;
-    where a row is at fault it is named.
+
+    Args:
+        image_root: where relative names of pictures start; by default the folder of the file.
+        split: only rows of this split; a row that names none belongs to every one. None takes all rows.
+
+    Raises:
+        UsageError: a source that is missing, damaged, of another shape, or has nothing in it to learn from;
+            where a row is at fault it is named.
     """
-    path = Path(source)
-    is_file = path.exists() and not path.is_dir()
-    if is_file and path.suffix not in _DATASET_FILES:
-        content = _read_bytes(path)
-        rows, fingerprint = _json_rows(content, path), hashlib.sha256(content).hexdigest()
-    else:
-        rows = list(enumerate(_dataset_rows(source, path), start=1))
-        fingerprint = _rows_fingerprint(row for _, row in rows)
-    root = Path(image_root) if image_root is not None else path.parent if is_file else path
+    found = read_rows(source)
+    root = found.root if image_root is None else Path(image_root)
+    splits = {row["split"] for _, row in found.rows if isinstance(row, dict) and _names_split(row)}
+    if (
+        split is not None
+        and splits
+        and split not in splits
+        and all(_names_split(row) for _, row in found.rows)
+    ):
+        raise UsageError(f"{source} has no split {split!r}; its splits are {', '.join(sorted(splits))}")
 
     records: list[Record] = []
     skipped: Counter[str] = Counter()
-    for number, row in rows:
+    count = 0
+    for number, row in found.rows:
+        if split is not None and _names_split(row) and row["split"] != split:
+            continue
+        count += 1
         try:
-            record = _record(row, number, root)
+            several = _records(row, number, root)
         except UsageError as error:
             raise UsageError(f"{source}: row {number}: {error}") from None
-        if fault := _fault(record):
-            skipped[fault] += 1
-        else:
-            records.append(record)
-    summary = ReadSummary(str(source), len(rows), dict(skipped), fingerprint)
+        for record in several:
+            if fault := _fault(record):
+                skipped[fault] += 1
+            else:
+                records.append(record)
+    summary = ReadSummary(str(source), count, dict(skipped), found.fingerprint)
     if not records:
         raise UsageError(f"{summary}: nothing is left to learn from")
     return records, summary
 
 
-# --- files -> rows ------------------------------------------------------------------------------------------
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _json_rows(content: bytes, path: Path) -> list[tuple[int, Any]]:
-    """The rows of a JSON list, or of JSONL with one object a line, with their numbers."""
-    try:
-        text = content.decode("utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text (byte {error.start + 1:,}); save it as UTF-8") from None
-    if not text.strip():
-        raise UsageError(f"{path}: the file is empty; expected a JSON list of rows, or one row a line")
-    if text.lstrip().startswith("["):
-        rows = _parse(text, f"{path}")
-        return list(enumerate(rows, start=1))
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, _parse(line, f"{path}: line {number}")) for number, line in lines if line.strip()]
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        cut_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
-        fault = "it breaks off" if cut_off else f"{error.msg} at character {error.pos + 1:,}"
-        expected = "expected a list of rows, or one row a line"
-        raise UsageError(f"{where}: not valid JSON: {fault}; {expected}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; a thousand brackets
-        raise UsageError(f"{where}: not readable JSON: {error}") from None
-
-
-def _dataset_rows(source: str | Path, path: Path) -> list[Any]:
-    """Rows through `datasets`: a Parquet or Arrow file, a saved folder, a folder of files, or a hub id."""
-    names_a_file = path.suffix in (".json", ".jsonl", *_DATASET_FILES) or not _HUB_ID.fullmatch(str(source))
-    if not str(source) or (names_a_file and not path.exists()):
-        raise UsageError(f"{source or repr(source)}: no such file or folder")
-    import datasets  # slow to import, and most data are plain files
-
-    try:
-        if path.is_file():
-            data = datasets.load_dataset(_DATASET_FILES[path.suffix], data_files=str(path), split="train")
-        elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            data = datasets.load_from_disk(str(path))
-            if isinstance(data, datasets.DatasetDict):
-                if "train" not in data:
-                    raise ValueError(f"its splits are {', '.join(data)}; expected one named train")
-                data = data["train"]
-        else:
-            data = datasets.load_dataset(str(source), split="train")
-        rows: list[Any] = data.with_format("arrow")[:].to_pylist()  # pictures stay bytes
-    except Exception as error:  # whatever its readers and the network raise
-        fault = "cannot be read as a data set" if path.exists() else "neither here nor read from the hub"
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(f"{source}: {fault}: {reason}") from None
-    return rows
-
-
-def _rows_fingerprint(rows: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
-    return digest.hexdigest()
+def _names_split(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("split"), str)
 
 
 # --- rows -> records ----------------------------------------------------------------------------------------
 
 
-def _record(row: Any, number: int, root: Path) -> Record:
+def _records(row: Any, number: int, root: Path) -> list[Record]:
+    """One record of a row; of a row of captions one for each."""
     if not isinstance(row, dict):
         raise UsageError(f"expected an object with named fields, found {_kind(row)}")
     images = tuple(root / name for name in _image_names(row))
+    if "captions" in row:
+        return _caption_records(row, number, images)
     if "messages" in row:
         turns = _chat_turns(row["messages"], "messages", "role", "content")
     elif "conversations" in row:
@@ -206,15 +152,33 @@ def _record(row: Any, number: int, root: Path) -> Record:
     elif "instruction" in row or "output" in row:
         given = "" if row.get("input") is None else _text(row, "input")
         turns = [Turn("user", _text(row, "instruction"), given), Turn("assistant", _text(row, "output"))]
+    elif "question" in row:
+        turns = [Turn("user", _text(row, "question")), Turn("assistant", _text(row, "answer"))]
     else:
         found = ", ".join(map(reprlib.repr, list(row)[:10])) or "none"
-        expected = "'instruction' and 'output', or 'messages', or 'conversations'"
+        expected = "'instruction' and 'output', 'messages', 'conversations', 'question' or 'captions'"
         raise UsageError(f"its fields are {found}; expected {expected}")
     if images:  # text rows keep it: to them it is a tag of SVG
         turns = [Turn(turn.role, turn.text.replace("<image>", "").strip(), turn.input) for turn in turns]
     while turns and turns[-1].role != "assistant":
         turns.pop()  # a last question that was never answered
-    return Record(tuple(turns), number, images)
+    return [Record(tuple(turns), number, images)]
+
+
+def _caption_records(row: dict[str, Any], number: int, images: tuple[PictureFile, ...]) -> list[Record]:
+    captions = row["captions"]
+    if not images:
+        raise UsageError("it has captions but names no picture; expected one in 'image'")
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise UsageError(f"field 'captions': expected a list of texts, found {_kind(captions)}")
+    records = []
+    for place, caption in enumerate(captions):
+        check_unicode(caption)
+        question = CAPTION_QUESTIONS[(number + place) % len(CAPTION_QUESTIONS)]
+        # Flickr8k's are split into words, the full stop standing alone.
+        text = re.sub(r"\s+([.,!?;:])", r"\1", " ".join(caption.split()))
+        records.append(Record((Turn("user", question), Turn("assistant", text)), number, images))
+    return records
 
 
 def _chat_turns(messages: Any, field: str, role_key: str, text_key: str) -> list[Turn]:
@@ -287,9 +251,11 @@ def _fault(record: Record) -> str | None:
 
 
 def split_records(
-    records: Sequence[Record], *, validation_rows: int, seed: int
+    records: Sequence[Record], *, validation_rows: int, seed: int = 0
 ) -> tuple[list[Record], list[Record]]:
     """Records to train on and `validation_rows` to validate on, drawn by `seed`, both in their old order.
+
+    The scripts leave the seed as it is: trainings with other seeds are compared on the same rows.
 
     Records about the same pictures, or with the same question, fall on the same side; where such groups do
     not add up to `validation_rows` there are fewer. Raises UsageError when nothing would be left on a side.
@@ -310,6 +276,35 @@ def split_records(
         )
     train = [record for index, record in enumerate(records) if index not in validation]
     return train, [records[index] for index in sorted(validation)]
+
+
+def expect_text(records: Sequence[Record], source: str | Path) -> None:
+    """Raise UsageError for a record with a picture, where nobody would look at it."""
+    row = next((record.row for record in records if record.images), None)
+    if row is not None:
+        raise UsageError(
+            f"{source}: row {row} names a picture; that is for train.vqa, eval.vqa, eval.captions"
+        )
+
+
+def draw_pictures(records: Sequence[Record], count: int, *, seed: int) -> list[Record]:
+    """All records of so many sets of pictures, drawn by a seed, in their old order."""
+    sets = list(dict.fromkeys(record.images for record in records))
+    drawn = set(random.Random(seed).sample(sets, min(count, len(sets))))
+    return [record for record in records if record.images in drawn]
+
+
+def shuffle_pictures(records: Sequence[Record], *, seed: int) -> list[Record]:
+    """The records with the pictures of others: what is still right then was not read from the picture.
+
+    Every set of pictures goes to another's records. Raises UsageError where there is only one.
+    """
+    sets = list(dict.fromkeys(record.images for record in records))
+    if len(sets) < 2:
+        raise UsageError("all rows have the same picture, so none can be exchanged; give rows of several")
+    random.Random(seed).shuffle(sets)
+    other = dict(zip(sets, sets[1:] + sets[:1], strict=True))
+    return [replace(record, images=other[record.images]) for record in records]
 
 
 def encode_records(

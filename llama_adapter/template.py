@@ -81,6 +81,15 @@ def in_order(turns: Sequence[Turn]) -> bool:
     return bool(roles) and all(role == ("user", "assistant")[i % 2] for i, role in enumerate(roles))
 
 
+# What a picture's caption is the answer to, in training by turns; the first one is used for scoring.
+CAPTION_QUESTIONS = (
+    "Describe the picture.",
+    "What is in this picture?",
+    "What does the picture show?",
+    "Write a caption for this photo.",
+)
+
+
 # --- the formats --------------------------------------------------------------------------------------------
 
 # https://github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT
@@ -113,6 +122,18 @@ def _alpaca_stretches(turns: Sequence[Turn], _: PreTrainedTokenizerBase) -> list
         stretches.append(f"\n\n### Instruction:\n{user.text}{given}\n\n### Response:\n")
     stretches[0] = opening + stretches[0]
     return stretches
+
+
+def _brief_stretches(turns: Sequence[Turn], _: PreTrainedTokenizerBase) -> list[str]:
+    """A few tokens where Alpaca's opening has forty: for short questions, such as those about pictures."""
+    opening = f"{turns[0].text}\n\n" if turns[0].role == "system" and turns[0].text else ""
+    stretches = []
+    for user in turns:
+        if user.role == "user":
+            text = f"{user.text}\n{user.input}" if user.input else user.text
+            stretches.append(f"Question: {text}\nAnswer:\n")
+    # A line break ends the answer before it, whatever its end token looks like to the decoder.
+    return [opening + stretches[0], *(f"\n{text}" for text in stretches[1:])]
 
 
 def _render_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:
@@ -167,6 +188,12 @@ _TEMPLATES = {
         end_token=_eos_token,
         writes_control_tokens=False,
         stop_strings=("### Instruction:",),
+    ),
+    "brief": _Template(
+        stretches=_brief_stretches,
+        end_token=_eos_token,
+        writes_control_tokens=False,
+        stop_strings=("\nQuestion:",),
     ),
     "chat": _Template(stretches=_chat_stretches, end_token=_chat_end_token, writes_control_tokens=True),
 }

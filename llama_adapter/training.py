@@ -10,17 +10,18 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoint import save_adapter
-from llama_adapter.data import Example
+from llama_adapter.data import Example, PictureFile
 from llama_adapter.errors import UsageError
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.packing import accumulate_gradient, mean_answer_loss
@@ -39,6 +40,7 @@ class TrainingSettings:
         gate_learning_rate: the gates' own peak; None takes the prompts'. On few rows a high rate for the
             prompts and a low one for the gates learns faster: the prompts have to leave the noise that they
             start from, and the gates must not let it in meanwhile.
+        projection_learning_rate: that of the pictures' projection; None takes the prompts'.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         max_steps: ends the run (and its schedule) early.
         validate_every, checkpoint_every: in steps. None validates ten times, at least once an epoch.
@@ -52,6 +54,7 @@ class TrainingSettings:
     base_learning_rate: float = 9e-3
     learning_rate: float | None = None
     gate_learning_rate: float | None = None
+    projection_learning_rate: float | None = None
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float | None = None
@@ -70,7 +73,8 @@ class TrainingSettings:
             raise UsageError(
                 f"warmup-epochs is {self.warmup_epochs}; expected 0 to {self.epochs}, the epochs"
             )
-        for name in ("base_learning_rate", "learning_rate", "gate_learning_rate", "max_grad_norm"):
+        rates = [field.name for field in dataclasses.fields(self) if field.name.endswith("learning_rate")]
+        for name in (*rates, "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name.replace('_', '-')} is {value}; expected a number above 0")
@@ -114,6 +118,8 @@ class Trainer:
         output: folder of the run and of the best adapter.
         data: what tells these rows from others (names, fingerprints); kept with the adapter, and a resume
             must find it again.
+        features: (F,) of each picture of the rows; None where they have none.
+        occurrences: how often each training row comes up in an epoch, on average; None is once each.
     """
 
     model: LlamaAdapter
@@ -123,6 +129,8 @@ class Trainer:
     settings: TrainingSettings
     output: Path
     data: dict[str, Any] = field(default_factory=dict)
+    features: Mapping[PictureFile, Tensor] | None = None
+    occurrences: Sequence[float] | None = None
 
     def run(self, *, resume: bool = False) -> float:
         """Train to the end, or on from the last checkpoint; returns the best validation loss in nats a token.
@@ -139,16 +147,12 @@ class Trainer:
         assert isinstance(adapter, Adapter)
         adapter.requires_grad_(True)
         optimizer = torch.optim.AdamW(
-            [
-                {"params": [adapter.prompts], "peak": self.settings.peak_learning_rate},
-                {
-                    "params": [adapter.gates],
-                    "peak": self.settings.gate_learning_rate or self.settings.peak_learning_rate,
-                },
-            ],
+            self._parameter_groups(adapter),
             betas=self.settings.betas,
             weight_decay=self.settings.weight_decay,
         )
+        if not self._order(0):
+            raise UsageError("the weights of the data leave no row to train on in an epoch; raise them")
         made_of = dataclasses.asdict(dataclasses.replace(adapter.config, training={}))
         rows = {"train_rows": len(self.train_examples), "validation_rows": len(self.validation_examples)}
         description = {
@@ -171,12 +175,24 @@ class Trainer:
             folder.close_metrics()
         return progress.best_loss
 
+    def _parameter_groups(self, adapter: Adapter) -> list[dict[str, Any]]:
+        peak, settings = self.settings.peak_learning_rate, self.settings
+        groups: list[tuple[list[nn.Parameter], float]] = [
+            ([adapter.prompts], peak),
+            ([adapter.gates], settings.gate_learning_rate or peak),
+        ]
+        if adapter.projection is not None:
+            own = settings.projection_learning_rate or peak
+            groups.append((list(adapter.projection.parameters()), own))
+        return [{"params": parameters, "peak": rate} for parameters, rate in groups]
+
     def _steps(
         self, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: _Progress, folder: RunFolder
     ) -> None:
         settings = self.settings
-        total = settings.total_steps(len(self.train_examples))
-        per_epoch = math.ceil(len(self.train_examples) / settings.batch_size)
+        rows = len(self._order(0))
+        total = settings.total_steps(rows)
+        per_epoch = math.ceil(rows / settings.batch_size)
         validate_every = settings.validate_every or min(per_epoch, math.ceil(total / 10))
         pace = _Pace(progress, total)
         bad = 0
@@ -224,10 +240,11 @@ class Trainer:
                     }
                     folder.save_checkpoint(progress.step, state)
                 if bad == MAX_BAD_STEPS:
-                    rows = ", ".join(str(example.row) for example in batch[:20])
+                    numbers = ", ".join(str(example.row) for example in batch[:20])
                     raise UsageError(
-                        f"the loss was not finite {bad} steps in a row, last in the rows {rows}; the weights "
-                        f"before are kept in {self.output}; look at these rows or lower the learning rate"
+                        f"the loss was not finite {bad} steps in a row, last in the rows {numbers}; the "
+                        f"weights before are kept in {self.output}; look at these rows "
+                        "or lower the learning rate"
                     )
                 if stop.is_set() and not last:
                     folder.line.say(
@@ -239,14 +256,28 @@ class Trainer:
     def _batches(self, first: int, last: int) -> Iterator[list[Example]]:
         """The batches of steps first..last; an epoch's order depends on the seed and its number only."""
         size = self.settings.batch_size
-        per_epoch = math.ceil(len(self.train_examples) / size)
+        per_epoch = math.ceil(len(self._order(0)) / size)
         order: list[int] = []
         for step in range(first, last):
             epoch, place = divmod(step, per_epoch)
             if not order or place == 0:
-                generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-                order = torch.randperm(len(self.train_examples), generator=generator).tolist()
+                order = self._order(epoch)
             yield [self.train_examples[i] for i in order[place * size : (place + 1) * size]]
+
+    def _order(self, epoch: int) -> list[int]:
+        """The rows of an epoch in their order, as many in each."""
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.train_examples), generator=generator)
+        if self.occurrences is not None:
+            # Each row is a stretch of a line, as long as it is to occur; it does for each half number in it.
+            lengths = torch.tensor(self.occurrences, dtype=torch.float64)[order]
+            # Rounded, since what the lengths add up to differs in its last digits from order to order.
+            ends = (lengths.cumsum(0) + 0.5).round(decimals=6).floor().long()
+            counts = ends.diff(prepend=ends.new_zeros(1))
+            order = order.repeat_interleave(counts)
+            order = order[torch.randperm(len(order), generator=generator)]
+        rows: list[int] = order.tolist()
+        return rows
 
     def _gradient(self, adapter: Adapter, batch: Sequence[Example]) -> tuple[float, float]:
         """Accumulate the gradient of the batch's mean loss a token; returns the loss and the norm."""
@@ -255,6 +286,7 @@ class Trainer:
             batch,
             device=self.model.decoder.device,
             max_tokens=self.settings.max_tokens,
+            features=self.features,
             adapter=self.adapter,
         )
         limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
@@ -267,6 +299,7 @@ class Trainer:
             self.validation_examples,
             device=self.model.decoder.device,
             max_tokens=self.settings.max_tokens,
+            features=self.features,
             progress=lambda done: folder.line.show(f"validation {done}/{rows} rows"),
             adapter=self.adapter,
         )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+import math
+from dataclasses import replace
 
-from llama_adapter.adapter import Adapter
-from tests.tiny_models import CONFIG
+import pytest
+import torch
+from torch import Tensor
+
+from llama_adapter.adapter import Adapter, Projection
+from tests.tiny_models import CONFIG, VISION
 
 
 def test_prompts_start_normal_and_gates_at_zero() -> None:
@@ -33,3 +38,99 @@ def test_the_generator_decides_and_the_global_one_is_left_alone() -> None:
     one, same, other = (Adapter(CONFIG, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
     assert torch.equal(one.prompts, same.prompts) and not torch.equal(one.prompts, other.prompts)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def build_seeing(*, image_tokens: int = 1, seed: int = 0) -> Adapter:
+    """An adapter whose projection has seen features of every size."""
+    vision = replace(VISION, image_tokens=image_tokens)
+    adapter = Adapter(replace(CONFIG, vision=vision), torch.Generator().manual_seed(seed))
+    assert adapter.projection is not None
+    adapter.projection.fit(random_features(20) * torch.arange(1.0, 7.0) + 3)
+    return adapter
+
+
+def random_features(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, VISION.feature_width, generator=torch.Generator().manual_seed(seed))
+
+
+def gelu(number: float) -> float:
+    return number * 0.5 * (1 + math.erf(number / math.sqrt(2)))
+
+
+def plain_image_tokens(projection: Projection, features: Tensor) -> list[list[float]]:
+    """(F,) -> each of the image tokens, number by number (eq. 9)."""
+    given = [
+        (float(x) - float(mean)) * float(scale)
+        for x, mean, scale in zip(features, projection.mean, projection.scale, strict=True)
+    ]
+    weights = {name: tensor.tolist() for name, tensor in projection.state_dict().items()}
+
+    def linear(name: str, inputs: list[float]) -> list[float]:
+        rows = zip(weights[f"{name}.weight"], weights[f"{name}.bias"], strict=True)
+        return [sum(w * x for w, x in zip(row, inputs, strict=True)) + bias for row, bias in rows]
+
+    flat = linear("up", [gelu(x) for x in linear("down", given)])
+    width = len(flat) // projection.tokens
+    return [flat[start : start + width] for start in range(0, len(flat), width)]
+
+
+@pytest.mark.parametrize("image_tokens", [1, 10])
+@torch.no_grad()
+def test_a_picture_is_added_to_every_prompt_of_every_layer(image_tokens: int) -> None:
+    adapter = build_seeing(image_tokens=image_tokens)
+    assert adapter.projection is not None
+    features, owners = random_features(4, seed=1), torch.tensor([2, 0, 2, 2])  # none for row 1
+    prompts = adapter(features, owners, 3)
+    assert prompts.shape == (3, 6, 10, 64)
+    tokens = [plain_image_tokens(adapter.projection, picture) for picture in features]
+    for row in range(3):
+        own = [tokens[number] for number, owner in enumerate(owners.tolist()) if owner == row]
+        for k in range(10):
+            place = k if image_tokens > 1 else 0
+            columns = zip(*(image[place] for image in own), strict=True)
+            image = torch.tensor([math.fsum(column) / len(own) for column in columns] or 0.0)
+            for layer in range(6):
+                expected = adapter.prompts[layer, k] + image
+                torch.testing.assert_close(prompts[row, layer, k], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(prompts[1], adapter.prompts), "bit for bit"
+
+
+def test_a_row_without_a_picture_is_the_text_adapter_bit_for_bit() -> None:
+    seeing, blind = build_seeing(seed=3), Adapter(CONFIG, torch.Generator().manual_seed(3))
+    assert torch.equal(seeing(), blind())
+    mixed = seeing(random_features(1), torch.tensor([1]), 2)
+    assert torch.equal(mixed[0], blind()[0]) and not torch.allclose(mixed[1], blind()[0])
+
+
+def test_several_pictures_may_come_in_any_order() -> None:
+    adapter, features = build_seeing(), random_features(3)
+    one = adapter(features, torch.tensor([0, 1, 0]), 2)
+    other = adapter(features[[2, 1, 0]], torch.tensor([0, 1, 0]), 2)
+    torch.testing.assert_close(one, other)
+    twice = adapter(features[[0, 0]], torch.tensor([0, 0]), 1)  # averaged, not summed
+    torch.testing.assert_close(twice, adapter(features[:1], torch.tensor([0]), 1))
+
+
+def test_the_projection_standardises_what_it_was_fitted_to() -> None:
+    adapter = build_seeing()
+    projection = adapter.projection
+    assert projection is not None
+    features = random_features(50, seed=2) * torch.tensor([0.1, 1, 5, 10, 100, 0]) + 7
+    projection.fit(iter(features))
+    seen = (features - projection.mean) * projection.scale
+    torch.testing.assert_close(seen.mean(0), torch.zeros(6), rtol=0, atol=1e-4)
+    torch.testing.assert_close(seen.std(0, correction=0)[:5], torch.ones(5))
+    assert not seen[:, 5].any(), "a channel that never stirs is nothing"
+    assert projection.scale.max() <= 100, "and no picture that does stir it drowns the rest"
+    assert {name for name, _ in adapter.named_parameters()} == {
+        "prompts",
+        "gates",
+        *(f"projection.{layer}.{kind}" for layer in ("down", "up") for kind in ("weight", "bias")),
+    }
+    assert set(adapter.state_dict()) - {name for name, _ in adapter.named_parameters()} == {
+        "projection.mean",
+        "projection.scale",
+    }

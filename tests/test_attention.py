@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -202,33 +203,15 @@ def test_projected_prompts_are_what_the_layers_would_compute(model: LlamaAdapter
 
 
 class FixedPrompts:
-    """Prompts with the keys and values, and the mask, that a test gives."""
+    """Prompts with the keys and values that a test gives."""
 
     first_layer = 0
 
-    def __init__(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
-        self.tensors, self.mask = (keys, values), mask
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.tensors = keys, values
 
     def of_layer(self, attention: torch.nn.Module) -> tuple[Tensor, Tensor]:
         return self.tensors
-
-
-@pytest.mark.parametrize("stock", ["sdpa", "eager"])
-def test_the_prompts_mask_says_which_token_sees_which_prompt(model: LlamaAdapter, stock: str) -> None:
-    layer = attention_layers(model.decoder)[0]
-    query, key, value = random_tensors((1, 4, 2, 8), (1, 2, 2, 8), (1, 2, 2, 8))
-    keys, values = random_tensors((1, 4, 4, 8), (1, 4, 4, 8))
-    mask = torch.tensor([[[[True, True, False, False], [False, False, True, True]]]])
-    causal = torch.zeros(1, 1, 2, 2).masked_fill(~torch.ones(2, 2, dtype=torch.bool).tril(), -torch.inf)
-
-    def attention(prompts: FixedPrompts | None) -> Tensor:
-        return gated_attention(stock, layer, query, key, value, causal, scaling=0.5, prompts=prompts)[0]
-
-    both = attention(FixedPrompts(keys, values, mask))
-    for token, seen in enumerate((slice(0, 2), slice(2, 4))):
-        alone = attention(FixedPrompts(keys[:, :, seen], values[:, :, seen]))
-        torch.testing.assert_close(both[:, token], alone[:, token])
-    assert not torch.allclose(both, attention(None))
 
 
 # --- packed rows --------------------------------------------------------------------------------------------
@@ -270,3 +253,23 @@ def test_the_stock_mask_comes_with_the_gated_attention(stock: str) -> None:
     assert "flash" not in name and "/" not in name
     assert name in AttentionInterface() and register(stock) == name
     assert AttentionMaskInterface()[name] is AttentionMaskInterface()[stock]
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_each_packed_row_reads_its_own_prompts(model: LlamaAdapter, softcap: float | None) -> None:
+    layer = attention_layers(model.decoder)[0]
+    sets = (1, 1, 0, 2)
+    segments = tuple(replace(segment, prompts=row) for segment, row in zip(PACKED, sets, strict=True))
+    query, key, value = random_tensors((1, 4, 18, 8), (1, 2, 18, 8), (1, 2, 18, 8))
+    keys, values = random_tensors((3, 4, 5, 8), (3, 4, 5, 8))
+
+    def attention(prompts: FixedPrompts | None) -> Tensor:
+        options = {"scaling": 0.5, "softcap": softcap, "segments": segments, "prompts": prompts}
+        return gated_attention("sdpa", layer, query, key, value, None, **options)[0]
+
+    own = attention(FixedPrompts(keys, values))
+    for segment, row in zip(segments, sets, strict=True):
+        places = slice(segment.start, segment.stop)
+        same = attention(FixedPrompts(keys[row : row + 1], values[row : row + 1]))
+        torch.testing.assert_close(own[:, places], same[:, places])
+        assert not torch.allclose(own[:, places], attention(None)[:, places])

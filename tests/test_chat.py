@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import re
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
 
 from llama_adapter.chat import Conversation
 from llama_adapter.errors import UsageError
+from llama_adapter.generate import Answer
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn
-from tests.scripted import ScriptedModel, build_scripted_model
+from tests.scripted import MeanColour, ScriptedModel, build_scripted_model
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_model
 
@@ -267,3 +273,118 @@ def test_a_decoder_without_a_limit_reads_everything(
     for number in range(30):
         list(chat.ask(f"Question {number}?"))
     assert chat.dropped == 0 and len(read[-1]) == 59
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+SEES = "sees"  # the adapter that does
+RED, BLUE, GREEN = (Image.new("RGB", (4, 4), colour) for colour in ("#ff0000", "#0000ff", "#00ff00"))
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures were encoded, each time that any were."""
+    counts: list[int] = []
+    encode = MeanColour.encode
+
+    def counted(self: MeanColour, pixels: Tensor) -> Tensor:
+        counts.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(MeanColour, "encode", counted)
+    return counts
+
+
+@pytest.fixture
+def sighted() -> Conversation:
+    model = build_scripted_model(seeing=(SEES,))
+    return Conversation(model, adapter=SEES, sampling=Sampling(max_new_tokens=60))
+
+
+def seen(answer: Answer) -> list[str]:
+    """The colours of the pictures that an answer was made with."""
+    found = re.search(r"saw: (.*)", "".join(answer))
+    return found[1].split() if found else []
+
+
+def test_a_picture_stays_known_until_another_comes(sighted: Conversation, encoded: list[int]) -> None:
+    assert seen(sighted.ask("Hello?")) == [] and not encoded
+    assert seen(sighted.ask("What is it?", [RED])) == ["#ff0000"]
+    assert seen(sighted.ask("And its colour?")) == ["#ff0000"]
+    assert seen(sighted.ask("And these?", [BLUE, GREEN])) == ["#0000ff", "#00ff00"]
+    assert seen(sighted.ask("Which is greener?")) == ["#0000ff", "#00ff00"]
+    assert sum(encoded) == 3, "each once"
+    assert [len(exchange.images) for exchange in sighted.exchanges] == [0, 1, 0, 2, 0]
+    assert not sighted.unseen
+    sighted.clear()
+    assert seen(sighted.ask("Hello?")) == []
+
+
+def test_whatever_is_taken_back_the_right_picture_is_seen(sighted: Conversation, encoded: list[int]) -> None:
+    for question, images in (("One?", [RED]), ("Two?", [BLUE]), ("Three?", [])):
+        list(sighted.ask(question, images))
+    assert seen(sighted.retry()) == ["#0000ff"]
+    assert seen(sighted.edit(1, "Two, anew?")) == ["#0000ff"], "a question keeps its picture"
+    assert seen(sighted.retry()) == ["#0000ff"]
+    sighted.undo()
+    assert seen(sighted.ask("Three?")) == ["#ff0000"]
+    assert seen(sighted.edit(0, "One, anew?")) == ["#ff0000"]
+    sighted.undo()
+    assert seen(sighted.ask("Four?")) == []
+    assert sum(encoded) == 2
+
+
+def test_pictures_may_be_files_and_contents(sighted: Conversation, tmp_path: Path) -> None:
+    path = tmp_path / "red.png"
+    RED.save(path)
+    assert seen(sighted.ask("What?", [path, str(path), path.read_bytes(), RED])) == ["#ff0000"] * 4
+    assert all(isinstance(image, Image.Image) for image in sighted.exchanges[0].images)
+
+
+@pytest.mark.parametrize("picture", ["missing.png", b"no picture", "https://example.org/a.png"])
+def test_what_is_no_picture_changes_nothing(sighted: Conversation, picture: str | bytes) -> None:
+    running = sighted.ask("What is it?", [RED])
+    next(running)
+    with pytest.raises(UsageError):
+        sighted.ask("And this?", [BLUE, picture])
+    assert len(sighted.exchanges) == 1 and list(running), "the answer goes on"
+    assert seen(sighted.ask("And now?")) == ["#ff0000"]
+
+
+@pytest.mark.parametrize("blind", ["one", NO_ADAPTER])
+def test_an_adapter_that_does_not_see_says_so(sighted: Conversation, encoded: list[int], blind: str) -> None:
+    chat = Conversation(sighted.model, adapter=blind, sampling=sighted.sampling)
+    list(chat.ask("Hello?"))
+    with pytest.raises(UsageError, match="knows nothing of pictures"):
+        chat.ask("What is it?", [RED])
+    assert said(chat) == [("Hello?", chat.exchanges[0].answer.text)] and not encoded
+    assert not chat.unseen
+
+    chat.adapter = SEES
+    list(chat.ask("What is it?", [RED]))
+    chat.adapter = blind
+    assert not chat.unseen
+    assert seen(chat.ask("And its colour?")) == [] and chat.unseen
+    assert seen(chat.retry()) == [] and chat.unseen
+    chat.adapter = SEES
+    assert seen(chat.ask("Its colour?")) == ["#ff0000"] and not chat.unseen
+    chat.undo()
+    assert chat.unseen, "of the answer before that is true"
+    chat.undo()
+    assert not chat.unseen
+    list(chat.ask("Its colour?"))
+    chat.adapter = blind
+    list(chat.edit(0, "Hello again?"))
+    assert not chat.unseen, "there is no picture any more"
+
+
+def test_another_tower_looks_again(sighted: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Negative(MeanColour):
+        key = "negative"
+
+        def prepare(self, images: Sequence[Image.Image]) -> Tensor:
+            return 255 - super().prepare(images)
+
+    list(sighted.ask("What is it?", [RED]))
+    monkeypatch.setattr(sighted.model, "tower", lambda adapter=None: Negative())
+    assert seen(sighted.ask("And now?")) == ["#00ffff"]

@@ -9,6 +9,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from llama_adapter.checkpoint import (
     save_adapter,
 )
 from llama_adapter.errors import UsageError
-from tests.tiny_models import CONFIG, SHAPE
+from tests.tiny_models import CONFIG, SHAPE, VISION
 
 
 @pytest.fixture
@@ -74,6 +75,41 @@ def test_what_is_saved_comes_back_bit_for_bit(adapter: Adapter, folder: Path) ->
     for name, parameter in adapter.named_parameters():
         loaded = again.get_parameter(name)
         assert torch.equal(loaded, parameter) and loaded.requires_grad and loaded.device.type == "cpu"
+
+
+def test_an_adapter_that_sees_is_kept_with_its_projection(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    seeing = Adapter(replace(CONFIG, vision=VISION), generator)
+    assert seeing.projection is not None
+    features = torch.randn(4, VISION.feature_width, generator=generator)
+    seeing.projection.fit(features)
+    save_adapter(seeing, tmp_path)
+    stored = load_file(tmp_path / WEIGHTS_FILE)
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
+        "prompts": (6, 10, 64),
+        "gates": (6, 4),
+        "projection.mean": (6,),
+        "projection.scale": (6,),
+        "projection.down.weight": (5, 6),
+        "projection.down.bias": (5,),
+        "projection.up.weight": (64, 5),
+        "projection.up.bias": (64,),
+    }
+    again = load_adapter(tmp_path)
+    assert again.config == seeing.config
+    assert torch.equal(again(features, torch.arange(4), 4), seeing(features, torch.arange(4), 4))
+    trained = {name for name, parameter in again.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in seeing.named_parameters()}
+
+    change_state(tmp_path, lambda state: state.pop("projection.mean"))
+    assert "'projection.mean' is missing" in refusal(lambda: load_adapter(tmp_path))
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    config["vision"]["feature_width"] = 10**12
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    change_state(tmp_path, put("projection.mean", torch.zeros(6)))
+    assert "its config says (5, 1000000000000)" in refusal(lambda: load_adapter(tmp_path))
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({**config, "vision": None}))
+    assert "'projection.down.bias' is not one of an adapter" in refusal(lambda: load_adapter(tmp_path))
 
 
 def test_any_dtype_is_kept_in_float32(adapter: Adapter, tmp_path: Path) -> None:

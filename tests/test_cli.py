@@ -27,12 +27,13 @@ from llama_adapter.fetch import PROVENANCE
 from llama_adapter.generate import Answer
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.sampling import Sampling
-from llama_adapter.template import question_turn
+from llama_adapter.template import Turn, question_turn
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder
+from tests.tiny_models import build_tiny_decoder, build_tiny_tower_folder, draw_picture, sight_of
 
 BASE, ADAPTER, BETTER = "smollm2-135m-instruct", "smollm2-135m-alpaca", "smollm2-135m-vision"
+SEEING = "seeing"  # an adapter's name that is none of the shipped ones
 GREEDY = ("--temperature", "0", "--max-new-tokens", "12")
 NOTE = "the bare base answers"
 
@@ -69,9 +70,11 @@ def refusal(*words: str, stdin: bytes = b"") -> str:
 
 
 def make_adapter(folder: Path, decoder: Any, *, base: str, seed: int = 1, **settings: Any) -> None:
-    """An adapter whose gates are far from zero."""
+    """An adapter whose gates are far from zero, and to which pictures say much."""
     model = LlamaAdapter(decoder, base=base)
     adapter = model.new_adapter("tiny", adapted_layers=2, seed=seed, **settings)
+    if adapter.projection is not None:
+        torch.nn.init.normal_(adapter.projection.up.weight, generator=torch.Generator().manual_seed(seed))
     torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(seed))
     save_adapter(adapter, folder)
 
@@ -88,6 +91,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         tokenizer.save_pretrained(folder / name)
         if name == BASE:
             make_adapter(folder / ADAPTER, decoder, base=BASE)
+            build_tiny_tower_folder(folder / "tiny-tower")
+            sight = sight_of(folder, "tiny-tower")
+            make_adapter(folder / SEEING, decoder, base=BASE, vision=sight)
     (folder / BASE / PROVENANCE).write_text('{"file_bytes": {}}')  # as if `fetch` had made it
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAMA_ADAPTER_WEIGHTS", str(folder))
@@ -102,7 +108,7 @@ def model(weights: Path) -> LlamaAdapter:
     return LlamaAdapter.from_pretrained(ADAPTER)
 
 
-def greedy(model: LlamaAdapter, question: str, **kwargs: Any) -> str:
+def greedy(model: LlamaAdapter, question: str | list[Turn], **kwargs: Any) -> str:
     return model.chat(question, sampling=Sampling(temperature=0, max_new_tokens=12), **kwargs)
 
 
@@ -115,7 +121,8 @@ import sys
 import llama_adapter
 from llama_adapter.__main__ import main
 for words in (["--help"], ["ask", "--help"], ["--version"], ["fetch", {BASE!r}], ["ask", ""], ["nothing"],
-              ["ask", "hi", "--top-p", "nan"], ["ask", "hi", "--dtype", "float8"]):
+              ["ask", "hi", "--top-p", "nan"], ["ask", "hi", "--dtype", "float8"],
+              ["ask", "hi", "--image", "missing.png"]):
     sys.argv = ["llama-adapter", *words]
     try:
         main()
@@ -368,7 +375,7 @@ def test_another_adapter_takes_over(weights: Path, model: LlamaAdapter, tmp_path
         "/adapter none", "Hello?", f"/adapter {tmp_path / 'second'}", "/adapter", "/adapter nothing"
     )
     assert greedy(model, "Hello?", adapter="none") in out
-    assert "none answers\n" in out and f"second answers; there are none, {ADAPTER}, second\n" in out
+    assert "none answers\n" in out and f"second answers; there are none, {ADAPTER}, second" in out
     assert err.startswith("error: no adapter 'nothing'")
 
 
@@ -393,7 +400,9 @@ def test_a_bad_line_is_told_and_the_chat_goes_on(
 
 def test_help_names_every_command_of_the_chat() -> None:
     shown = chat("/help").out
-    assert all(name in shown for name in ("/retry", "/undo", "/clear", "/adapter", "/exit", "Ctrl-C"))
+    assert all(
+        name in shown for name in ("/image", "/retry", "/undo", "/clear", "/adapter", "/exit", "Ctrl-C")
+    )
 
 
 def test_a_path_is_no_command(model: LlamaAdapter) -> None:
@@ -431,6 +440,102 @@ def test_ctrl_c_at_the_prompt_ends_the_chat(monkeypatch: pytest.MonkeyPatch) -> 
     assert chat() == (130, "", "stopped\n")
 
 
+# --- pictures -----------------------------------------------------------------------------------------------
+
+SEES = (*GREEDY, "--adapter", SEEING)
+
+
+@pytest.fixture(scope="module")
+def seeing(weights: Path) -> LlamaAdapter:
+    return LlamaAdapter.from_pretrained(SEEING)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory, seeing: LlamaAdapter) -> list[str]:
+    """Pictures after which the tiny adapter says something else than without, and than after the other."""
+    folder = tmp_path_factory.mktemp("pictures")
+    files = [str(draw_picture(folder / f"my {name}.png", name)) for name in ("red", "blue")]
+    said = {greedy(seeing, "What is it?", image=some) for some in (None, files[:1], files[1:], files)}
+    assert len(said) == 4, "else these tests show nothing"
+    return files
+
+
+def test_ask_looks_at_one_picture_or_several(seeing: LlamaAdapter, colours: list[str]) -> None:
+    for files in (colours[:1], colours[1:], colours):
+        options = [word for file in files for word in ("--image", file)]
+        code, out, err = invoke("ask", "What is it?", *SEES, *options)
+        assert (code, out.strip(), err) == (0, greedy(seeing, "What is it?", image=files), "")
+
+
+def test_what_is_no_picture_is_refused_before_the_model_loads(
+    monkeypatch: pytest.MonkeyPatch, colours: list[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(LlamaAdapter, "from_pretrained", mock.Mock(side_effect=Sudden))
+    (tmp_path / "text.jpg").write_text("no picture")
+    for file, expected in (
+        ("missing.png", "missing.png: there is no such file"),
+        (str(tmp_path), "a folder; expected a picture's file"),
+        (str(tmp_path / "text.jpg"), "text.jpg: not a picture"),
+        ("", "''"),
+        ("https://example.org/cat.jpg", "URLs are not fetched unless allowed"),
+        ("http://127.0.0.1:1/cat.jpg", "--allow-urls"),
+    ):
+        assert expected in refusal("ask", "hi", *SEES, "--image", colours[0], "--image", file)
+    private = refusal("ask", "hi", *SEES, "--allow-urls", "--image", "http://127.0.0.1:1/cat.jpg")
+    assert "leads into a private network" in private
+
+
+def test_pictures_are_refused_where_nobody_would_look(colours: list[str]) -> None:
+    for adapter, expected in ((ADAPTER, f"adapter {ADAPTER!r} knows nothing"), ("none", "the bare base")):
+        words = ("ask", "hi", *GREEDY, "--adapter", adapter, "--image", colours[0])
+        assert expected in refusal(*words)
+
+
+def test_a_chat_remembers_its_picture(seeing: LlamaAdapter, colours: list[str]) -> None:
+    red, blue = colours
+    code, out, err = chat(f"/image {red}", "What is it?", "And now?", f"/image {blue}", "This?", options=SEES)
+    first = greedy(seeing, "What is it?", image=red)
+    turns = [Turn("user", "What is it?"), Turn("assistant", first), Turn("user", "And now?")]
+    second = greedy(seeing, turns, image=red)
+    assert second != greedy(seeing, turns)
+    turns += [Turn("assistant", second), Turn("user", "This?")]
+    third = greedy(seeing, turns, image=blue)
+    told = "1 picture for the next question"
+    assert (code, err) == (0, "")
+    assert out.split() == f"{told} {first} {second} {told} {third}".split()
+
+
+def test_pictures_of_a_chat_are_added_up_and_forgotten(seeing: LlamaAdapter, colours: list[str]) -> None:
+    red, blue = colours
+    result = chat(f"/image {red}", f"/image  {blue}", "What is it?", options=SEES)
+    both = greedy(seeing, "What is it?", image=colours)
+    assert (
+        result.out.split()
+        == f"1 picture for the next question 2 pictures for the next question {both}".split()
+    )
+    result = chat(f"/image {red}", "/clear", "What is it?", options=SEES)
+    assert result.out.split("forgotten\n")[1].strip() == greedy(seeing, "What is it?")
+
+
+def test_a_bad_picture_is_told_and_the_chat_goes_on(seeing: LlamaAdapter) -> None:
+    for line, expected in (
+        ("/image", "/image wants a picture's file: /image photo.jpg"),
+        ("/image missing.png", "missing.png: there is no such file"),
+        ("/image https://example.org/cat.jpg", "URLs are not fetched unless allowed"),
+    ):
+        code, out, err = chat(line, "What is it?", options=SEES)
+        assert (code, out.strip()) == (0, greedy(seeing, "What is it?"))
+        assert err.startswith("error: ") and expected in err and err.count("\n") == 1
+    assert "knows nothing of pictures" in chat("/image missing.png").err
+
+
+def test_a_picture_that_was_not_looked_at_is_told_with_the_answer(colours: list[str]) -> None:
+    lines = (f"/image {colours[0]}", "What is it?", f"/adapter {ADAPTER}", "And now?", "/help", "/adapter",
+             f"/adapter {SEEING}", "And now?", "/undo", "/retry")  # fmt: skip
+    code, _, err = chat(*lines, options=SEES)
+    assert (code, err) == (0, f"({ADAPTER} knows nothing of pictures: yours was not looked at)\n")
+
+
 # --- info and convert ---------------------------------------------------------------------------------------
 
 
@@ -446,6 +551,16 @@ def test_info_tells_what_an_adapter_is(weights: Path, tmp_path: Path) -> None:
     assert facts["parameters"] == f"{2 * 10 * 32 + 2 * 4:,} trainable" and facts["size"].endswith(" MiB")
     assert "3 layers" in facts["shape"] and facts["source"] == "data.json" and facts["settings"] == "epochs 5"
     assert "\x1b" not in out
+    assert facts["pictures"] == "none: text alone"
+
+
+def test_info_tells_how_an_adapter_sees(weights: Path) -> None:
+    sight = load_adapter(weights / SEEING).config.vision
+    assert sight is not None
+    tower = f"tiny-tower ({sight.tower_fingerprint}), depths 1, 2: 32 features, 1 image token"
+    assert f"pictures     by the tower {tower}\n" in invoke("info", SEEING).out
+    trainable = 2 * 10 * 32 + 2 * 4 + (32 + 1) * 5 + (5 + 1) * 32
+    assert f"{trainable:,} trainable" in invoke("info", SEEING).out
 
 
 def test_info_by_name_says_where_it_is(weights: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from llama_adapter.config import AdapterConfig, DecoderShape, default_adapted_layers
 from llama_adapter.errors import UsageError
-from tests.tiny_models import CONFIG, SHAPE
+from tests.tiny_models import CONFIG, SHAPE, VISION
+
+SEEING = dataclasses.replace(CONFIG, vision=VISION)
 
 
 def test_defaults_are_the_paper_s() -> None:
@@ -40,12 +42,38 @@ def test_what_is_stored_is_exactly_this() -> None:
         "adapted_layers": 6,
         "prompt_length": 10,
         "template": "alpaca",
+        "vision": None,
         "format_version": 1,
         "training": {"epochs": 2},
         "base_fingerprint": "de911a80a7731c2c",
     }
     assert config.to_dict() == stored
     assert AdapterConfig.from_dict(json.loads(json.dumps(stored)), "file") == config
+
+
+def test_how_it_sees_is_stored_as_this() -> None:
+    stored = SEEING.to_dict()
+    assert stored["vision"] == {
+        "tower": "tiny",
+        "tower_fingerprint": "0" * 16,
+        "depths": [1, 2],
+        "feature_width": 6,
+        "bottleneck": 5,
+        "image_tokens": 1,
+    }
+    assert json.loads(json.dumps(stored)) == stored
+    assert AdapterConfig.from_dict(stored, "file") == SEEING
+    assert AdapterConfig.from_dict({**stored, "vision": None}, "file") == CONFIG
+    before = {name: value for name, value in stored.items() if name != "vision"}
+    assert AdapterConfig.from_dict(before, "file") == CONFIG, "as adapters were stored that never saw"
+
+
+def test_there_is_one_image_token_or_one_for_each_prompt() -> None:
+    dataclasses.replace(CONFIG, vision=dataclasses.replace(VISION, image_tokens=10))
+    with pytest.raises(
+        UsageError, match="image tokens: 3 given; choose 1, or one for each of the 10 prompts"
+    ):
+        dataclasses.replace(CONFIG, vision=dataclasses.replace(VISION, image_tokens=3))
 
 
 def test_every_size_is_in_the_fingerprint() -> None:
@@ -104,10 +132,28 @@ def with_value(value: Any, *path: str) -> Callable[[dict[str, Any]], None]:
         (with_value(32, "shape", "hidden_size"), "the file was edited"),
         (without("base_fingerprint"), "base_fingerprint"),
         (with_value("0" * 16, "base_fingerprint"), "the file was edited"),
+        (with_value("clip-mini", "vision"), "'vision' must be an object or null, found 'clip-mini'"),
+        (with_value([], "vision"), "'vision' must be an object or null"),
+        (with_value(True, "vision"), "'vision' must be an object or null"),
+        (with_value({}, "vision"), "missing key 'depths'"),
+        (without("vision", "tower"), "missing key 'tower'"),
+        (with_value(1, "vision", "surprise"), "unknown key 'surprise'"),
+        (with_value(None, "vision", "tower"), "'tower' must be str"),
+        (with_value("six", "vision", "feature_width"), "'feature_width' must be int"),
+        (with_value(True, "vision", "image_tokens"), "'image_tokens' must be int"),
+        (with_value("12", "vision", "depths"), "'depths' must be list"),
+        (with_value([], "vision", "depths"), "depths: [] given"),
+        (with_value([0, 1], "vision", "depths"), "depths: [0, 1] given; expected numbers from 1"),
+        (with_value([1, "2"], "vision", "depths"), "depths: [1, '2'] given"),
+        (with_value([[1]], "vision", "depths"), "depths: [[1]] given"),
+        (with_value(0, "vision", "feature_width"), "feature width: 0 given; choose 1 or more"),
+        (with_value(0, "vision", "bottleneck"), "bottleneck: 0 given; choose 1 or more"),
+        (with_value(-1, "vision", "image_tokens"), "image tokens: -1 given; choose 1 or more"),
+        (with_value(4, "vision", "image_tokens"), "image tokens: 4 given; choose 1, or one for each"),
     ],
 )
 def test_values_that_are_no_config_are_one_line(change: Callable[[dict[str, Any]], None], said: str) -> None:
-    values = CONFIG.to_dict()
+    values = SEEING.to_dict()
     change(values)
     with pytest.raises(UsageError) as error:
         AdapterConfig.from_dict(values, "some/file.json")
@@ -116,7 +162,7 @@ def test_values_that_are_no_config_are_one_line(change: Callable[[dict[str, Any]
 
 
 def test_the_values_given_are_left_as_they_were() -> None:
-    values = CONFIG.to_dict()
+    values = SEEING.to_dict()
     before = json.dumps(values)
     AdapterConfig.from_dict(values, "file")
     assert json.dumps(values) == before

@@ -13,9 +13,18 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_adapter.data import IGNORED, Record, encode_records, read_records, split_records
+from llama_adapter.data import (
+    IGNORED,
+    Record,
+    draw_pictures,
+    encode_records,
+    expect_text,
+    read_records,
+    shuffle_pictures,
+    split_records,
+)
 from llama_adapter.errors import UsageError
-from llama_adapter.template import Turn
+from llama_adapter.template import CAPTION_QUESTIONS, Turn
 from tests.tiny import build_tiny_tokenizer
 
 TINY = build_tiny_tokenizer()
@@ -118,6 +127,53 @@ def test_llava_rows_carry_their_pictures(write: Write) -> None:
     questions = [record.turns[0].text for record in records]
     assert questions == ["What is it?", "", "Which tag is it?\n<image>"]
     assert read_records(path, image_root="/photos")[0][0].images == (Path("/photos/cats/1.jpg"),)
+
+
+CAPTIONED = {"image": "dog.jpg", "captions": ["A dog runs .", " A  brown dog,\n running !", ""]}
+ASKED = {"image": "dog.jpg", "question": "What is it?", "answer": "a dog"}
+
+
+def test_a_row_of_captions_gives_a_record_of_each(write: Write) -> None:
+    path = write([CAPTIONED, {"image": ["a.jpg", "b.jpg"], "captions": ["Two."]}])
+    records, summary = read_records(path)
+    assert [record.turns[1].text for record in records] == ["A dog runs.", "A brown dog, running!", "Two."]
+    assert [record.images for record in records] == [
+        (path.parent / "dog.jpg",),
+        (path.parent / "dog.jpg",),
+        (path.parent / "a.jpg", path.parent / "b.jpg"),
+    ]
+    assert [record.row for record in records] == [1, 1, 2]
+    assert (summary.rows, summary.skipped) == (2, {"empty answer": 1})
+    assert all(record.turns[0].text in CAPTION_QUESTIONS for record in records)
+    many, _ = read_records(write([{**CAPTIONED, "captions": ["A dog."] * 5}] * 3))
+    assert {record.turns[0].text for record in many} == set(CAPTION_QUESTIONS), "asked for in every way"
+
+
+def test_questions_with_and_without_a_picture(write: Write) -> None:
+    path = write([ASKED, {"question": "Two and two?", "answer": "Four."}])
+    records, _ = read_records(path)
+    assert records == [
+        Record((Turn("user", "What is it?"), Turn("assistant", "a dog")), 1, (path.parent / "dog.jpg",)),
+        Record((Turn("user", "Two and two?"), Turn("assistant", "Four.")), 2),
+    ]
+
+
+def test_rows_of_a_split_are_read_with_those_that_name_none(write: Write) -> None:
+    rows = [{**ASKED, "split": "train"}, {**ASKED, "split": "test"}, ASKED, {**ASKED, "split": None}]
+    path = write(rows)
+    for split, expected in (("train", [1, 3, 4]), ("test", [2, 3, 4]), ("val", [3, 4]), (None, [1, 2, 3, 4])):
+        records, summary = read_records(path, split=split)
+        assert [record.row for record in records] == expected
+        assert summary.rows == len(expected)
+
+
+def test_an_unknown_split_is_told_with_those_there_are(write: Write) -> None:
+    path = write([{**ASKED, "split": name} for name in ("train", "test", "train")])
+    with pytest.raises(UsageError) as error:
+        read_records(path, split="val")
+    assert str(error.value) == f"{path} has no split 'val'; its splits are test, train"
+    bad = write([{**ASKED, "split": "train"}, {**ASKED, "split": "test", "answer": 3}])
+    assert len(read_records(bad, split="train")[0]) == 1, "what is not read cannot be at fault"
 
 
 def test_rows_that_teach_nothing_are_skipped_by_reason(write: Write) -> None:
@@ -227,7 +283,11 @@ def test_a_file_of_another_shape_is_refused(write: Write, content: bytes, expect
     [
         (None, "expected an object with named fields, found null"),
         ([COLOUR], "expected an object with named fields, found a list"),
-        ({}, "its fields are none; expected 'instruction' and 'output', or 'messages', or 'conversations'"),
+        (
+            {},
+            "its fields are none; expected 'instruction' and 'output', 'messages', 'conversations', "
+            "'question' or 'captions'",
+        ),
         ({"prompt": "", "answer": ""}, "its fields are 'prompt', 'answer'; expected 'instruction' and "),
         ({"instruction": "Name a colour."}, "field 'output' is missing"),
         ({"output": "Red."}, "field 'instruction' is missing"),
@@ -238,6 +298,14 @@ def test_a_file_of_another_shape_is_refused(write: Write, content: bytes, expect
         ({**COLOUR, "input": "\ud83d"}, "field 'input': the text is not valid Unicode"),
         ({**COLOUR, "image": ""}, "field 'image': expected the name of a picture file, found empty text"),
         ({**COLOUR, "image": {}}, "field 'image': expected the name of a picture file, found an object"),
+        ({"captions": ["A dog."]}, "it has captions but names no picture; expected one in 'image'"),
+        ({**CAPTIONED, "captions": "A dog."}, "field 'captions': expected a list of texts, found text"),
+        ({**CAPTIONED, "captions": ["A dog.", None]}, "field 'captions': expected a list of texts"),
+        ({**CAPTIONED, "captions": ["\ud83d"]}, "the text is not valid Unicode"),
+        ({**CAPTIONED, "image": [None]}, "field 'image': expected the name of a picture file, found null"),
+        ({"image": "dog.jpg", "question": "What is it?"}, "field 'answer' is missing"),
+        ({**ASKED, "question": ["What?"]}, "field 'question': expected text, found a list"),
+        ({"image": "dog.jpg"}, "its fields are 'image'; expected 'instruction' and 'output', 'messages'"),
         ({"messages": "Hi"}, "field 'messages': expected a list of messages, found text"),
         ({"messages": [True]}, "field 'messages', message 1: expected an object, found true or false"),
         ({"messages": [{"role": "user"}]}, "field 'messages', message 1: field 'content' is missing"),
@@ -314,7 +382,18 @@ def test_random_bytes_are_refused(scratch: Path, content: bytes) -> None:
     assert read_or_refuse(scratch, content) is None
 
 
-ROW_FIELDS = ("instruction", "input", "output", "messages", "conversations", "image")
+ROW_FIELDS = (
+    "instruction",
+    "input",
+    "output",
+    "messages",
+    "conversations",
+    "image",
+    "question",
+    "answer",
+    "captions",
+    "split",
+)
 MESSAGE_FIELDS = ("role", "content", "from", "value")
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -374,6 +453,54 @@ def test_a_split_that_leaves_a_side_empty_is_refused() -> None:
         split_records([record("a"), record("b")], validation_rows=2, seed=0)
     with pytest.raises(UsageError, match=r"2 rows \(with 1 distinct questions\)"):
         split_records([record("a"), record("a")], validation_rows=1, seed=0)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+pictured = st.lists(
+    st.lists(st.sampled_from("abcde"), min_size=1, max_size=2, unique=True), min_size=1, max_size=20
+).map(lambda sets: [record("What?", "!", *names, row=row) for row, names in enumerate(sets, start=1)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(pictured, st.integers(0, 3))
+def test_shuffled_nobody_keeps_their_own_pictures(records: list[Record], seed: int) -> None:
+    own = {r.images for r in records}
+    if len(own) == 1:
+        with pytest.raises(UsageError, match="all rows have the same picture"):
+            shuffle_pictures(records, seed=seed)
+        return
+    shuffled = shuffle_pictures(records, seed=seed)
+    assert shuffled == shuffle_pictures(records, seed=seed)
+    given: dict[object, object] = {}
+    for before, after in zip(records, shuffled, strict=True):
+        assert (after.turns, after.row) == (before.turns, before.row)
+        assert after.images in own and after.images != before.images
+        assert given.setdefault(before.images, after.images) == after.images, "questions stay together"
+    assert len(set(given.values())) == len(own), "each is used as often as before"
+
+
+@settings(max_examples=100, deadline=None)
+@given(pictured, st.integers(1, 8), st.integers(0, 3))
+def test_pictures_are_drawn_with_all_their_questions(records: list[Record], count: int, seed: int) -> None:
+    drawn = draw_pictures(records, count, seed=seed)
+    assert drawn == draw_pictures(records, count, seed=seed)
+    chosen = {r.images for r in drawn}
+    assert len(chosen) == min(count, len({r.images for r in records}))
+    assert drawn == [r for r in records if r.images in chosen]
+
+
+def test_another_seed_draws_and_shuffles_otherwise() -> None:
+    records = [record("What?", "!", f"{number}.jpg") for number in range(50)]
+    for change in (shuffle_pictures, lambda rows, seed: draw_pictures(rows, 10, seed=seed)):
+        assert change(records, seed=0) != change(records, seed=1)
+
+
+def test_a_picture_where_nobody_would_look_is_told() -> None:
+    expect_text([record("What?")], "data.json")
+    with pytest.raises(UsageError, match=r"^data\.json: row 7 names a picture; that is for train\.vqa"):
+        expect_text([record("What?"), record("What?", "!", "a.jpg", row=7)], "data.json")
 
 
 # --- tokens -------------------------------------------------------------------------------------------------

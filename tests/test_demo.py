@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import io
+import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,29 +23,42 @@ from typing import Any
 import gradio as gr
 import httpx
 import pytest
-from gradio_client import Client
+import torch
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from demo.api import Endpoints
 from demo.checks import MAX_CHARACTERS, MAX_NEW_TOKENS, check_length, read_sampling
 from demo.display import messages, pace, shown, typed
 from demo.experts import describe, load_experts
-from demo.page import BUSY, IDLE, Handlers, build_page
+from demo.page import BUSY, EMPTY, EXAMPLES, IDLE, PICTURE_EXAMPLES, Handlers, build_page, offered
+from demo.pictures import MAX_PICTURES, MAX_SIDE, open_given, picture_file
 from demo.server import check_port, serve
 from llama_adapter.checkpoint import save_adapter
 from llama_adapter.errors import UsageError
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.pictures import MAX_BYTES, MAX_PIXELS
 from llama_adapter.sampling import Sampling
 from tests.conftest import CHECKOUT
-from tests.scripted import ScriptedModel, build_scripted_model
+from tests.scripted import ScriptedModel, build_scripted_model, open_eyes
 from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder, build_tiny_model
+from tests.tiny_models import VISION, build_tiny_decoder, build_tiny_model
 
 KNOBS = ("", 0, 1, 0, 1, 12, None)  # the settings but for the adapter
 SETTINGS = ("one", *KNOBS)
 HOSTILE = "<script>alert(1)</script> <img src=x onerror=alert(2)> &lt;b&gt; ![](http://x.invalid/y.png)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Gradio's folder for uploads, of this module's own: other pages clear theirs away when they close."""
+    folder = tmp_path_factory.mktemp("uploads")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        yield folder
 
 
 # --- text on the page ---------------------------------------------------------------------------------------
@@ -164,12 +183,24 @@ def test_an_adapter_from_elsewhere_comes_first_and_stays_chosen(tmp_path: Path) 
 
 @pytest.fixture
 def handlers() -> Handlers:
-    return Handlers(build_scripted_model())
+    return Handlers(build_scripted_model(seeing=("eyes",)))
+
+
+def _box(text: str, *files: Path) -> dict[str, Any]:
+    """What the box holds."""
+    return {"text": text, "files": [str(file) for file in files]}
 
 
 def _texts(look: list[dict[str, Any]]) -> list[str]:
-    """What each message of a chat says, notes left out."""
-    return [typed(message["content"][0]["text"]) for message in look]
+    """What each message of a chat says, pictures and notes left out."""
+    return [typed(next(part["text"] for part in message["content"] if "text" in part)) for message in look]
+
+
+def _pictures(look: list[dict[str, Any]]) -> list[list[Image.Image]]:
+    """The pictures that come before each message's text."""
+    return [
+        [Image.open(part["path"]) for part in message["content"][:-1] if "path" in part] for message in look
+    ]
 
 
 def _has(box: dict[str, Any], state: dict[str, Any]) -> bool:
@@ -179,8 +210,8 @@ def _has(box: dict[str, Any], state: dict[str, Any]) -> bool:
 def test_a_question_is_taken_at_once_and_its_answer_grows(
     handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    box, look, chat = handlers.ask("Hello?", None, *SETTINGS)
-    assert _has(box, {**BUSY, "value": ""})
+    box, look, chat = handlers.ask(_box("Hello?"), None, *SETTINGS)
+    assert _has(box, {**BUSY, "value": EMPTY})
     assert _texts(look) == ["Hello?"]
     assert handlers.model.made == 0  # type: ignore[attr-defined]
 
@@ -204,8 +235,8 @@ def _said(handlers: Handlers, taken: tuple[Any, ...]) -> Any:
 
 
 def test_retry_edit_undo_and_clear(handlers: Handlers) -> None:
-    chat = _said(handlers, handlers.ask("First", None, *SETTINGS))
-    chat = _said(handlers, handlers.ask("Second", chat, *SETTINGS))
+    chat = _said(handlers, handlers.ask(_box("First"), None, *SETTINGS))
+    chat = _said(handlers, handlers.ask(_box("Second"), chat, *SETTINGS))
     chat = _said(handlers, handlers.retry(chat, "two", *KNOBS))
     assert _texts(messages(chat))[::2] == ["First", "Second"]
     assert [exchange.adapter for exchange in chat.exchanges] == ["one", "two"]
@@ -214,9 +245,8 @@ def test_retry_edit_undo_and_clear(handlers: Handlers) -> None:
     chat = _said(handlers, handlers.edit(event, chat, *SETTINGS))
     assert [exchange.question.text for exchange in chat.exchanges] == ["<b>First</b>"]
 
-    text, look = handlers.undo(chat)
-    assert (text, look) == ("<b>First</b>", [])
-    chat = _said(handlers, handlers.ask("Third", chat, *SETTINGS))
+    assert handlers.undo(chat) == (_box("<b>First</b>"), [])
+    chat = _said(handlers, handlers.ask(_box("Third"), chat, *SETTINGS))
     box, look = handlers.clear(chat)
     assert look == chat.exchanges == []
     assert _has(box, IDLE)
@@ -229,7 +259,7 @@ def test_an_example_is_asked(handlers: Handlers) -> None:
 
 
 def test_stop_keeps_what_was_said_and_ends_the_work(handlers: Handlers) -> None:
-    *_, chat = handlers.ask("Hello?", None, "one", "", 0, 1, 0, 1, 1000, None)
+    *_, chat = handlers.ask(_box("Hello?"), None, "one", "", 0, 1, 0, 1, 1000, None)
     answering = handlers.answer(chat)
     next(answering)
     box, look = handlers.stop(chat)
@@ -244,11 +274,11 @@ def test_stop_keeps_what_was_said_and_ends_the_work(handlers: Handlers) -> None:
 
 @pytest.mark.parametrize("bad", ["", "  ", "x" * (MAX_CHARACTERS + 1), "half \ud800"])
 def test_a_bad_question_is_told_and_changes_nothing(bad: str, handlers: Handlers) -> None:
-    chat = _said(handlers, handlers.ask("First", None, *SETTINGS))
+    chat = _said(handlers, handlers.ask(_box("First"), None, *SETTINGS))
     with pytest.warns(UserWarning):
-        assert handlers.ask(bad, chat, *SETTINGS) == (gr.skip(),) * 3
+        assert handlers.ask(_box(bad), chat, *SETTINGS) == (gr.skip(),) * 3
     with pytest.warns(UserWarning):
-        assert handlers.ask_both(bad, *SETTINGS) == (gr.skip(),) * 4
+        assert handlers.ask_both(_box(bad), *SETTINGS) == (gr.skip(),) * 4
     # What answers next finds nothing to do.
     assert len(list(handlers.answer(chat))) == len(list(handlers.answer(None))) == 1
     assert len(list(handlers.answer_both(None))) == 1
@@ -256,34 +286,34 @@ def test_a_bad_question_is_told_and_changes_nothing(bad: str, handlers: Handlers
 
 
 def test_side_by_side_both_answer_by_turns(handlers: Handlers) -> None:
-    box, *look, pair = handlers.ask_both("Hello?", *SETTINGS)
+    box, *look, pair = handlers.ask_both(_box("Hello?"), *SETTINGS)
     assert _has(box, BUSY)
-    assert look == [[], []]
+    assert look == [[{"role": "assistant", "content": "…"}]] * 2
     step = next(iter(handlers.answer_both(pair)))
     assert [side[0]["content"][1]["text"][:8] for side in step[1:]] == ["\u20631 token"] * 2
-    *_, step = handlers.answer_both(handlers.ask_both("Hello?", *SETTINGS)[-1])
+    *_, step = handlers.answer_both(handlers.ask_both(_box("Hello?"), *SETTINGS)[-1])
     assert [text.split()[0] for side in step[1:] for text in _texts(side)] == ["none", "one"]
     assert _has(step[0], IDLE)
 
 
 def test_side_by_side_can_be_stopped_and_wants_an_adapter(handlers: Handlers) -> None:
-    *_, pair = handlers.ask_both("Hello?", *SETTINGS)
+    *_, pair = handlers.ask_both(_box("Hello?"), *SETTINGS)
     answering = handlers.answer_both(pair)
     next(answering)
     assert _has(handlers.stop_both(pair)[0], IDLE)
     assert len(list(answering)) <= 2
     assert _has(handlers.stop_both(None)[0], IDLE)
     with pytest.warns(UserWarning, match="both sides"):
-        handlers.ask_both("Hello?", NO_ADAPTER, *KNOBS)
+        handlers.ask_both(_box("Hello?"), NO_ADAPTER, *KNOBS)
 
 
 def test_a_warning_holds_no_html(handlers: Handlers) -> None:
     with pytest.warns(UserWarning, match="&lt;img"):
-        handlers.ask("Hello?", None, "one", "", 0, 1, 0, 1, 12, "<img src=x>")
+        handlers.ask(_box("Hello?"), None, "one", "", 0, 1, 0, 1, 12, "<img src=x>")
 
 
 def test_hostile_text_is_defused_in_question_and_answer(handlers: Handlers) -> None:
-    *_, chat = handlers.ask(HOSTILE, None, "one", "", 0, 1, 0, 1, 1000, None)
+    *_, chat = handlers.ask(_box(HOSTILE), None, "one", "", 0, 1, 0, 1, 1000, None)
     _said(handlers, (chat,))
     said = chat.exchanges[0].answer.text
     assert HOSTILE in said
@@ -293,7 +323,7 @@ def test_hostile_text_is_defused_in_question_and_answer(handlers: Handlers) -> N
 
 
 def test_the_note_tells_what_no_longer_fits(handlers: Handlers) -> None:
-    chat = _said(handlers, handlers.ask("First", None, *SETTINGS))
+    chat = _said(handlers, handlers.ask(_box("First"), None, *SETTINGS))
     chat.dropped = 2
     assert messages(chat)[-1]["content"][1]["text"].endswith(
         "the conversation's first 4 messages no longer fit"
@@ -301,10 +331,209 @@ def test_the_note_tells_what_no_longer_fits(handlers: Handlers) -> None:
 
 
 def test_an_answer_without_a_word_still_has_its_place(handlers: Handlers) -> None:
-    *_, chat = handlers.ask("First", None, *SETTINGS)
+    *_, chat = handlers.ask(_box("First"), None, *SETTINGS)
     handlers.stop(chat)
     assert _texts(messages(chat)) == ["First", "(no answer)"]
-    assert _texts(handlers.ask("Second", chat, *SETTINGS)[1]) == ["First", "(no answer)", "Second"]
+    assert _texts(handlers.ask(_box("Second"), chat, *SETTINGS)[1]) == ["First", "(no answer)", "Second"]
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+SEEING = ("eyes", *KNOBS[:-2], 60, None)
+
+
+def _png(colour: str, size: tuple[int, int] = (8, 8)) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", size, colour).save(content, "PNG")
+    return content.getvalue()
+
+
+def _huge_png() -> bytes:
+    """A file that says it has 40,000 x 40,000 pixels, and ends there."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    checked = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + checked + struct.pack(">I", 100) + b"IDAT"
+
+
+def _data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+@pytest.fixture
+def upload(uploads: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Puts a file where Gradio puts what is uploaded."""
+
+    def put(name: str, content: bytes) -> Path:
+        folder = uploads / tmp_path.name
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return put
+
+
+def test_a_picture_comes_as_a_path_a_dict_or_a_data_url_and_several_in_a_list(
+    upload: Callable[..., Path],
+) -> None:
+    path = str(upload("red.png", _png("red")))
+    given = [path, {"path": path, "orig_name": "red.png"}, _data_url(_png("red"))]
+    assert [image.getpixel((0, 0)) for image in open_given(given)] == [(255, 0, 0)] * 3
+    assert [len(open_given(one)) for one in (given[0], given[1], given[2], None, [])] == [1, 1, 1, 0, 0]
+
+
+def test_a_large_picture_is_kept_small() -> None:
+    (image,) = open_given(_data_url(_png("red", (3000, 30))))
+    assert image.size == (MAX_SIDE, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("/etc/passwd", "not uploaded"),
+        ({"path": "/etc/passwd"}, "not uploaded"),
+        ("{uploads}/../secret.png", "not uploaded"),
+        ("{uploads}/link.png", "not uploaded"),
+        ("http://127.0.0.1/x.png", "not uploaded"),
+        ("x\0.png", "not uploaded"),
+        ("x" * 10_000, "not uploaded"),
+        ("{uploads}/missing.png", "missing.png: there is no such file"),
+        ("{uploads}", "a folder"),
+        ({"url": "http://127.0.0.1/x.png"}, "no uploaded file"),
+        (5, "no uploaded file"),
+        ([None], "no uploaded file"),
+        ("data:image/png,abc", "data URL is damaged"),
+        ("data:image/png;base64,!", "data URL is damaged"),
+        ("data:image/png;base64,", "empty"),
+        ("data:text/plain;base64,aGVsbG8=", "not a picture"),
+        ([_data_url(b"x")] * (MAX_PICTURES + 1), "leave out all but"),
+    ],
+)
+def test_nothing_is_opened_but_uploads_and_data_urls(given: Any, told: str, uploads: Path) -> None:
+    (uploads.parent / "secret.png").write_bytes(_png("red"))
+    with contextlib.suppress(FileExistsError):
+        (uploads / "link.png").symlink_to(uploads.parent / "secret.png")
+    if isinstance(given, str):
+        given = given.replace("{uploads}", str(uploads))
+    with pytest.raises(UsageError, match=told) as caught:
+        open_given(given)
+    assert str(uploads.parent) not in str(caught.value).partition(" was not")[2]
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("text.png", b"some text", "text.png: not a picture"),
+        ("drawn.svg", SVG, "drawn.svg: SVG is drawn"),
+        ("huge.png", _huge_png(), f"huge.png: more than the {MAX_PIXELS:,} pixels"),
+        ("cut.png", _png("red", (64, 64))[:80], "cut.png: the picture is damaged"),
+        ("<img src=x onerror=alert(1)>.png", b"", "&lt;img src=x onerror=alert(1)&gt;.png: empty"),
+    ],
+    ids=["text", "svg", "huge", "cut", "html name"],
+)
+def test_a_bad_picture_is_told_by_its_name_and_changes_nothing(
+    name: str, content: bytes, told: str, handlers: Handlers, upload: Callable[..., Path]
+) -> None:
+    chat = _said(handlers, handlers.ask(_box("First"), None, *SEEING))
+    box = _box("What is it?", upload(name, content))
+    with pytest.warns(UserWarning, match=re.escape(told)):
+        assert handlers.ask(box, chat, *SEEING) == (gr.skip(),) * 3
+    with pytest.warns(UserWarning, match=re.escape(told)):
+        assert handlers.ask_both(box, *SEEING) == (gr.skip(),) * 4
+    assert len(chat.exchanges) == 1
+
+
+def test_a_picture_is_shown_above_its_question_and_known_afterwards(
+    handlers: Handlers, upload: Callable[..., Path], uploads: Path
+) -> None:
+    red, blue = upload("red.png", _png("red")), upload("blue.png", _png("blue"))
+    box, look, chat = handlers.ask(_box("What is it?", red, blue), None, *SEEING)
+    assert _has(box, {"value": EMPTY})
+    assert [image.getpixel((0, 0)) for image in _pictures(look)[0]] == [(255, 0, 0), (0, 0, 255)]
+    assert all(Path(part["path"]).is_relative_to(uploads) for part in look[0]["content"][:2])
+    _said(handlers, (chat,))
+    chat = _said(handlers, handlers.ask(_box("And its colour?"), chat, *SEEING))
+    for text in _texts(messages(chat))[1::2]:
+        assert "saw: #ff0000 #0000ff" in text
+    assert [len(pictures) for pictures in _pictures(messages(chat))] == [2, 0, 0, 0]
+
+
+def test_retry_edit_and_undo_keep_the_picture(handlers: Handlers, upload: Callable[..., Path]) -> None:
+    chat = _said(handlers, handlers.ask(_box("First", upload("red.png", _png("red"))), None, *SEEING))
+    chat = _said(handlers, handlers.retry(chat, *SEEING))
+    event = gr.EditData(None, {"index": 0, "value": "Second", "previous_value": "First"})
+    chat = _said(handlers, handlers.edit(event, chat, *SEEING))
+    assert _texts(messages(chat))[1].startswith("eyes heard: Second\n\nsaw: #ff0000")
+    box, look = handlers.undo(chat)
+    assert look == []
+    assert box["text"] == "Second"
+    assert "saw: #ff0000" in _texts(messages(_said(handlers, handlers.ask(box, chat, *SEEING))))[1]
+
+
+def test_an_adapter_for_text_warns_and_leaves_everything_in_the_box(
+    handlers: Handlers, upload: Callable[..., Path]
+) -> None:
+    box = _box("What is it?", upload("red.png", _png("red")))
+    for adapter in ("one", NO_ADAPTER):
+        with pytest.warns(UserWarning, match="knows nothing of pictures") as told:
+            assert handlers.ask(box, None, adapter, *KNOBS) == (gr.skip(),) * 3
+        assert len(told) == 1
+
+
+def test_the_note_tells_that_the_picture_was_not_seen(
+    handlers: Handlers, upload: Callable[..., Path]
+) -> None:
+    def note() -> str:
+        text: str = messages(chat)[-1]["content"][1]["text"]
+        return text
+
+    chat = _said(handlers, handlers.ask(_box("First", upload("red.png", _png("red"))), None, *SEEING))
+    assert note().endswith(" · eyes")
+    chat = _said(handlers, handlers.ask(_box("Second"), chat, *SETTINGS))
+    assert note().endswith(" · one · made without the picture")
+    *_, pair = handlers.ask_both(_box("Third", upload("red.png", _png("red"))), *SEEING)
+    *_, (_, left, right) = handlers.answer_both(pair)
+    assert left[0]["content"][1]["text"].endswith(" · bare base · made without the picture")
+    assert right[0]["content"][1]["text"].endswith(" · eyes")
+    assert "saw: #ff0000" in _texts(right)[0]
+
+
+def test_a_picture_that_was_cleared_away_is_written_again(
+    handlers: Handlers, upload: Callable[..., Path]
+) -> None:
+    *_, chat = handlers.ask(_box("First", upload("red.png", _png("red"))), None, *SEEING)
+    file = Path(messages(chat)[0]["content"][0]["path"])
+    content = file.read_bytes()
+    file.unlink()
+    assert messages(chat)[0]["content"][0]["path"] == str(file)
+    assert file.read_bytes() == content
+
+
+def test_adapters_that_see_are_offered_pictures(handlers: Handlers) -> None:
+    assert [example["text"] for example in offered(handlers.model, "one")] == list(EXAMPLES)
+    drawn = [example for example in offered(handlers.model, "eyes") if "files" in example]
+    assert [example["text"] for example in drawn] == list(PICTURE_EXAMPLES)
+    for example in drawn:
+        url = example["files"][0]["url"]
+        shown_there = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        assert shown_there.tobytes() == PICTURE_EXAMPLES[example["text"]].tobytes()
+    red, blue = (image.getpixel((128, 128)) for image in PICTURE_EXAMPLES.values())
+    assert (red, blue) == ((224, 32, 32), (32, 64, 208))
+
+
+def test_an_example_is_asked_with_our_picture_whatever_file_the_click_names(handlers: Handlers) -> None:
+    text = next(iter(PICTURE_EXAMPLES))
+    event = gr.SelectData(None, {"index": 0, "value": {"text": text, "files": [{"path": "/etc/passwd"}]}})
+    _, look, chat = handlers.ask_example(event, None, *SEEING)
+    assert _pictures(look)[0][0].tobytes() == PICTURE_EXAMPLES[text].tobytes()
+    assert picture_file(chat.exchanges[0].images[0]) == look[0]["content"][0]["path"]
+
+
+def test_a_photo_that_was_taken_joins_what_is_in_the_box(handlers: Handlers) -> None:
+    box = _box("What is it?", Path("a.png"))
+    assert handlers.attach("b.png", box) == (_box("What is it?", Path("a.png"), Path("b.png")), None)
+    assert handlers.attach(None, box) == (gr.skip(), gr.skip())
 
 
 # --- the server ---------------------------------------------------------------------------------------------
@@ -326,9 +555,15 @@ def _served(model: LlamaAdapter, **options: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def model() -> LlamaAdapter:
-    return build_tiny_model(
+    """Two adapters for text, the second one active, and one that sees."""
+    model = build_tiny_model(
         names=("one", "two"), tokenizer=build_tiny_tokenizer(), max_position_embeddings=1024
     )
+    seeing = model.new_adapter("eyes", prompt_length=3, adapted_layers=2, vision=VISION, seed=3)
+    torch.nn.init.normal_(seeing.gates, generator=torch.Generator().manual_seed(3))
+    model.set_adapter("two")
+    open_eyes(model)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +579,7 @@ def client(address: str) -> Client:
 
 @pytest.mark.parametrize("adapter", ["one", "two", NO_ADAPTER])
 def test_answer_is_what_the_model_says(adapter: str, client: Client, model: LlamaAdapter) -> None:
-    found = client.predict("Name a colour.", adapter, "", 0, max_new_tokens=16, api_name="/answer")
+    found = client.predict("Name a colour.", None, adapter, "", 0, max_new_tokens=16, api_name="/answer")
     assert found == model.chat(
         "Name a colour.", adapter=adapter, sampling=Sampling(temperature=0, max_new_tokens=16)
     )
@@ -360,10 +595,10 @@ def test_a_seed_makes_the_answer_the_same(client: Client) -> None:
 
 def test_chat_streams_and_reads_the_history(client: Client, model: LlamaAdapter) -> None:
     history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    job = client.submit("And now?", history, "one", "Be brief.", 0, max_new_tokens=24, api_name="/chat")
+    job = client.submit("And now?", history, None, "one", "Be brief.", 0, max_new_tokens=24, api_name="/chat")
     last = job.result()
     assert job.outputs()[-1] == last
-    alone = client.predict("And now?", "one", "Be brief.", 0, max_new_tokens=24, api_name="/answer")
+    alone = client.predict("And now?", None, "one", "Be brief.", 0, max_new_tokens=24, api_name="/answer")
     assert last != alone
 
 
@@ -420,9 +655,104 @@ def test_the_browser_is_told_to_ask_nobody_else(address: str) -> None:
     assert "http" not in policy
 
 
-def test_nothing_can_be_uploaded_and_no_file_be_read(address: str) -> None:
-    sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.txt", b"some text")})
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "teal.png"
+    path.write_bytes(_png("teal"))
+    return path
+
+
+def _called(address: str, **values: Any) -> tuple[str, Any]:
+    """The last event of a call, as curl gets it: its name and what it brings."""
+    posted = httpx.post(f"{address}gradio_api/call/v2/answer", json=values)
+    found = httpx.get(f"{address}gradio_api/call/answer/{posted.json()['event_id']}").text
+    event, data = found.strip().splitlines()[-2:]
+    return event.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+def _sent(address: str, name: str, content: bytes) -> str:
+    """The path of a file that was uploaded as curl does it."""
+    sent = httpx.post(f"{address}gradio_api/upload", files={"files": (name, content)})
+    (path,) = sent.json()
+    return str(path)
+
+
+def test_a_program_asks_about_a_picture(
+    client: Client, address: str, model: LlamaAdapter, picture: Path
+) -> None:
+    greedy = Sampling(temperature=0, max_new_tokens=16)
+    expected = model.chat("Which colour?", image=picture, adapter="eyes", sampling=greedy)
+    assert expected != model.chat("Which colour?", adapter="eyes", sampling=greedy)
+    asked = {"message": "Which colour?", "adapter": "eyes", "temperature": 0, "max_new_tokens": 16}
+    for image in (handle_file(picture), [handle_file(picture)], _data_url(picture.read_bytes())):
+        assert client.predict(**asked, image=image, api_name="/answer") == expected
+        assert client.predict(**asked, image=image, api_name="/chat") == expected
+    path = _sent(address, "teal.png", picture.read_bytes())
+    for image in (path, {"path": path}, _data_url(picture.read_bytes())):
+        assert _called(address, **asked, image=image) == ("complete", [expected])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "image", "told"),
+    [
+        ("one", _data_url(_png("red")), "knows nothing of pictures"),
+        (NO_ADAPTER, _data_url(_png("red")), "the bare base knows nothing of pictures"),
+        ("eyes", _data_url(SVG), "SVG"),
+        ("eyes", _data_url(_huge_png()), "more than the"),
+        ("eyes", "/etc/passwd", "not uploaded"),
+        ("eyes", {"path": "/etc/passwd"}, "not uploaded"),
+        ("eyes", {"path": "http://192.0.2.1/x.png"}, "not uploaded"),
+        ("eyes", {"path": "http://192.0.2.1/x.png", "meta": {"_type": "gradio.FileData"}}, "not fetched"),
+        # Gradio's own refusal, which it keeps to itself.
+        ("eyes", {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, None),
+        ("eyes", {"path": "x", "url": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, None),
+    ],
+)
+def test_a_bad_picture_is_told_to_the_caller(adapter: str, image: Any, told: str, address: str) -> None:
+    event, data = _called(address, message="Hi", adapter=adapter, image=image)
+    assert event == "error"
+    assert data["error"] is None if told is None else told in data["error"]
+
+
+def test_nothing_is_fetched_in_the_place_of_a_text_either(address: str) -> None:
+    url = {"path": "http://192.0.2.1/x", "meta": {"_type": "gradio.FileData"}}
+    event, data = _called(address, message=url)
+    assert (event, data["error"]) == (
+        "error",
+        "URLs are not fetched; download the picture and send the file",
+    )
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
+@pytest.mark.parametrize("path", ["/etc/passwd", f"{CHECKOUT}/pyproject.toml", "http://192.0.2.1/x.png"])
+def test_the_box_takes_no_path_from_outside(
+    path: str, meta: dict[str, Any], address: str, model: LlamaAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the browser sends by itself, with another path in it."""
+    asked: list[Any] = []
+    monkeypatch.setattr(Handlers, "ask", lambda *values: asked.append(values))
+    config = httpx.get(f"{address}config").json()
+    box = next(part["id"] for part in config["components"] if part["type"] == "multimodaltextbox")
+    call = next(each for each in config["dependencies"] if [box, "submit"] in each["targets"])
+    data: list[Any] = [{"text": "Hi", "files": [{"path": path, **meta}]}, None, *SETTINGS]
+    posted = {"fn_index": call["id"], "data": data, "session_hash": "a"}
+    assert httpx.post(f"{address}gradio_api/queue/join", json=posted).status_code == 200
+    with httpx.stream("GET", f"{address}gradio_api/queue/data?session_hash=a") as stream:
+        lines = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
+    (done,) = (line for line in lines if line["msg"] == "process_completed")
+    assert not done["success"]
+    assert asked == []
+
+
+def test_an_upload_is_limited_and_never_shown_as_a_page(address: str) -> None:
+    sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", bytes(MAX_BYTES + 1))})
     assert sent.status_code in (400, 413)
+    for name, content in (("x.html", b"<script>alert(1)</script>"), ("x.svg", SVG)):
+        found = httpx.get(f"{address}gradio_api/file={_sent(address, name, content)}")
+        assert found.headers["content-disposition"].startswith("attachment")
+
+
+def test_no_file_can_be_read(address: str) -> None:
     for path in ("/etc/passwd", f"{CHECKOUT}/pyproject.toml", "../pyproject.toml"):
         assert httpx.get(f"{address}gradio_api/file={path}").status_code in (403, 404)
 

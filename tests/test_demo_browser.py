@@ -7,6 +7,7 @@ The README's picture is made by the one test here that needs the real base and i
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import socket
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from PIL import Image
 
 from demo.experts import load_experts
-from demo.page import EXAMPLES, build_page
+from demo.page import EXAMPLES, PICTURE_EXAMPLES, build_page
 from demo.server import serve
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from tests.conftest import CHECKOUT
@@ -54,9 +56,17 @@ def _served(model: LlamaAdapter, experts: dict[str, str]) -> Iterator[str]:
         page.close(verbose=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder for uploads of this module's own: other pages clear theirs away when they close."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def model() -> ScriptedModel:
-    return build_scripted_model(delay=0.02)
+    return build_scripted_model(seeing=("eyes",), delay=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +90,7 @@ def browser() -> Iterator[Browser]:
                 "--disable-background-networking",
                 "--disable-component-update",
                 "--disable-sync",
+                "--use-fake-device-for-media-stream",  # a camera that films a green clock
             ],
         )
         yield chromium
@@ -90,7 +101,7 @@ def browser() -> Iterator[Browser]:
 def _opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
     """A page in a browser of its own; a request to another host or an error in it fails the test."""
     context = browser.new_context(**options)
-    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    context.grant_permissions(["camera", "clipboard-read", "clipboard-write"])
     context.set_default_timeout(20_000)
     page = context.new_page()
     wrong: list[str] = []
@@ -129,15 +140,62 @@ def _ask(page: Page, text: str, box: str = "Ask something") -> None:
     page.get_by_placeholder(box).press("Enter")
 
 
+def _send(page: Page) -> Locator:
+    return page.get_by_test_id("submit-button").locator("visible=true")
+
+
+def _choose(page: Page, adapter: str) -> None:
+    page.get_by_role("combobox", name="Adapter").click()
+    page.get_by_role("option", name=re.compile(rf"^{adapter}\b")).click()
+
+
 def _stop(page: Page) -> None:
     page.get_by_role("button", name="Stop").click()
-    page.get_by_role("button", name="Send").wait_for()
+    _send(page).wait_for()
+
+
+def _png(colour: str) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (320, 240), colour).save(content, "PNG")
+    return content.getvalue()
+
+
+def _attach(page: Page, name: str, content: bytes, mime: str = "image/png") -> None:
+    """Choose a file with the paper clip."""
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Upload a file").click()
+    chooser.value.set_files({"name": name, "mimeType": mime, "buffer": content})
+
+
+def _drop(page: Page, kind: str, content: bytes) -> None:
+    """Let a picture be dropped on the box, or pasted into it."""
+    page.get_by_placeholder("Ask something").evaluate(
+        """(box, [kind, bytes]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "image.png", {type: "image/png"}));
+            const options = {bubbles: true, cancelable: true};
+            box.dispatchEvent(kind == "drop"
+                ? new DragEvent(kind, {...options, dataTransfer: data})
+                : new ClipboardEvent(kind, {...options, clipboardData: data}));
+        }""",
+        [kind, list(content)],
+    )
+
+
+def _thumbnails(page: Page) -> Locator:
+    """The pictures in the box."""
+    return page.get_by_label("File thumbnail")
+
+
+def _pictures(page: Page) -> Locator:
+    """The pictures in the chat."""
+    return page.get_by_test_id("user").locator("img")
 
 
 def _finished(page: Page, tokens: int = 48) -> None:
     """Wait for the end of an answer that `_shorten` limits."""
     playwright.expect(page.get_by_test_id("bot").last).to_contain_text(f"{tokens} tokens · ")
-    playwright.expect(page.get_by_role("button", name="Send")).to_be_visible()
+    playwright.expect(_send(page)).to_be_visible()
 
 
 def _shorten(page: Page, tokens: int = 48) -> None:
@@ -186,15 +244,14 @@ def test_retry_undo_edit_and_clear(page: Page) -> None:
     _shorten(page)
     _ask(page, "First")
     _finished(page)
-    page.get_by_role("combobox", name="Adapter").click()
-    page.get_by_role("option", name="two").click()
+    _choose(page, "two")
     playwright.expect(page.locator("#line")).to_have_text("About two, with a <\u2060b>tag<\u2060/b>.")
     page.get_by_role("button", name="Retry").click()
     playwright.expect(_answer(page)).to_contain_text("two heard: First")
     _finished(page)
     page.get_by_role("button", name="Edit").click()
     page.locator("textarea.edit-textarea").fill("Second")
-    page.get_by_role("button", name="Submit").click()
+    page.locator(".message-buttons").get_by_role("button", name="Submit").click()
     playwright.expect(_answer(page)).to_contain_text("two heard: Second")
     _finished(page)
     _ask(page, "Third")
@@ -204,13 +261,12 @@ def test_retry_undo_edit_and_clear(page: Page) -> None:
     page.get_by_role("button", name="Undo").click()
     playwright.expect(page.get_by_placeholder("Ask something")).to_have_value("Third")
     playwright.expect(page.get_by_test_id("user")).to_have_count(1)
-    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("button", name="Clear").locator("visible=true").click()
     playwright.expect(page.get_by_role("button", name=EXAMPLES[0])).to_be_visible()
 
 
 def test_the_bare_base_can_be_chosen(page: Page) -> None:
-    page.get_by_role("combobox", name="Adapter").click()
-    page.get_by_role("option", name="none").click()
+    _choose(page, "none")
     playwright.expect(page.locator("#line")).to_contain_text("About none")
     _ask(page, "Who?")
     playwright.expect(_answer(page)).to_contain_text("none heard: Who?")
@@ -253,8 +309,128 @@ def test_a_question_that_is_too_long_or_empty_is_told(page: Page) -> None:
     _ask(page, " ")
     playwright.expect(page.get_by_text("the question is empty")).to_be_visible()
     _shoot(page, "warning")
-    playwright.expect(page.get_by_role("button", name="Send")).to_be_visible()
-    assert page.get_by_placeholder("Ask something").get_attribute("maxlength") == "8000"
+    playwright.expect(_send(page)).to_be_visible()
+    _ask(page, "x" * 8001)
+    playwright.expect(page.get_by_text("8,001 characters; shorten it to 8,000")).to_be_visible()
+    playwright.expect(page.get_by_placeholder("Ask something")).to_have_value("x" * 8001)
+
+
+def test_dots_move_until_the_first_word(page: Page, model: ScriptedModel) -> None:
+    model.delay = 2
+    _ask(page, "Count")
+    playwright.expect(page.get_by_label("Loading response")).to_be_visible()
+    _shoot(page, "waiting")
+    model.delay = 0.02
+    playwright.expect(_answer(page)).to_contain_text("1 2 3")
+    playwright.expect(page.get_by_label("Loading response")).to_have_count(0)
+    _stop(page)
+
+
+def test_a_picture_is_shown_above_its_question_and_known_afterwards(page: Page) -> None:
+    _choose(page, "eyes")
+    _shorten(page)
+    _attach(page, "<img src=x onerror=document.title='owned'>.png", _png("#204060"))
+    _thumbnails(page).wait_for()
+    page.get_by_placeholder("Ask something").fill("What is it?")
+    _shoot(page, "picture-attached")
+    page.get_by_placeholder("Ask something").press("Enter")
+    playwright.expect(_answer(page)).to_contain_text("saw: #204060")
+    playwright.expect(_thumbnails(page)).to_have_count(0)
+    playwright.expect(_pictures(page)).to_have_js_property("naturalWidth", 320)
+    assert page.get_by_test_id("user").evaluate_all("all => all.map(one => one.innerText.trim())") == [
+        "",
+        "What is it?",
+    ]
+    _finished(page)
+    _ask(page, "And now?")
+    playwright.expect(_answer(page)).to_contain_text("eyes heard: And now?")
+    playwright.expect(_answer(page)).to_contain_text("saw: #204060")
+    _finished(page)
+    _shoot(page, "picture")
+    _choose(page, "one")
+    _ask(page, "You too?")
+    playwright.expect(page.get_by_text("made without the picture")).to_be_visible()
+    _finished(page)
+    page.get_by_role("button", name="Copy conversation").click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith("user: (a picture)\n\nuser: What is it?\n\nassistant: eyes heard")
+    _choose(page, "eyes")
+    page.get_by_role("button", name="Edit").first.click()
+    page.locator("textarea.edit-textarea").fill("What else?")
+    page.locator(".message-buttons").get_by_role("button", name="Submit").click()
+    playwright.expect(_answer(page)).to_contain_text("eyes heard: What else?")
+    playwright.expect(_answer(page)).to_contain_text("saw: #204060")
+    _finished(page)
+    page.get_by_role("button", name="Undo").click()
+    playwright.expect(page.get_by_placeholder("Ask something")).to_have_value("What else?")
+    playwright.expect(_thumbnails(page)).to_have_count(1)
+    assert page.title() == "LLaMA-Adapter"
+
+
+def test_a_picture_can_be_dropped_pasted_and_taken(page: Page) -> None:
+    _choose(page, "eyes")
+    _drop(page, "drop", _png("#ff0000"))
+    playwright.expect(_thumbnails(page)).to_have_count(1)
+    _drop(page, "paste", _png("#0000ff"))
+    playwright.expect(_thumbnails(page)).to_have_count(2)
+    page.get_by_role("button", name="Take a photo").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("[...document.querySelectorAll('video')].some(video => video.videoWidth > 0)")
+    page.get_by_role("button", name="capture photo").click()
+    playwright.expect(_thumbnails(page)).to_have_count(3)
+    _shoot(page, "photo")
+    _ask(page, "What are they?")
+    playwright.expect(_answer(page)).to_contain_text(re.compile("saw: #ff0000 #0000ff #0.[6-9a-f].0."))
+    playwright.expect(_pictures(page)).to_have_count(3)
+    _stop(page)
+
+
+def test_an_example_with_a_picture_is_answered_at_the_first_click(page: Page) -> None:
+    _choose(page, "eyes")
+    example = page.get_by_role("button", name=next(iter(PICTURE_EXAMPLES)))
+    playwright.expect(example.locator("img")).to_have_js_property("naturalWidth", 256)
+    _shoot(page, "picture-examples")
+    example.click()
+    playwright.expect(_answer(page)).to_contain_text("saw: #")
+    playwright.expect(_pictures(page)).to_have_js_property("naturalWidth", 256)
+    _stop(page)
+    page.get_by_role("button", name="Clear").locator("visible=true").click()
+    _choose(page, "one")
+    playwright.expect(page.get_by_role("button", name=EXAMPLES[3])).to_be_visible()
+    playwright.expect(example).to_have_count(0)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name", "content", "told"),
+    [
+        ("one", "red.png", _png("red"), "adapter 'one' knows nothing of pictures"),
+        ("eyes", "text.png", b"some text", "text.png: not a picture"),
+        ("eyes", "drawn.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG is drawn"),
+    ],
+)
+def test_a_picture_that_is_of_no_use_is_told_and_stays_in_the_box(
+    adapter: str, name: str, content: bytes, told: str, page: Page
+) -> None:
+    _choose(page, adapter)
+    _attach(page, name, content, "image/svg+xml" if name.endswith("svg") else "image/png")
+    _thumbnails(page).wait_for()
+    _ask(page, "What is it?")
+    playwright.expect(page.get_by_text(told)).to_be_visible()
+    playwright.expect(page.get_by_placeholder("Ask something")).to_have_value("What is it?")
+    playwright.expect(_thumbnails(page)).to_have_count(1)
+    assert page.get_by_test_id("user").count() == 0
+
+
+def test_side_by_side_the_base_is_not_shown_the_picture(page: Page) -> None:
+    _choose(page, "eyes")
+    page.get_by_role("tab", name="Side by side").click()
+    _attach(page, "green.png", _png("#00ff00"))
+    _thumbnails(page).wait_for()
+    _ask(page, "What is it?", "Ask both the same")
+    playwright.expect(_answer(page, 1)).to_contain_text("saw: #00ff00")
+    playwright.expect(page.get_by_text("made without the picture")).to_have_count(1)
+    _shoot(page, "side-by-side-picture")
+    _stop(page)
 
 
 def test_two_people_do_not_see_each_other(browser: Browser, address: str) -> None:
@@ -285,6 +461,14 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(browser: Browser, address: 
         for tab in ("Side by side", "Chat"):
             page.get_by_role("tab", name=tab).tap()
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.get_by_role("button", name="Clear").locator("visible=true").tap()
+        page.get_by_role("combobox", name="Adapter").tap()
+        page.get_by_role("option", name="eyes").tap()
+        page.get_by_role("button", name=next(iter(PICTURE_EXAMPLES))).tap()
+        playwright.expect(_answer(page)).to_contain_text("1 2 3")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        _shoot(page, "phone-picture")
+        _stop(page)
         page.get_by_role("button", name="How the answer is made").tap()
         page.get_by_label("System text").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -303,7 +487,7 @@ def test_picture_for_the_readme(browser: Browser, base_folder: Path) -> None:
         _opened(browser, address, viewport={"width": 1200, "height": 860}) as page,
     ):
         page.get_by_role("button", name=EXAMPLES[0]).click()
-        send = page.get_by_role("button", name="Send")
+        send = _send(page)
         page.get_by_role("button", name="Stop").wait_for()
         send.wait_for(timeout=120_000)
         page.mouse.move(0, 0)

@@ -12,11 +12,14 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 # Within a row the order counts: a module may also import those named before it in its row.
 ROWS = (
-    ("errors", "files", "catalogue", "locations", "config", "sampling", "template", "attention", "progress"),
-    ("adapter", "decoder", "data", "packing", "fetch", "generate"),
+    (
+        *("errors", "files", "catalogue", "locations", "config", "sampling", "template", "attention"),
+        *("pictures", "rows", "scoring", "progress"),
+    ),
+    ("adapter", "decoder", "data", "packing", "fetch", "generate", "vision", "features"),
     ("checkpoint",),
     ("model",),
-    ("chat", "run_folder", "training", "arguments"),
+    ("chat", "answering", "run_folder", "training", "contrastive", "arguments"),
     ("cli",),
 )
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,14 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from transformers.utils import hub as transformers_hub
 
-from llama_adapter import checkpoint
+from llama_adapter import checkpoint, vision
 from llama_adapter.adapter import Adapter
 from llama_adapter.attention import Segment
 from llama_adapter.decoder import attention_layers
@@ -29,8 +31,18 @@ from llama_adapter.errors import UsageError
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, encode_question
+from tests.reference import plain_llama_logits
 from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder, build_tiny_model, padded, random_rows
+from tests.tiny_models import (
+    VISION,
+    build_tiny_decoder,
+    build_tiny_model,
+    build_tiny_tower_folder,
+    draw_picture,
+    padded,
+    random_rows,
+    sight_of,
+)
 
 ADAPTER_KEYS = {"adapters.tiny.prompts", "adapters.tiny.gates"}
 
@@ -246,6 +258,155 @@ def test_the_positions_of_packed_rows_can_be_given(model: LlamaAdapter) -> None:
     assert not torch.allclose(
         counted, model(ids, segments=segments, position_ids=torch.arange(9)[None]).logits
     )
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+FEATURES = torch.randn(3, VISION.feature_width, generator=torch.Generator().manual_seed(5))
+OWNERS = torch.tensor([0, 2, 2])  # of three rows the second has none
+
+
+@pytest.fixture
+def seeing() -> LlamaAdapter:
+    return build_tiny_model(names=("second", "first"), vision=VISION)
+
+
+def alone(model: LlamaAdapter, row: Tensor, number: int) -> Tensor:
+    """The logits of one of the three rows by itself."""
+    own = FEATURES[number == OWNERS]
+    given = {"image_features": own, "image_owners": torch.zeros(len(own), dtype=torch.long)}
+    return model(row[None], **given if len(own) else {}).logits[0]
+
+
+@torch.no_grad()
+def test_a_row_with_pictures_is_one_with_the_prompts_that_they_give(seeing: LlamaAdapter) -> None:
+    [row] = random_rows(6)
+    adapter = seeing.get_adapter("first")
+    prompts = adapter(FEATURES, torch.zeros(3, dtype=torch.long), 1)[0]
+    expected = plain_llama_logits(seeing.decoder, row, prompts, adapter.gates)
+    given = seeing(row[None], image_features=FEATURES, image_owners=torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(given.logits[0], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(given.logits, seeing(row[None]).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_batch_mixes_rows_with_pictures_and_without(family: str, side: str) -> None:
+    model = build_tiny_model(family, vision=VISION)
+    rows = random_rows(4, 9, 6)
+    ids, mask = padded(rows, side)
+    pictures: dict[str, Any] = {"image_features": FEATURES, "image_owners": OWNERS}
+    projected = model.project(**pictures, rows=3)
+    for given in (pictures, projected):
+        logits = model(ids, attention_mask=mask, **given).logits
+        for number, row in enumerate(rows):
+            expected = alone(model, row, number)
+            torch.testing.assert_close(logits[number][mask[number].bool()], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_row_without_pictures_is_exactly_the_text_adapter(
+    seeing: LlamaAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision, "load_tower", lambda *_, **__: pytest.fail("the tower was loaded"))
+    blind = build_tiny_model(names=("second", "first"))
+    ids = torch.stack(random_rows(7, 7))
+    none = {"image_features": FEATURES[:0], "image_owners": OWNERS[:0]}
+    for given in ({}, none, {"image_features": FEATURES[:0]}):
+        assert torch.equal(seeing(ids, **given).logits, blind(ids).logits)
+        options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+        assert torch.equal(seeing.generate(ids, **given, **options), blind.generate(ids, **options))
+    mixed = seeing(ids, image_features=FEATURES[:1], image_owners=torch.tensor([1])).logits
+    torch.testing.assert_close(mixed[0], blind(ids).logits[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+@torch.no_grad()
+def test_generating_reads_the_pictures_as_forward_does(seeing: LlamaAdapter, options: dict[str, Any]) -> None:
+    ids, mask = padded(random_rows(4, 9, 6), "left")
+    pictures: dict[str, Any] = {"image_features": FEATURES, "image_owners": OWNERS}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+    together = seeing.generate(ids, attention_mask=mask, **pictures, **options)
+    for given in (seeing.project(**pictures, rows=3), {**pictures, "adapter": "first"}):
+        assert torch.equal(seeing.generate(ids, attention_mask=mask, **given, **options), together)
+    for number, row in enumerate(random_rows(4, 9, 6)):
+        own = FEATURES[number == OWNERS]
+        zeros = torch.zeros(len(own), dtype=torch.long)
+        one = seeing.generate(row[None], image_features=own, image_owners=zeros, **options)
+        assert torch.equal(one[0, len(row) :], together[number, 9:])
+        if "num_beams" not in options:
+            said = one[0]
+            for place in range(len(row), len(said)):
+                assert alone(seeing, said[:place], number)[-1].argmax() == said[place]
+    several = seeing.generate(ids, attention_mask=mask, **pictures, **{**options, "num_beams": 3},
+                              num_return_sequences=2)  # fmt: skip
+    assert len(several) == 6
+
+
+def test_pictures_that_do_not_fit_are_refused(seeing: LlamaAdapter) -> None:
+    ids = torch.stack(random_rows(7, 7))
+    for use in (seeing, seeing.generate):
+        message = refusal(lambda use=use: use(ids, image_features=FEATURES))
+        assert "3 pictures for 2 rows; give image_owners" in message
+        refusal(lambda use=use: use(ids, image_features=FEATURES, image_owners=torch.tensor([0, 1])))
+    blind = build_tiny_model(names=("first",))
+    for model, name, said in (
+        (seeing, "none", "the bare base knows nothing of pictures"),
+        (blind, "first", "adapter 'first' knows nothing of pictures; choose one"),
+    ):
+        assert not model.sees(name)
+        for action in (
+            lambda model=model, name=name: model(ids[:1], adapter=name, image_features=FEATURES[:1]),
+            lambda model=model, name=name: model.generate(ids[:1], adapter=name, image_features=FEATURES[:1]),
+            lambda model=model, name=name: model.project(name, image_features=FEATURES[:1]),
+            lambda model=model, name=name: model.encode_images(b"", adapter=name),
+            lambda model=model, name=name: model.tower(name),
+        ):
+            assert said in refusal(action)
+    assert seeing.sees() and seeing.sees("second")
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights folder with two towers."""
+    folder = tmp_path_factory.mktemp("towers")
+    for seed, name in enumerate(("one", "other")):
+        build_tiny_tower_folder(folder / name, seed=seed)
+    return folder
+
+
+def test_pictures_are_encoded_by_the_tower_that_the_adapter_was_trained_with(
+    towers: Path, tmp_path: Path
+) -> None:
+    model = LlamaAdapter(build_tiny_decoder(), base="tiny-base", weights=towers)
+    model.new_adapter("seeing", vision=sight_of(towers, "one"))
+    tower = model.tower()
+    assert model.tower("seeing") is tower
+    path = draw_picture(tmp_path / "red.png", "red")
+    image = Image.open(path)
+    expected = tower.encode(tower.prepare([image]))
+    for picture in (path, str(path), path.read_bytes(), image, [path]):
+        assert torch.equal(model.encode_images(picture), expected)
+    both = model.encode_images([path, draw_picture(tmp_path / "blue.png", "blue")])
+    torch.testing.assert_close(both[:1], expected)
+    assert both.shape == (2, tower.feature_width) and not torch.allclose(both[0], both[1], atol=1e-3)
+    assert model.encode_images([]).shape == (0, tower.feature_width)
+    assert not any("tower" in name or "visual" in name for name in model.state_dict())
+    assert "nothing.png: there is no such file" in refusal(lambda: model.encode_images("nothing.png"))
+    assert "not fetched unless allowed" in refusal(lambda: model.encode_images("https://example.org/a.png"))
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin.encode_images(path), expected)
+
+
+def test_another_tower_of_the_same_name_is_refused(towers: Path) -> None:
+    model = LlamaAdapter(build_tiny_decoder(), base="tiny-base", weights=towers)
+    model.new_adapter("seeing", vision=replace(sight_of(towers, "one"), tower="other"))
+    message = refusal(lambda: model.encode_images([]))
+    assert "trained with a tower 'other' of fingerprint" in message and "get the right one" in message
+    model.new_adapter("lost", vision=replace(VISION, tower="nowhere"))
+    assert "no tower 'nowhere'" in refusal(lambda: model.encode_images([]))
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -498,6 +659,29 @@ def test_pushing_to_the_hub_uploads_the_two_files(
     monkeypatch.setattr(transformers_hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("# A card"))
     model.push_to_hub("owner/mine", private=True)
     assert uploaded == {"owner/mine": {"adapter_config.json", "adapter_model.safetensors", "README.md"}}
+
+
+@torch.no_grad()
+def test_an_adapter_that_sees_comes_back_and_finds_its_tower(
+    tiny_base: Path, towers: Path, tmp_path: Path
+) -> None:
+    picture = draw_picture(tmp_path / "red.png", "red")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for folder in (tiny_base, towers / "one"):
+        (weights / folder.name).symlink_to(folder)
+    model = LlamaAdapter.from_base("tiny-base", weights=weights, device="cpu")
+    adapter = model.new_adapter("tiny", vision=sight_of(towers, "one"), seed=3)
+    torch.nn.init.normal_(adapter.gates)
+    model.save_pretrained(weights / "mine")
+    again = LlamaAdapter.from_pretrained("mine", weights=weights, device="cpu")
+    assert again.get_adapter("mine").config.vision == adapter.config.vision
+    question = {"image": picture, "sampling": GREEDY}
+    seen = again.chat("What is it?", **question)
+    assert seen == model.chat("What is it?", **question) != model.chat("What is it?", sampling=GREEDY)
+    features = again.encode_images(picture)
+    assert again.chat("What is it?", image=features, sampling=GREEDY) == seen
+    assert again.chat("What is it?", image=[], sampling=GREEDY) == model.chat("What is it?", sampling=GREEDY)
 
 
 # --- answering ----------------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from llama_adapter.data import IGNORED, Example
+from llama_adapter.data import IGNORED, Example, PictureFile
 from llama_adapter.packing import (
     SHORTEST_OPENING,
     answer_loss,
@@ -16,13 +19,15 @@ from llama_adapter.packing import (
     pack,
     split_by_tokens,
 )
-from tests.tiny_models import build_tiny_model
+from tests.tiny_models import VISION, build_tiny_model
 
 OPENING = list(range(3, 3 + SHORTEST_OPENING + 2))
 
 
-def example(question: list[int], answer: list[int], row: int = 1) -> Example:
-    return Example(question + answer, [IGNORED] * len(question) + answer, (), row)
+def example(
+    question: list[int], answer: list[int], row: int = 1, images: tuple[PictureFile, ...] = ()
+) -> Example:
+    return Example(question + answer, [IGNORED] * len(question) + answer, images, row)
 
 
 EXAMPLES = [
@@ -30,6 +35,15 @@ EXAMPLES = [
     example([5, 6, 7], [42, 2], 2),
     example([*OPENING, 32], [43, 44, 45, 2], 3),
     example([*OPENING, 30, 33, 34, 35], [46, 2], 4),
+]
+
+# A row without a picture, two of one that share their opening, one of it and another.
+CAT, DOG = Path("cat.png"), Path("dog.png")
+SEEN = [
+    example([*OPENING, 30, 31], [40, 41, 2], 1, (CAT,)),
+    example([*OPENING, 30, 31], [40, 2], 2),
+    example([*OPENING, 32], [43, 44, 45, 2], 3, (CAT,)),
+    example([*OPENING, 30, 33], [46, 2], 4, (DOG, CAT)),
 ]
 
 tokens = st.lists(st.integers(3, 63), min_size=1, max_size=6)
@@ -58,6 +72,30 @@ def test_equals_one_row_at_a_time(family: str) -> None:
     # float64 in, float32 in the loss by design: compare at its precision
     loss = answer_loss(model, packed)
     expected = loss_one_by_one(model, EXAMPLES)
+    assert torch.allclose(loss.double(), expected, rtol=1e-6)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("image_tokens", [1, 3])
+def test_rows_with_other_pictures_equal_one_row_at_a_time(image_tokens: int) -> None:
+    vision = replace(VISION, image_tokens=image_tokens)
+    model = build_tiny_model("llama", torch.float64, vision=vision)
+    parameters = list(model.adapters["tiny"].parameters())
+    generator = torch.Generator().manual_seed(0)
+    features = {name: torch.randn(6, generator=generator, dtype=torch.float64) for name in (CAT, DOG)}
+    packed = pack(SEEN)
+    assert len(packed.pictures) == 3 and len({segment.prompts for segment in packed.segments}) == 3
+    loss = answer_loss(model, packed, features=features)
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in SEEN:
+        seen = torch.stack([features[name] for name in row.images]) if row.images else None
+        owners = torch.zeros(len(row.images), dtype=torch.long)
+        output = model(torch.tensor([row.input_ids]), image_features=seen, image_owners=owners)
+        targets = torch.tensor(row.labels[1:])
+        expected = expected + F.cross_entropy(output.logits[0, :-1], targets, reduction="sum")
     assert torch.allclose(loss.double(), expected, rtol=1e-6)
     for ours, theirs in zip(
         torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True

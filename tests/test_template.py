@@ -93,6 +93,20 @@ def conversations(draw: st.DrawFn) -> list[Turn]:
     return turns
 
 
+# --- brief --------------------------------------------------------------------------------------------------
+
+
+def test_brief_is_a_few_words_around_question_and_answer() -> None:
+    turns = [Turn("system", "Be kind."), user("What is it?"), assistant("A cat."), user("Where?", "At home")]
+    assert dialogue_parts([*turns, assistant("Here.")], "brief") == [
+        (False, "Be kind.\n\nQuestion: What is it?\nAnswer:\n"),
+        (True, "A cat.<|im_end|>"),
+        (False, "\nQuestion: Where?\nAt home\nAnswer:\n"),
+        (True, "Here.<|im_end|>"),
+    ]
+    assert stop_strings("brief") == ("\nQuestion:",)
+
+
 # --- alpaca -------------------------------------------------------------------------------------------------
 
 
@@ -344,5 +358,5 @@ def test_turns_that_cannot_be_asked_or_learned_from_are_refused() -> None:
 
 
 def test_an_unknown_template_names_those_there_are() -> None:
-    with pytest.raises(UsageError, match="no template 'vicuna'; available templates are alpaca, chat"):
+    with pytest.raises(UsageError, match="no template 'vicuna'; available templates are alpaca, brief, chat"):
         encode_question([user("?")], "vicuna", TINY)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llama_adapter import training
+from llama_adapter import packing, training
 from llama_adapter.checkpoint import load_adapter
 from llama_adapter.data import IGNORED, Example
 from llama_adapter.errors import UsageError
-from llama_adapter.packing import answer_loss
+from llama_adapter.packing import accumulate_gradient, answer_loss
 from llama_adapter.training import Trainer, TrainingSettings
-from tests.tiny_models import build_tiny_model
+from tests.tiny_models import VISION, build_tiny_model
 
 SETTINGS = TrainingSettings(
     epochs=3, warmup_epochs=1, batch_size=2, learning_rate=0.05, validate_every=4, checkpoint_every=2
@@ -144,17 +149,26 @@ class Killed(Exception):
     """Stands for a machine that goes away."""
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
-    calls = 0
+def scale_losses(monkeypatch: pytest.MonkeyPatch, factor: Callable[[int], float]) -> None:
+    """Multiply the loss of each training step, counted from 1; those of validation stay."""
+    steps = itertools.count(1)
 
-    def loss(*args: Any, **kwargs: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == step:
+    def accumulate(*args: Any, **kwargs: Any) -> float:
+        step = next(steps)
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "answer_loss", lambda *a, **k: answer_loss(*a, **k) * factor(step))
+            return accumulate_gradient(*args, **kwargs)
+
+    monkeypatch.setattr(training, "accumulate_gradient", accumulate)
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    def act(now: int) -> float:
+        if now == step:
             action()
-        return answer_loss(*args, **kwargs)
+        return 1.0
 
-    monkeypatch.setattr(training, "answer_loss", loss)
+    scale_losses(monkeypatch, act)
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 6, 11])
@@ -231,14 +245,7 @@ def test_a_resume_with_other_settings_or_data_is_refused(tmp_path: Path) -> None
 def test_a_step_without_a_finite_loss_is_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = 0
-
-    def loss(*args: Any, **kwargs: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return answer_loss(*args, **kwargs) * (float("nan") if calls in (2, 3) else 1.0)
-
-    monkeypatch.setattr(training, "answer_loss", loss)
+    scale_losses(monkeypatch, lambda step: math.nan if step in (2, 3) else 1.0)
     trainer(tmp_path).run()
     last = sorted((tmp_path / "checkpoints").glob("*.pt"))[-1]
     assert torch.load(last, weights_only=True)["progress"]["skipped_steps"] == 2
@@ -248,9 +255,130 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(
 def test_three_bad_steps_in_a_row_end_the_run_and_name_the_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "answer_loss", lambda *a, **k: answer_loss(*a, **k) * float("inf"))
+    scale_losses(monkeypatch, lambda step: math.inf)
     run = trainer(tmp_path)
     before = {name: t.clone() for name, t in run.model.adapters["tiny"].state_dict().items()}
     with pytest.raises(UsageError, match=r"3 steps in a row, last in the rows \d+, \d+; "):
         run.run()
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+
+
+# --- how often a row comes up -------------------------------------------------------------------------------
+
+
+def orders(
+    output: Path, occurrences: list[float] | None, *, epochs: int = 8, seed: int = 0
+) -> list[list[int]]:
+    """Which rows come up in each of some epochs."""
+    run = dataclasses.replace(
+        trainer(output, seed=seed),
+        train_examples=examples(8 if occurrences is None else len(occurrences)),
+        occurrences=occurrences,
+    )
+    return [run._order(epoch) for epoch in range(epochs)]
+
+
+def test_without_weights_every_row_comes_up_once_in_another_order(tmp_path: Path) -> None:
+    for occurrences in (None, [1.0] * 8):
+        made = orders(tmp_path, occurrences)
+        assert all(sorted(order) == list(range(8)) for order in made)
+        assert len(set(map(tuple, made))) == 8
+
+
+def test_a_row_comes_up_as_often_as_its_weight_says(tmp_path: Path) -> None:
+    weights = [2.0] * 3 + [0.5] * 10 + [1.0] * 4
+    made = orders(tmp_path, weights, epochs=40)
+    for order in made:
+        assert len(order) == 15
+        assert [order.count(row) for row in (0, 1, 2)] == [2, 2, 2]
+        assert [order.count(row) for row in (13, 14, 15, 16)] == [1, 1, 1, 1]
+        halves = [order.count(row) for row in range(3, 13)]
+        assert set(halves) == {0, 1} and sum(halves) == 5
+    shown = {frozenset(row for row in order if 3 <= row < 13) for order in made}
+    assert len(shown) > 30, "other ones each time"
+    for row in range(3, 13):
+        assert 10 <= sum(order.count(row) for order in made) <= 30  # 20 of 40 on average
+    assert orders(tmp_path, weights, epochs=40) == made
+    assert orders(tmp_path, weights, epochs=40, seed=1) != made
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([0.1, 0.3, 0.7, 1, 1 / 3, 2.5]), st.integers(1, 30)), min_size=1),
+    st.integers(0, 5),
+)
+def test_every_epoch_has_as_many_rows(parts: list[tuple[float, int]], seed: int) -> None:
+    weights = [weight for weight, rows in parts for _ in range(rows)]
+    made = orders(Path("unused"), weights, seed=seed)
+    assert len({len(order) for order in made}) == 1
+    assert abs(len(made[0]) - sum(weights)) <= 0.5 + 1e-6
+    for order in made:
+        for row, weight in enumerate(weights):
+            assert math.floor(weight) <= order.count(row) <= math.ceil(weight)
+
+
+def test_weighted_rows_train_and_resume_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def weighted(output: Path) -> Trainer:
+        return dataclasses.replace(trainer(output), occurrences=[0.5] * 4 + [1.5] * 4)
+
+    weighted(tmp_path / "whole").run()
+    assert len(losses(tmp_path / "whole")) == 12  # 8 rows an epoch in batches of 2
+    with monkeypatch.context() as patch:
+        interrupt_at(7, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            weighted(tmp_path / "cut").run()
+    weighted(tmp_path / "cut").run(resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_weights_that_leave_no_row_are_refused(tmp_path: Path) -> None:
+    run = dataclasses.replace(trainer(tmp_path / "run"), occurrences=[0.01] * 8)
+    with pytest.raises(UsageError, match="leave no row to train on"):
+        run.run()
+    assert not (tmp_path / "run").exists()
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def seeing_trainer(output: Path, **changes: Any) -> Trainer:
+    """Rows that only differ in their pictures, whose answers follow from them; and one without."""
+    generator = torch.Generator().manual_seed(0)
+    features = {Path(f"{n}.png"): torch.randn(6, generator=generator) for n in range(8)}
+    rows = [
+        Example([9, 10, 11, 20 + n % 4, 2], [IGNORED] * 3 + [20 + n % 4, 2], (picture,), n)
+        for n, picture in enumerate(features)
+    ]
+    rows.append(Example([9, 10, 12, 30, 2], [IGNORED] * 3 + [30, 2], (), 9))
+    settings = dataclasses.replace(SETTINGS, **changes)
+    model = build_tiny_model(vision=VISION)
+    return Trainer(model, "tiny", rows, rows, settings, output, features=features)
+
+
+def test_it_learns_from_pictures(tmp_path: Path) -> None:
+    fast: dict[str, Any] = {
+        "epochs": 12,
+        "learning_rate": 0.3,
+        "gate_learning_rate": 0.1,
+        "validate_every": 100,
+    }
+    run = seeing_trainer(tmp_path / "seeing", **fast)
+    best = run.run()
+    blind = seeing_trainer(tmp_path / "blind", **fast)
+    without = [dataclasses.replace(row, images=()) for row in blind.train_examples]
+    blind = dataclasses.replace(blind, train_examples=without, validation_examples=without)
+    assert best < blind.run() - 0.2
+    kept = load_adapter(tmp_path / "seeing")
+    assert kept.projection is not None and run.model.get_adapter("tiny").projection is not None
+    before = build_tiny_model(vision=VISION).adapters["tiny"].state_dict()
+    for name, tensor in kept.state_dict().items():
+        fitted = name in ("projection.mean", "projection.scale")
+        assert torch.equal(tensor, before[name]) == fitted, name
+
+
+def test_the_projection_can_have_a_rate_of_its_own(tmp_path: Path) -> None:
+    seeing_trainer(tmp_path, max_steps=1, projection_learning_rate=1e-9, weight_decay=0.0).run()
+    before = build_tiny_model(vision=VISION).adapters["tiny"].state_dict()
+    after = weights(tmp_path)
+    assert torch.allclose(after["projection.up.weight"], before["projection.up.weight"], atol=1e-6)
+    assert (after["prompts"] - before["prompts"]).abs().max() > 1e-3

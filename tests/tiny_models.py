@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from llama_adapter.config import AdapterConfig, DecoderShape
+from llama_adapter.config import AdapterConfig, DecoderShape, VisionConfig
 from llama_adapter.model import LlamaAdapter
 
 # For adapters that need no decoder.
@@ -21,6 +24,9 @@ SHAPE = DecoderShape(
     vocab_size=100,
 )
 CONFIG = AdapterConfig(base="base", shape=SHAPE, adapted_layers=6, prompt_length=10)
+
+# For adapters that see: features of 6 numbers from a tower that nobody loads.
+VISION = VisionConfig(tower="tiny", tower_fingerprint="0" * 16, depths=(1, 2), feature_width=6, bottleneck=5)
 
 # What is particular to a family, set so that it matters in a decoder of width 32 and a row of ten tokens.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -88,6 +94,7 @@ def build_tiny_model(
     *,
     names: tuple[str, ...] = ("tiny",),
     tokenizer: PreTrainedTokenizerBase | None = None,
+    vision: VisionConfig | None = None,
     **settings: Any,
 ) -> LlamaAdapter:
     """A tiny decoder with adapters of 3 prompts in its top 2 layers, whose gates are far from zero.
@@ -98,10 +105,74 @@ def build_tiny_model(
         settings |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     model = LlamaAdapter(build_tiny_decoder(family, dtype, **settings), tokenizer, base="tiny-base")
     for seed, name in enumerate(names, start=1):
-        adapter = model.new_adapter(name, prompt_length=3, adapted_layers=2, seed=seed)
+        adapter = model.new_adapter(name, prompt_length=3, adapted_layers=2, vision=vision, seed=seed)
         adapter.to(dtype)
         torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(seed))
     return model
+
+
+# The picture sides of open_clip models, one of each kind.
+TOWERS: dict[str, dict[str, Any]] = {
+    "vit": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 2},
+    "resnet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+    "cnn": {"timm_model_name": "test_efficientnet", "timm_pool": "avg", "image_size": 32},
+    "cnn pooled by attention": {
+        "timm_model_name": "test_efficientnet",
+        "timm_pool": "abs_attn",
+        "timm_proj": "",
+        "image_size": 160,
+    },
+    "timm vit": {"timm_model_name": "test_vit", "timm_pool": "", "image_size": 160},
+    "timm vit with registers": {"timm_model_name": "test_vit2", "timm_pool": "", "image_size": 160},
+    "siglip": {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160},
+    "late class token": {"timm_model_name": "xcit_nano_12_p16_224", "timm_pool": "", "image_size": 224},
+}
+
+
+def build_tiny_tower_folder(folder: Path, kind: str = "vit", *, seed: int = 0, **preprocess: Any) -> Path:
+    """An open_clip folder with a random CLIP whose picture side is one of `TOWERS`; returns the folder.
+
+    ``preprocess`` is what its config says of the preparation of pictures.
+    """
+    import open_clip  # slow to import, and few tests need it
+    from safetensors.torch import save_model
+
+    text = {"context_length": 4, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1}
+    config = {"embed_dim": 64, "vision_cfg": TOWERS[kind], "text_cfg": text}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        clip = open_clip.CLIP(**config)
+        for name, tensor in clip.visual.state_dict().items():
+            if tensor.is_floating_point():  # norms, their running statistics and zeros at the start too
+                noise = torch.randn_like(tensor) * 0.1
+                tensor.add_(noise.abs() if "running_var" in name else noise)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(clip, str(folder / "open_clip_model.safetensors"))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+    )
+    return folder
+
+
+def sight_of(weights: Path, tower: str) -> VisionConfig:
+    """How an adapter sees by a tower in a weights folder."""
+    from llama_adapter.vision import load_tower
+
+    loaded = load_tower(tower, weights=weights)
+    return VisionConfig(
+        tower=tower,
+        tower_fingerprint=loaded.fingerprint,
+        depths=loaded.depths,
+        feature_width=loaded.feature_width,
+        bottleneck=5,
+    )
+
+
+def draw_picture(path: Path, colour: str | tuple[int, int, int] = "red", size: int = 16) -> Path:
+    """A square of one colour in a file; returns the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), colour).save(path)
+    return path
 
 
 def random_rows(*lengths: int, seed: int = 0, vocab_size: int = 64) -> list[torch.Tensor]:

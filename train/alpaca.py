@@ -9,7 +9,7 @@ from llama_adapter.arguments import (
     Parser,
     add_model_options,
     add_training_options,
-    load_model,
+    load_model_to_train,
     positive_int,
     training_settings,
 )
@@ -32,34 +32,26 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # Slow to import, and not needed to say that an option is wrong.
-    from llama_adapter.data import encode_records, read_records, split_records
+    from llama_adapter.data import encode_records, expect_text, read_records, split_records
     from llama_adapter.training import Trainer
 
     settings = training_settings(arguments)
     records, summary = read_records(arguments.data)
     print(summary, file=sys.stderr)
-    train, validation = split_records(
-        records[: arguments.limit], validation_rows=arguments.validation_rows, seed=settings.seed
-    )
-    model = load_model(arguments)
-    model.new_adapter(
-        "trained",
-        prompt_length=arguments.prompt_length,
-        adapted_layers=arguments.adapted_layers,
-        template=arguments.template,
-        seed=settings.seed,
-    )
+    expect_text(records, arguments.data)
+    train, validation = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
+    model, _ = load_model_to_train(arguments)
+    template = model.template()
     assert model.tokenizer is not None
     train_examples, validation_examples = (
-        encode_records(
-            rows, template=arguments.template, tokenizer=model.tokenizer, max_length=arguments.max_length
-        )
+        encode_records(rows, template=template, tokenizer=model.tokenizer, max_length=arguments.max_length)
         for rows in (train, validation)
     )
     data = {
         "source": Path(arguments.data).name,
         "fingerprint": summary.fingerprint,
         "max_length": arguments.max_length,
+        "start_from": arguments.start_from,
     }
     trainer = Trainer(model, "trained", train_examples, validation_examples, settings, arguments.output, data)
     best = trainer.run(resume=arguments.resume)

@@ -1,0 +1,100 @@
+"""Many questions answered in batches, for scoring.
+
+Questions of equal length go together, so no row is padded and no answer depends on what it was batched with
+but for rounding. Questions about the same pictures share their prompts' keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llama_adapter.data import PictureFile, Record
+from llama_adapter.generate import stream_text
+from llama_adapter.model import LlamaAdapter
+from llama_adapter.template import encode_question, end_token_ids, stop_strings
+
+
+def answer_records(
+    model: LlamaAdapter,
+    records: Sequence[Record],
+    *,
+    features: Mapping[PictureFile, Tensor] | None = None,
+    adapter: str | None = None,
+    max_new_tokens: int = 32,
+    beams: int = 1,
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """The model's own answers to the questions of records, in their order, by greedy or beam search.
+
+    Args:
+        features: (F,) of each picture of the records; None where they have none.
+        adapter: None takes the active one.
+        progress: gets the number of records that are done.
+    """
+    assert model.tokenizer is not None
+    template, tokenizer = model.template(adapter), model.tokenizer
+    questions = [encode_question(record.turns[:-1], template, tokenizer) for record in records]
+    ends, stops = end_token_ids(template, tokenizer), stop_strings(template)
+    # Equal lengths side by side, within them equal pictures (by where they first came up).
+    first: dict[tuple[PictureFile, ...], int] = {}
+    for record in records:
+        first.setdefault(record.images, len(first))
+    order = sorted(range(len(records)), key=lambda i: (len(questions[i]), first[records[i].images]))
+    answers = [""] * len(records)
+    done = 0
+    for batch in _batches(order, questions, batch_size):
+        sets = list(dict.fromkeys(records[i].images for i in batch))
+        prompts = _prompts(model, adapter, sets, features)
+        rows = torch.tensor([sets.index(records[i].images) for i in batch], device=model.decoder.device)
+        ids = torch.tensor([questions[i] for i in batch], device=model.decoder.device)
+        output = model.generate(
+            ids,
+            adapter=adapter,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=beams,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+            **{name: tensor.expand(len(sets), *tensor.shape[1:])[rows] for name, tensor in prompts.items()},
+        )
+        for i, tokens in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
+            answers[i] = "".join(stream_text(_until(tokens, ends), tokenizer, stops)).strip()
+        done += len(batch)
+        progress(done)
+    return answers
+
+
+def _batches(order: Sequence[int], questions: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for i in order:
+        if not batches or len(batches[-1]) == size or len(questions[batches[-1][0]]) != len(questions[i]):
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def _prompts(
+    model: LlamaAdapter,
+    adapter: str | None,
+    sets: Sequence[tuple[PictureFile, ...]],
+    features: Mapping[PictureFile, Tensor] | None,
+) -> dict[str, Tensor]:
+    """The prompts' keys and values for each set of pictures."""
+    pictures = [picture for images in sets for picture in images]
+    if not pictures:
+        return model.project(adapter)
+    assert features is not None
+    owners = torch.tensor([number for number, images in enumerate(sets) for _ in images])
+    seen = torch.stack([features[picture] for picture in pictures])
+    return model.project(adapter, image_features=seen, image_owners=owners, rows=len(sets))
+
+
+def _until(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """What was said before the end token, behind which a batch is filled up."""
+    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return list(tokens[:stop])

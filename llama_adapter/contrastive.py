@@ -1,0 +1,343 @@
+"""A small CLIP of our own: pictures with texts -> an open_clip model whose picture side is a vision tower.
+
+The picture side starts from a tower that already knows pictures (ImageNet's), the text side from nothing.
+Both are trained to find each other within a batch by open_clip's own loss (Radford et al., arXiv 2103.00020).
+
+Shapes: B pairs of a batch, S side of a picture in pixels, C tokens of a text, E width of the embeddings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
+from safetensors.torch import save
+from torch import Tensor
+
+from llama_adapter.data import PictureFile
+from llama_adapter.errors import UsageError
+from llama_adapter.files import write_atomically, write_json
+from llama_adapter.pictures import open_picture
+from llama_adapter.progress import clock
+from llama_adapter.rows import EASY_VQA, read_rows
+from llama_adapter.run_folder import RunFolder
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and the texts that describe it, one of which is drawn each time."""
+
+    picture: PictureFile
+    texts: tuple[str, ...]
+
+
+# --- pairs --------------------------------------------------------------------------------------------------
+
+
+def read_pairs(source: str, *, split: str = "train") -> list[Pair]:
+    """The pairs of a source: rows of {"image", "captions"}, or easy-vqa.
+
+    Rows that name another split are left out. Raises UsageError where a row has no captions, or none is left.
+    """
+    found = read_rows(source)
+    rows = [(number, row) for number, row in found.rows if row.get("split", split) == split]
+    if source == EASY_VQA:
+        pairs = _shape_pairs([row for _, row in rows])
+    else:
+        pairs = []
+        for number, row in rows:
+            if not row.get("captions") or not row.get("image"):
+                raise UsageError(f"{source}: row {number}: expected 'image' and 'captions'")
+            pairs.append(Pair(found.root / row["image"], tuple(row["captions"])))
+    if not pairs:
+        raise UsageError(f"{source}: no pictures with texts in its split {split!r}")
+    return pairs
+
+
+def read_names(folder: str | Path) -> list[Pair]:
+    """Pictures with one name each: names.json (file to name) beside images/. Raises UsageError."""
+    path = Path(folder) / "names.json"
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            Pair(Path(folder) / "images" / file, (f"a photo of a {name}.",)) for file, name in names.items()
+        ]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path}: expected an object of files and their names: {error}") from None
+
+
+def _shape_pairs(rows: Sequence[dict[str, str]]) -> list[Pair]:
+    """easy-VQA's pictures in words: the answers to "what ..." tell a picture's shape and its colour."""
+    known: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["question"].startswith("what"):
+            what = "shape" if row["answer"] in ("circle", "rectangle", "triangle") else "colour"
+            known.setdefault(row["image"], {})[what] = row["answer"]
+    pairs = []
+    for image, said in known.items():
+        if len(said) == 2:
+            colour, shape = said["colour"], said["shape"]
+            texts = (
+                f"a {colour} {shape}",
+                f"a {shape} that is {colour}",
+                f"a picture of a {colour} {shape}.",
+            )
+            pairs.append(Pair(Path(image), texts))
+    return pairs
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+def load_clip(folder: Path) -> open_clip.CLIP:
+    """The whole model of an open_clip folder, for scoring. Raises UsageError where it cannot be loaded."""
+    try:
+        clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+        clip.llama_adapter_config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{folder}: no open_clip folder: {reason}") from None
+    return clip
+
+
+def build_clip(
+    start: Path, *, embed_dim: int = 256, text_width: int = 96, text_layers: int = 3
+) -> open_clip.CLIP:
+    """A CLIP whose picture side has the weights of the open_clip folder ``start``; the rest is random.
+
+    Its text side reads 32 tokens and has heads of width 32.
+    """
+    known = load_clip(start)
+    config = known.llama_adapter_config
+    model_config = {
+        **config["model_cfg"],
+        "embed_dim": embed_dim,
+        "text_cfg": {
+            "context_length": 32,
+            "vocab_size": 49408,
+            "width": text_width,
+            "heads": max(1, text_width // 32),
+            "layers": text_layers,
+        },
+    }
+    clip = open_clip.CLIP(**model_config)
+    clip.visual.trunk.load_state_dict(known.visual.trunk.state_dict())
+    clip.llama_adapter_config = {"model_cfg": model_config, "preprocess_cfg": config["preprocess_cfg"]}
+    return clip
+
+
+def save_clip(clip: open_clip.CLIP, folder: Path) -> None:
+    """Write an open_clip folder, in half precision."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: t.detach().cpu().half() if t.is_floating_point() else t.cpu()
+        for name, t in clip.state_dict().items()
+    }
+    with write_atomically(folder / WEIGHTS_FILE) as path:
+        path.write_bytes(save({name: t.contiguous() for name, t in state.items()}, metadata={"format": "pt"}))
+    write_json(folder / CONFIG_FILE, clip.llama_adapter_config)
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """How a CLIP is trained.
+
+    Attributes:
+        learning_rate: the peak of what starts from nothing: the text side and the picture side's head.
+        trunk_learning_rate: the peak of the pretrained rest of the picture side.
+        crop: the smallest share of a picture that a random crop keeps.
+    """
+
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    trunk_learning_rate: float = 1e-4
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    crop: float = 0.6
+    max_steps: int | None = None
+    checkpoint_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; expected 1 or more")
+        if not 0 < self.crop <= 1:
+            raise UsageError(f"crop is {self.crop}; expected a share above 0, at most 1")
+
+
+def train_clip(
+    clip: open_clip.CLIP,
+    pairs: Sequence[Pair],
+    settings: ClipSettings,
+    output: Path,
+    *,
+    data: dict[str, Any],
+    validate: Callable[[], dict[str, float]],
+    resume: bool = False,
+) -> None:
+    """Train, and write the model to ``output`` at every checkpoint and at the end.
+
+    Args:
+        data: what tells these pairs from others; a resume must find it again.
+        validate: figures that are kept with the metrics after each epoch.
+
+    Raises:
+        UsageError: a folder with another run, fewer pairs than a batch, a file that is no picture.
+    """
+    device = next(clip.parameters()).device
+    if len(pairs) < settings.batch_size:
+        raise UsageError(f"{len(pairs)} pairs are fewer than a batch of {settings.batch_size}")
+    tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
+    preprocess = image_transform_v2(
+        PreprocessCfg(**clip.llama_adapter_config["preprocess_cfg"]),
+        is_train=True,
+        aug_cfg=AugmentationCfg(scale=(settings.crop, 1.0)),
+    )
+    trunk = list(clip.visual.trunk.parameters())
+    known = {id(parameter) for parameter in trunk}
+    rest = [parameter for parameter in clip.parameters() if id(parameter) not in known]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": rest, "peak": settings.learning_rate},
+            {"params": trunk, "peak": settings.trunk_learning_rate},
+        ],
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        weight_decay=settings.weight_decay,
+    )
+    loss_of = open_clip.ClipLoss()
+    per_epoch = len(pairs) // settings.batch_size
+    total = min(per_epoch * settings.epochs, settings.max_steps or math.inf)
+    total = int(total)
+    description = {"settings": dataclasses.asdict(settings), "data": {**data, "pairs": len(pairs)}}
+    folder = RunFolder(output, description, resume=resume)
+    step = 0
+    if resume and (state := folder.load_checkpoint()) is not None:
+        clip.load_state_dict(state["clip"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        folder.line.say(f"going on from step {step}")
+    folder.open_metrics(step)
+    first, started = step, time.monotonic()
+    try:
+        while step < total:
+            batch = _draw(pairs, step, settings)
+            # Crops and flips depend on the step alone, so a resumed run sees the same.
+            torch.manual_seed(settings.seed * 1_000_003 + step)
+            pixels = torch.stack([preprocess(open_picture(pair.picture)) for pair, _ in batch]).to(device)
+            texts = tokenizer([text for _, text in batch]).to(device)
+            rate = _schedule(step, total, settings.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            clip.train()
+            image_features, text_features, scale = clip(pixels, texts)[:3]
+            loss = loss_of(image_features, text_features, scale)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                clip.logit_scale.clamp_(0, math.log(100))
+            step += 1
+            folder.measured(step, loss=float(loss), learning_rate=settings.learning_rate * rate)
+            pace = (time.monotonic() - started) / (step - first)
+            folder.line.show(
+                f"step {step}/{total}  loss {float(loss):.3f}  {settings.batch_size / pace:.1f} pictures/s  "
+                f"{clock(pace * (total - step))} left"
+            )
+            if step % per_epoch == 0 or step == total:
+                figures = validate()
+                folder.measured(step, **figures)
+                folder.line.say(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+            if step % settings.checkpoint_every == 0 or step == total:
+                state = {"clip": clip.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                folder.save_checkpoint(step, state)
+                save_clip(clip, output)
+    finally:
+        folder.close_metrics()
+
+
+def _draw(pairs: Sequence[Pair], step: int, settings: ClipSettings) -> list[tuple[Pair, str]]:
+    """The pairs of a step, a text drawn for each; an epoch shows every picture once."""
+    epoch, place = divmod(step, len(pairs) // settings.batch_size)
+    draw = random.Random(f"{settings.seed}/{epoch}")
+    order = draw.sample(range(len(pairs)), len(pairs))
+    some = order[place * settings.batch_size : (place + 1) * settings.batch_size]
+    text = random.Random(f"{settings.seed}/{step}")
+    return [(pairs[i], text.choice(pairs[i].texts)) for i in some]
+
+
+def _schedule(step: int, total: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+# --- scoring ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def retrieval(clip: open_clip.CLIP, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Share of texts with their picture among the first 1, 5, 10, and of pictures with a text of theirs."""
+    clip.eval()
+    images = _encode_images(clip, [pair.picture for pair in pairs])
+    owners = torch.tensor([number for number, pair in enumerate(pairs) for _ in pair.texts])
+    texts = _encode_texts(clip, [text for pair in pairs for text in pair.texts])
+    scores = texts @ images.T  # a row for each text, a column for each picture
+    figures = {}
+    for name, found in (
+        ("text_to_image", owners[:, None] == torch.arange(len(pairs))[scores.argsort(1, descending=True)]),
+        ("image_to_text", owners[scores.T.argsort(1, descending=True)] == torch.arange(len(pairs))[:, None]),
+    ):
+        for k in (1, 5, 10):
+            figures[f"{name}_r{k}"] = found[:, :k].any(1).float().mean().item()
+    return figures
+
+
+@torch.no_grad()
+def zero_shot(clip: open_clip.CLIP, pairs: Sequence[Pair]) -> float:
+    """How often a picture's own text is the nearest among the first texts of all pairs."""
+    clip.eval()
+    images = _encode_images(clip, [pair.picture for pair in pairs])
+    texts = _encode_texts(clip, [pair.texts[0] for pair in pairs])
+    return ((images @ texts.T).argmax(1) == torch.arange(len(pairs))).float().mean().item()
+
+
+def _encode_images(clip: open_clip.CLIP, pictures: Sequence[PictureFile]) -> Tensor:
+    device = next(clip.parameters()).device
+    preprocess = image_transform_v2(
+        PreprocessCfg(**clip.llama_adapter_config["preprocess_cfg"]), is_train=False
+    )
+    batches = (pictures[start : start + 8] for start in range(0, len(pictures), 8))
+    encoded = [
+        clip.encode_image(
+            torch.stack([preprocess(open_picture(p)) for p in batch]).to(device), normalize=True
+        )
+        for batch in batches
+    ]
+    return torch.cat(encoded).cpu()
+
+
+def _encode_texts(clip: open_clip.CLIP, texts: Sequence[str]) -> Tensor:
+    tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
+    device = next(clip.parameters()).device
+    batches = (tokenizer(list(texts[start : start + 64])) for start in range(0, len(texts), 64))
+    return torch.cat([clip.encode_text(batch.to(device), normalize=True) for batch in batches]).cpu()

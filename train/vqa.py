@@ -1,0 +1,115 @@
+"""Teach an adapter to see: python -m train.vqa --data SOURCE [--data SOURCE=WEIGHT ...] --output DIR"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_adapter.arguments import (
+    Parser,
+    add_model_options,
+    add_training_options,
+    add_vision_options,
+    load_model_to_train,
+    positive_int,
+    training_settings,
+)
+from llama_adapter.errors import UsageError, run_command
+
+if TYPE_CHECKING:
+    from llama_adapter.data import Example
+
+
+def main() -> None:
+    parser = Parser(prog="python -m train.vqa", description=__doc__)
+    parser.add_argument(
+        "--data",
+        required=True,
+        action="append",
+        metavar="SOURCE[=WEIGHT]",
+        help="rows with pictures (question and answer, captions, LLaVA's conversations), a folder with "
+        "captions.json or qa.json beside images/, easy-vqa, or rows of text; a weight of 0.5 shows half of "
+        "its rows in an epoch, other ones each time, and 2 each row twice",
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder of the run and of the best adapter"
+    )
+    parser.add_argument("--split", default="train", help="of rows that name one (train)")
+    parser.add_argument(
+        "--image-root", type=Path, help="where names of pictures start (default: by the data)"
+    )
+    parser.add_argument("--limit", type=positive_int, help="use the first so many rows of each source only")
+    parser.add_argument(
+        "--validation-rows", type=positive_int, default=100, help="rows kept back of each source (100)"
+    )
+    parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
+    add_model_options(parser)
+    add_vision_options(parser)
+    add_training_options(parser)
+    arguments = parser.parse_args()
+
+    # Slow to import, and not needed to say that an option is wrong.
+    from llama_adapter.data import encode_records, read_records, split_records
+    from llama_adapter.training import Trainer
+
+    settings = training_settings(arguments)
+    sources = [_weighted(text) for text in arguments.data]
+    train, validation, facts = [], [], []
+    for source, weight in sources:
+        records, summary = read_records(source, image_root=arguments.image_root, split=arguments.split)
+        print(summary, file=sys.stderr)
+        parts = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
+        if not arguments.images:  # after the split, which is by pictures
+            parts = tuple([dataclasses.replace(record, images=()) for record in part] for part in parts)
+        train.append(parts[0])
+        validation.append(parts[1])
+        facts.append({"source": Path(source).name, "fingerprint": summary.fingerprint, "weight": weight})
+
+    model, features = load_model_to_train(
+        arguments, [image for part in (*train, *validation) for record in part for image in record.images]
+    )
+    assert model.tokenizer is not None
+    encode = {
+        "template": model.template(),
+        "tokenizer": model.tokenizer,
+        "max_length": arguments.max_length,
+    }
+    train_examples: list[Example] = []
+    occurrences: list[float] = []
+    for (_, weight), part in zip(sources, train, strict=True):
+        examples = encode_records(part, **encode)
+        train_examples += examples
+        occurrences += [weight] * len(examples)
+    validation_examples = [example for part in validation for example in encode_records(part, **encode)]
+    trainer = Trainer(
+        model,
+        "trained",
+        train_examples,
+        validation_examples,
+        settings,
+        arguments.output,
+        data={"sources": facts, "max_length": arguments.max_length, "start_from": arguments.start_from},
+        features=features,
+        occurrences=occurrences,
+    )
+    best = trainer.run(resume=arguments.resume)
+    print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    source, mark, number = text.rpartition("=")
+    if not mark:
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        raise UsageError(f"--data {text}: {number!r} is no weight; expected SOURCE=NUMBER") from None
+    if not 0 < weight < 1000:
+        raise UsageError(f"--data {text}: the weight is {weight:g}; expected a number above 0")
+    return source, weight
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
