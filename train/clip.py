@@ -104,6 +104,7 @@ def _add_settings(parser: Parser) -> None:
         ("batch_size", int, "pairs a step: each text is told from so many pictures"),
         ("learning_rate", float, "peak of the text side and the heads"),
         ("trunk_learning_rate", float, "peak of the picture side, which knows pictures already"),
+        ("frozen_blocks", int, "lowest blocks of the picture side that stay as they are"),
         ("weight_decay", float, "AdamW's"),
         ("warmup_steps", int, "steps in which the rates rise"),
         ("crop", float, "smallest share of a picture that a random crop keeps"),

@@ -1,0 +1,297 @@
+"""A small CLIP: its pairs, its training, its scores, and the two commands."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import eval.clip
+import train.clip
+from llama_adapter import contrastive
+from llama_adapter.contrastive import (
+    ClipSettings,
+    Pair,
+    build_clip,
+    load_clip,
+    read_names,
+    read_pairs,
+    retrieval,
+    save_clip,
+    train_clip,
+    zero_shot,
+)
+from llama_adapter.errors import UsageError
+from llama_adapter.vision import load_tower
+from tests.tiny_models import build_tiny_tower_folder, draw_picture
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "yellow": (230, 230, 20)}
+SETTINGS = ClipSettings(
+    epochs=6, batch_size=4, learning_rate=3e-3, trunk_learning_rate=1e-3, warmup_steps=2, checkpoint_every=2
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tower to start from, and coloured squares with captions and with names."""
+    folder = tmp_path_factory.mktemp("clip")
+    build_tiny_tower_folder(folder / "weights" / "start", "cnn", size=64)
+    rows, names = [], {}
+    for colour, value in COLOURS.items():
+        for number in range(4):
+            file = f"{colour}-{number}.png"
+            for data in ("captions", "names"):
+                draw_picture(folder / data / "images" / file, tuple(max(0, v - 5 * number) for v in value))
+            split = "val" if number == 3 else "train"
+            rows.append({"image": file, "captions": [f"a {colour} one", f"it is {colour}"], "split": split})
+            names[file] = f"{colour} square {number}"
+    (folder / "captions" / "captions.json").write_text(json.dumps(rows))
+    (folder / "names" / "names.json").write_text(json.dumps(names))
+    return folder
+
+
+def build(place: Path) -> Any:
+    torch.manual_seed(0)
+    return build_clip(place / "weights" / "start", embed_dim=16, text_width=32, text_layers=1)
+
+
+def fit(place: Path, output: Path, *, resume: bool = False, **changes: Any) -> Any:
+    clip = build(place)
+    settings = ClipSettings(**{**vars(SETTINGS), **changes})
+    pairs = read_pairs(str(place / "captions"))
+    train_clip(clip, pairs, settings, output, data={}, validate=dict, resume=resume)
+    return clip
+
+
+# --- pairs --------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_those_of_the_split(place: Path) -> None:
+    train, val = (read_pairs(str(place / "captions"), split=split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (12, 4)
+    assert val[0] == Pair(place / "captions" / "images" / "red-3.png", ("a red one", "it is red"))
+    with pytest.raises(UsageError, match="no pictures with texts in its split 'test'"):
+        read_pairs(str(place / "captions"), split="test")
+
+
+def test_a_row_without_captions_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"image": "a.png", "captions": ["x"]}\n{"image": "b.png", "question": "?"}\n')
+    with pytest.raises(UsageError, match="row 2: expected 'image' and 'captions'"):
+        read_pairs(str(path))
+
+
+def test_pictures_of_shapes_are_put_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"image": "1.png", "question": "what color is the shape?", "answer": "teal"},
+        {"image": "1.png", "question": "is there a circle?", "answer": "no"},
+        {"image": "1.png", "question": "what shape is in the image?", "answer": "triangle"},
+        {"image": "2.png", "question": "what is the blue shape?", "answer": "circle"},
+    ]
+    assert contrastive._shape_pairs(rows) == [
+        Pair(Path("1.png"), ("a teal triangle", "a triangle that is teal", "a picture of a teal triangle."))
+    ], "the colour of the second one is not told"
+
+
+def test_names_are_read_from_their_file(place: Path, tmp_path: Path) -> None:
+    names = read_names(place / "names")
+    assert names[1] == Pair(place / "names" / "images" / "red-1.png", ("a photo of a red square 1.",))
+    for content in (None, "[]", "{", '"x"'):
+        if content is not None:
+            (tmp_path / "names.json").write_text(content)
+        with pytest.raises(UsageError, match=r"names\.json: expected an object of files and their names"):
+            read_names(tmp_path)
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+def test_it_starts_from_the_tower_and_comes_back_from_its_folder(place: Path, tmp_path: Path) -> None:
+    clip, start = build(place), load_clip(place / "weights" / "start")
+    for name, tensor in start.visual.trunk.state_dict().items():
+        assert torch.equal(tensor, clip.visual.trunk.state_dict()[name]), name
+    save_clip(clip, tmp_path)
+    again = load_clip(tmp_path)
+    for name, tensor in clip.state_dict().items():
+        expected = tensor.half().float() if tensor.is_floating_point() else tensor
+        assert torch.equal(again.state_dict()[name], expected), name
+    tower = load_tower(str(tmp_path))  # like any other
+    assert tower.encode(torch.zeros(1, 3, 64, 64)).shape == (1, tower.feature_width)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no open_clip folder"):
+        load_clip(tmp_path)
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_it_learns_to_tell_colours(place: Path, tmp_path: Path) -> None:
+    clip = fit(place, tmp_path, epochs=30, crop=1.0)
+    measured = losses(tmp_path)
+    assert len(measured) == 90
+    assert sum(measured[-10:]) < 0.6 * sum(measured[:10])
+    scores = retrieval(clip, read_pairs(str(place / "captions"), split="val"))
+    assert scores["text_to_image_r1"] >= 0.5, "by chance a quarter"
+    saved = load_clip(tmp_path).state_dict()
+    assert torch.equal(saved["logit_scale"], clip.state_dict()["logit_scale"].half().float())
+
+
+def test_frozen_blocks_stay_as_they_are(place: Path, tmp_path: Path) -> None:
+    clip = fit(place, tmp_path, frozen_blocks=3)
+    start = load_clip(place / "weights" / "start").visual.trunk.state_dict()
+    same = {
+        name for name, tensor in clip.visual.trunk.state_dict().items() if torch.equal(tensor, start[name])
+    }
+    low = {n for n in start if n.startswith(("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2"))}
+    assert same == low
+    with pytest.raises(UsageError, match="frozen-blocks is 9; the picture side has"):
+        fit(place, tmp_path / "second", frozen_blocks=9)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_killed_run_goes_on_exactly(
+    step: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    whole = fit(place, tmp_path / "whole")
+    draw = contrastive._draw
+    with monkeypatch.context() as patch:
+
+        def kill(pairs: Any, now: int, settings: Any) -> Any:
+            if now == step:
+                raise Killed
+            return draw(pairs, now, settings)
+
+        patch.setattr(contrastive, "_draw", kill)
+        with pytest.raises(Killed):
+            fit(place, tmp_path / "killed")
+    resumed = fit(place, tmp_path / "killed", resume=True)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_an_epoch_shows_each_picture_once_with_one_of_its_texts() -> None:
+    pairs = [Pair(Path(str(n)), (f"{n} a", f"{n} b")) for n in range(9)]
+    settings = ClipSettings(batch_size=4)
+    epochs = [
+        [drawn for step in steps for drawn in contrastive._draw(pairs, step, settings)]
+        for steps in ((0, 1), (2, 3))
+    ]
+    for drawn in epochs:
+        assert len({pair.picture for pair, _ in drawn}) == 8
+        assert all(text in pair.texts for pair, text in drawn)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"batch_size": 50}, "12 pairs are fewer than a batch of 50"),
+        ({"batch_size": 0}, "batch-size is 0; expected 1 or more"),
+        ({"crop": 1.5}, "crop is 1.5; expected a share above 0"),
+        ({"frozen_blocks": -1}, "frozen-blocks is -1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    changes: dict[str, Any], reason: str, place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=reason):
+        fit(place, tmp_path / "none", **changes)
+    assert not (tmp_path / "none").exists()
+
+
+# --- scoring ------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_what_counting_gives(place: Path) -> None:
+    clip = build(place).eval()
+    pairs = read_pairs(str(place / "captions"))
+    random.Random(1).shuffle(pairs)
+    pictures = contrastive._encode_images(clip, [pair.picture for pair in pairs])
+    texts = [(text, number) for number, pair in enumerate(pairs) for text in pair.texts]
+    encoded = contrastive._encode_texts(clip, [text for text, _ in texts])
+    found = dict.fromkeys(("text_to_image_r1", "text_to_image_r5", "image_to_text_r5"), 0)
+    for (_, owner), text in zip(texts, encoded, strict=True):
+        order = sorted(range(len(pairs)), key=lambda n: -float(pictures[n] @ text))
+        found["text_to_image_r1"] += owner == order[0]
+        found["text_to_image_r5"] += owner in order[:5]
+    for number, picture in enumerate(pictures):
+        order = sorted(range(len(texts)), key=lambda n: -float(encoded[n] @ picture))
+        found["image_to_text_r5"] += any(texts[n][1] == number for n in order[:5])
+    scores = retrieval(clip, pairs)
+    for name, count in found.items():
+        of = len(texts) if name.startswith("text") else len(pairs)
+        assert scores[name] == pytest.approx(count / of)
+    first = contrastive._encode_texts(clip, [pair.texts[0] for pair in pairs])
+    nearest = [max(range(len(pairs)), key=lambda n: float(first[n] @ picture)) for picture in pictures]
+    hits = sum(own == found for own, found in enumerate(nearest))
+    assert zero_shot(clip, pairs) == pytest.approx(hits / len(pairs))
+
+
+# --- the commands -------------------------------------------------------------------------------------------
+
+
+def run(module: Any, *arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        module.main()
+
+
+def test_the_commands_train_and_score(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = ("--weights", place / "weights")
+    names = ("--names", place / "names", "--kept-names", 4)
+    data = ("--data", place / "captions", "--retrieval", place / "captions")
+    sizes = ("--embed-dim", 16, "--text-width", 32, "--text-layers", 1)
+    steps = ("--epochs", 1, "--batch-size", 8, "--warmup-steps", 1)
+    run(train.clip, *data, *names, "--output", tmp_path / "run", "--start", "start", *sizes, *steps, *weights)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("loss" in row for row in rows) == 3, "12 captions and 12 of 16 names, 8 a step"
+    capsys.readouterr()
+
+    json_file = tmp_path / "scores.json"
+    run(
+        *(eval.clip, "--model", tmp_path / "run", "--retrieval", place / "captions", *names),
+        *("--json", json_file),
+    )
+    scores = json.loads(json_file.read_text())
+    assert set(scores) == {
+        *(f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
+        "zero_shot",
+    }
+    assert scores["image_to_text_r10"] == 1.0, "of 8 texts"
+    printed = capsys.readouterr().out
+    assert "4 pictures, 8 texts" in printed and "zero-shot among 4 names" in printed
+    # The file has half the precision of what was scored while training.
+    last = [row for row in rows if "zero_shot" in row][-1]
+    assert scores["text_to_image_r5"] == pytest.approx(last["text_to_image_r5"], abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "reason"),
+    [
+        (eval.clip, ("--model", "start"), "nothing to score"),
+        (eval.clip, ("--model", "none-such", "--names", "x"), "none-such"),
+        (train.clip, ("--data", "nowhere", "--output", "x"), "nowhere"),
+    ],
+)
+def test_the_commands_refuse(module: Any, arguments: tuple[str, ...], reason: str, place: Path) -> None:
+    with pytest.raises(UsageError, match=reason) as error:
+        run(module, *arguments, "--weights", place / "weights")
+    assert "\n" not in str(error.value)
