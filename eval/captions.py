@@ -33,6 +33,10 @@ def main() -> None:
     from llama_adapter.template import CAPTION_QUESTIONS, Turn
 
     to_score = load_records_to_score(arguments)
+    if not to_score.features:
+        raise UsageError(
+            "the adapter knows nothing of pictures, so all its captions are the same; name another"
+        )
     references: dict[tuple[object, ...], list[str]] = {}
     rows: dict[tuple[object, ...], Record] = {}
     for record in to_score.records:

@@ -84,8 +84,8 @@ def main() -> None:
     )
     suites: dict[str, Callable[[LlamaAdapter, argparse.Namespace], dict[str, float]]] = {
         "decoding": decoding,
-        "vision": vision,
         "training": training,
+        "vision": vision,
     }
     parser.add_argument("--suite", choices=(*suites, "all"), default="all", help="(all)")
     parser.add_argument("--peers", action="store_true", help="measure PEFT's AdaptionPrompt as well")
@@ -104,20 +104,21 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.new_tokens < 2:
         raise UsageError("new-tokens is 1; expected 2 or more, since the first is measured apart")
-    if arguments.adapter is None and arguments.suite != "vision":
-        arguments.adapter = "none"
+    untrained = argparse.Namespace(**{**vars(arguments), "adapter": arguments.adapter or "none"})
 
     import torch
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    model = load_model(arguments)
+    model = load_model(arguments if arguments.suite == "vision" else untrained)
     where = f"{model.decoder.device}, {str(model.decoder.dtype).removeprefix('torch.')}"
     print(f"base {model.base}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     figures: dict[str, float] = {}
     for name, suite in suites.items():
         if arguments.suite in (name, "all"):
             print(f"\n{name}; load average at the start {os.getloadavg()[0]:.1f}")
+            if name == "vision" and arguments.adapter is None:
+                model = load_model(arguments)  # the shipped one
             figures |= suite(model, arguments)
     report(figures, arguments.json)
 

@@ -32,11 +32,13 @@ def main() -> None:
 
     to_score = load_records_to_score(arguments)
     records = to_score.records
-    conditions = {
-        "adapter": records,
-        "picture of another row": shuffle_pictures(records, seed=arguments.seed),
-        "no picture": [dataclasses.replace(record, images=()) for record in records],
-    }
+    blind = [dataclasses.replace(record, images=()) for record in records]
+    conditions = {"adapter": records, "picture of another row": [], "no picture": blind}
+    if to_score.features:
+        conditions["picture of another row"] = shuffle_pictures(records, seed=arguments.seed)
+    else:
+        print("the adapter knows nothing of pictures: whatever is shown, its answers are the same")
+        conditions = {"adapter": blind}
     kinds = [question_type(record.turns[-2].text, record.turns[-1].text) for record in records]
     right: dict[str, list[bool]] = {}
     for name, asked in conditions.items():
@@ -69,8 +71,8 @@ def main() -> None:
     print(f"95 % interval of the adapter's accuracy: {low:.1%} to {high:.1%}")
     figures = {
         "accuracy": sum(right["adapter"]) / len(records),
-        "accuracy_shuffled": sum(right["picture of another row"]) / len(records),
-        "accuracy_no_image": sum(right["no picture"]) / len(records),
+        "accuracy_shuffled": sum(right.get("picture of another row", right["adapter"])) / len(records),
+        "accuracy_no_image": sum(right.get("no picture", right["adapter"])) / len(records),
         "rows": len(records),
     }
     report(figures, arguments.json)

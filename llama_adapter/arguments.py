@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +186,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--adapted-layers", type=int, metavar="L", help="topmost layers (default: N - N // 16)"
     )
     adapter.add_argument(
-        "--template", help="text format: alpaca, brief or chat (default: alpaca, or that of --start-from)"
+        "--template",
+        help="text format: alpaca, brief, chat or scienceqa (default: alpaca, or that of --start-from)",
     )
     training = parser.add_argument_group("training")
     for name, kind, text in (
@@ -258,6 +259,9 @@ def load_model_to_train(
     settings = {**sizes, **_given(arguments, "template")}
     sight = _given(arguments, "tower", "depths", "bottleneck", "image_tokens")
     images = list(dict.fromkeys(images))
+    if sight and not arguments.images:
+        option = next(iter(sight)).replace("_", "-")
+        raise UsageError(f"--{option} is for pictures, which --no-images leaves out; give one of the two")
     start = None
     if arguments.start_from is None:
         model = load_model(arguments)
@@ -276,7 +280,7 @@ def load_model_to_train(
             tower, settings["vision"] = _new_sight(arguments, sight, model.decoder.device)
         else:
             tower = model.tower()
-        features = _features(tower, arguments.cache, images)
+        features = picture_features(tower, arguments.cache, images)
     if start is not None:
         model.delete_adapter(model.active_adapter)  # its name may be the same
     adapter = model.new_adapter("trained", seed=arguments.seed, **settings)
@@ -314,12 +318,14 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _features(
-    tower: VisionTower, cache: Path | None, images: Sequence[PictureFile]
+def picture_features(
+    tower: VisionTower, cache: Path | None, images: Iterable[PictureFile]
 ) -> dict[PictureFile, Tensor]:
+    """(F,) features of each picture, read from the cache or computed, with progress."""
     from llama_adapter.features import FeatureCache
     from llama_adapter.progress import RowProgress
 
+    images = list(dict.fromkeys(images))
     encoded = FeatureCache(tower, cache).encode(images, progress=RowProgress("pictures", len(images)))
     return dict(zip(images, encoded, strict=True))
 
@@ -333,8 +339,7 @@ def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_spli
     )
     parser.add_argument(
         "--split",
-        default=default_split,
-        help=f"of rows that name one ({default_split}); the others always count",
+        help=f"of rows that name one (with --validation-rows train, else {default_split}); others count",
     )
     parser.add_argument(
         "--image-root", type=Path, help="where names of pictures start (default: by the data)"
@@ -345,6 +350,7 @@ def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_spli
         metavar="N",
         help="only the rows that train.vqa keeps back with the same number",
     )
+    parser.set_defaults(default_split=default_split)
     parser.add_argument("--limit", type=positive_int, help="so many pictures, drawn by --seed (default: all)")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the rows that are drawn and the shuffled pictures"
@@ -359,7 +365,7 @@ def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_spli
 
 @dataclass(frozen=True)
 class ToScore:
-    """A model, the rows that it is asked, and (F,) features of each of their pictures."""
+    """A model, the rows that it is asked, and (F,) features of each of their pictures, if it sees any."""
 
     model: LlamaAdapter
     records: list[Record]
@@ -371,7 +377,8 @@ def load_records_to_score(arguments: argparse.Namespace) -> ToScore:
     from llama_adapter.data import draw_pictures, read_records, split_records
     from llama_adapter.model import NO_ADAPTER
 
-    records, summary = read_records(arguments.data, image_root=arguments.image_root, split=arguments.split)
+    split = arguments.split or ("train" if arguments.validation_rows else arguments.default_split)
+    records, summary = read_records(arguments.data, image_root=arguments.image_root, split=split)
     print(summary, file=sys.stderr)
     if arguments.validation_rows is not None:  # of all rows, as train.vqa does it
         _, records = split_records(records, validation_rows=arguments.validation_rows)
@@ -383,8 +390,10 @@ def load_records_to_score(arguments: argparse.Namespace) -> ToScore:
     model = load_model(arguments)
     if model.active_adapter == NO_ADAPTER:
         raise UsageError("there is no adapter to score; name one with --adapter")
-    images = list(dict.fromkeys(image for record in records for image in record.images))
-    return ToScore(model, records, _features(model.tower(), arguments.cache, images))
+    if not model.sees():
+        return ToScore(model, records, {})
+    images = [image for record in records for image in record.images]
+    return ToScore(model, records, picture_features(model.tower(), arguments.cache, images))
 
 
 def report(figures: dict[str, Any], path: Path | None) -> None:

@@ -244,6 +244,9 @@ def _act(chat: Conversation, line: str, images: list[Image.Image], arguments: ar
         print("everything said is forgotten")
     elif command == "/adapter":
         _choose_adapter(chat, rest.strip(), arguments.weights)
+        if images and not chat.model.sees(chat.adapter):
+            images.clear()
+            print(f"{chat.adapter} knows nothing of pictures: those for the next question are dropped")
     elif command == "/help":
         print(CHAT_HELP)
     elif command == "/exit":

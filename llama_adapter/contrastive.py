@@ -9,6 +9,7 @@ Shapes: B pairs of a batch, S side of a picture in pixels, C tokens of a text, E
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -24,13 +25,15 @@ from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_
 from safetensors.torch import save
 from torch import Tensor
 
-from llama_adapter.data import PictureFile
+from llama_adapter.data import PictureFile, read_records
 from llama_adapter.errors import UsageError
 from llama_adapter.files import write_atomically, write_json
 from llama_adapter.pictures import open_picture
 from llama_adapter.progress import clock
 from llama_adapter.rows import EASY_VQA, read_rows
 from llama_adapter.run_folder import RunFolder
+from llama_adapter.template import CAPTION_QUESTIONS
+from llama_adapter.training import stop_request
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -52,30 +55,31 @@ def read_pairs(source: str, *, split: str = "train") -> list[Pair]:
 
     Rows that name another split are left out. Raises UsageError where a row has no captions, or none is left.
     """
-    found = read_rows(source)
-    rows = [(number, row) for number, row in found.rows if row.get("split", split) == split]
     if source == EASY_VQA:
-        pairs = _shape_pairs([row for _, row in rows])
-    else:
-        pairs = []
-        for number, row in rows:
-            if not row.get("captions") or not row.get("image"):
-                raise UsageError(f"{source}: row {number}: expected 'image' and 'captions'")
-            pairs.append(Pair(found.root / row["image"], tuple(row["captions"])))
-    if not pairs:
-        raise UsageError(f"{source}: no pictures with texts in its split {split!r}")
-    return pairs
+        return _shape_pairs([row for _, row in read_rows(source).rows if row["split"] == split])
+    texts: dict[PictureFile, list[str]] = {}
+    for record in read_records(source, split=split)[0]:
+        if len(record.images) != 1 or record.turns[0].text not in CAPTION_QUESTIONS:
+            raise UsageError(f"{source}: row {record.row}: expected 'image' and 'captions'")
+        texts.setdefault(record.images[0], []).append(record.turns[-1].text)
+    return [Pair(picture, tuple(several)) for picture, several in texts.items()]
 
 
 def read_names(folder: str | Path) -> list[Pair]:
-    """Pictures with one name each: names.json (file to name) beside images/. Raises UsageError."""
+    """Pictures with one name each: names.json (file to name) beside images/; of a name the first picture.
+
+    Raises UsageError for a file that is missing, damaged, or holds something else.
+    """
     path = Path(folder) / "names.json"
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
+        first = {name: file for file, name in reversed(names.items())}
         return [
-            Pair(Path(folder) / "images" / file, (f"a photo of a {name}.",)) for file, name in names.items()
+            Pair(Path(folder) / "images" / file, (f"a photo of a {name}.",))
+            for file, name in names.items()
+            if first[name] == file
         ]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UsageError(f"{path}: expected an object of files and their names: {error}") from None
 
 
@@ -107,8 +111,8 @@ def load_clip(folder: Path) -> open_clip.CLIP:
     try:
         clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         clip.llama_adapter_config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # there is no end to what a config can make open_clip and timm raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"{folder}: no open_clip folder: {reason}") from None
     return clip
 
@@ -121,6 +125,8 @@ def build_clip(
     Its text side reads 32 tokens and has heads of width 32.
     """
     known = load_clip(start)
+    if not hasattr(getattr(known.visual, "trunk", None), "conv_stem"):
+        raise UsageError(f"{start}: its picture side is no EfficientNet of timm, from which this starts")
     config = known.llama_adapter_config
     model_config = {
         **config["model_cfg"],
@@ -179,9 +185,12 @@ class ClipSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; expected 1 or more")
+        for name in ("epochs", "batch_size", "checkpoint_every", "max_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"{name.replace('_', '-')} is {value}; expected 1 or more")
+        for name in ("learning_rate", "trunk_learning_rate", "weight_decay"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise UsageError(f"{name.replace('_', '-')} is {value}; expected a number, 0 or more")
         if not 0 < self.crop <= 1:
             raise UsageError(f"crop is {self.crop}; expected a share above 0, at most 1")
         if self.frozen_blocks < 0:
@@ -233,7 +242,12 @@ def train_clip(
     per_epoch = len(pairs) // settings.batch_size
     total = min(per_epoch * settings.epochs, settings.max_steps or math.inf)
     total = int(total)
-    description = {"settings": dataclasses.asdict(settings), "data": {**data, "pairs": len(pairs)}}
+    texts = hashlib.sha256(repr([pair.texts for pair in pairs]).encode()).hexdigest()
+    description = {
+        "settings": dataclasses.asdict(settings),
+        "data": {**data, "pairs": len(pairs), "texts": texts},
+        "model": clip.llama_adapter_config["model_cfg"],
+    }
     folder = RunFolder(output, description, resume=resume)
     step = 0
     if resume and (state := folder.load_checkpoint()) is not None:
@@ -241,12 +255,11 @@ def train_clip(
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         folder.line.say(f"going on from step {step}")
-    folder.open_metrics(step)
     first, started = step, time.monotonic()
-    try:
+    with folder.metrics(step), stop_request() as stop:
         while step < total:
             batch = _draw(pairs, step, settings)
-            # Crops and flips depend on the step alone, so a resumed run sees the same.
+            # Crops depend on the step alone, so a resumed run sees the same.
             torch.manual_seed(settings.seed * 1_000_003 + step)
             pixels = torch.stack([preprocess(open_picture(pair.picture)) for pair, _ in batch]).to(device)
             texts = tokenizer([text for _, text in batch]).to(device)
@@ -275,12 +288,15 @@ def train_clip(
                 figures = validate()
                 folder.measured(step, **figures)
                 folder.line.say(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()))
-            if step % settings.checkpoint_every == 0 or step == total:
+            if step % settings.checkpoint_every == 0 or step == total or stop.is_set():
                 state = {"clip": clip.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
                 folder.save_checkpoint(step, state)
                 save_clip(clip, output)
-    finally:
-        folder.close_metrics()
+            if stop.is_set() and step < total:
+                folder.line.say(
+                    f"stopped after step {step} of {total}; the same command with --resume goes on from there"
+                )
+                raise KeyboardInterrupt
 
 
 def _freeze(clip: open_clip.CLIP, blocks: int) -> list[torch.nn.Module]:

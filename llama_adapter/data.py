@@ -120,6 +120,8 @@ def read_records(
             several = _records(row, number, root)
         except UsageError as error:
             raise UsageError(f"{source}: row {number}: {error}") from None
+        if not several:
+            skipped["no caption"] += 1
         for record in several:
             if fault := _fault(record):
                 skipped[fault] += 1
@@ -142,7 +144,7 @@ def _records(row: Any, number: int, root: Path) -> list[Record]:
     """One record of a row; of a row of captions one for each."""
     if not isinstance(row, dict):
         raise UsageError(f"expected an object with named fields, found {_kind(row)}")
-    images = tuple(root / name for name in _image_names(row))
+    images = tuple(_images(row, root))
     if "captions" in row:
         return _caption_records(row, number, images)
     if "messages" in row:
@@ -199,15 +201,18 @@ def _chat_turns(messages: Any, field: str, role_key: str, text_key: str) -> list
     return turns
 
 
-def _image_names(row: dict[str, Any]) -> list[str]:
+def _images(row: dict[str, Any], root: Path) -> list[PictureFile]:
+    """A row's pictures: files by name, or as the hub's data sets hold them, their bytes."""
     names = row.get("image")
     if names is None:
         return []
     names = names if isinstance(names, list) else [names]
+    if names and all(isinstance(name, dict) and isinstance(name.get("bytes"), bytes) for name in names):
+        return [name["bytes"] for name in names]
     for name in names:
         if not isinstance(name, str) or not name:
             raise UsageError(f"field 'image': expected the name of a picture file, found {_kind(name)}")
-    return names
+    return [root / name for name in names]
 
 
 def _text(row: dict[str, Any], field: str) -> str:

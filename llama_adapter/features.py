@@ -93,7 +93,7 @@ class FeatureCache:
         for start in range(0, len(waiting), _ENCODED_AT_ONCE):
             progress(done + start)
             some = waiting[start : start + _ENCODED_AT_ONCE]
-            pixels = self.tower.prepare([open_picture(picture) for _, picture in some])
+            pixels = self.tower.prepare(open_picture(picture) for _, picture in some)
             for name, picture in some:
                 if _name(picture) != name:  # its features would be kept under what it was
                     raise UsageError(f"{picture!s}: changed while pictures were encoded; start again")

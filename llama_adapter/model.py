@@ -431,8 +431,10 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         single = isinstance(images, (str, Path, bytes, Image.Image))
         several = cast("Sequence[Picture]", [images] if single else images)
         tower = self.tower(adapter)
-        opened = [open_picture(image, allow_urls=allow_urls) for image in several]
-        return tower.encode(tower.prepare(opened)) if opened else torch.zeros(0, tower.feature_width)
+        if not several:
+            return torch.zeros(0, tower.feature_width)
+        opened = (open_picture(image, allow_urls=allow_urls) for image in several)
+        return tower.encode(tower.prepare(opened))
 
     def generate(
         self,

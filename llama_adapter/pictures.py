@@ -252,8 +252,8 @@ def _read_url(url: str, name: str, allowed: bool) -> bytes:
     parts = _parse_url(url, name)
     if not allowed:
         raise UsageError(
-            f"{name}: URLs are not fetched unless allowed: allow_urls=True in Python, --allow-urls on the "
-            "command line; or download it and give the file"
+            f"{name}: URLs are not fetched unless allowed: open_picture(url, allow_urls=True) in "
+            "Python, --allow-urls on the command line; or download it and give the file"
         )
     deadline = time.monotonic() + MAX_SECONDS
     try:

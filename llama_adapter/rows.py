@@ -45,13 +45,19 @@ def read_rows(source: str | Path) -> Rows:
     root = path.parent
     if path.is_dir():
         root = path
-        for name in _PICTURE_FILES:
-            if (path / name).is_file() and (path / "images").is_dir():
-                path, root = path / name, path / "images"
+        named = [path / name for name in _PICTURE_FILES if (path / name).is_file()]
+        if named and (path / "images").is_dir():
+            root = path / "images"
+            if len(named) > 1:
+                raise UsageError(
+                    f"{path} holds {' and '.join(file.name for file in named)}; name one of them, with "
+                    f"--image-root {root}"
+                )
+            path = named[0]
     if path.exists() and not path.is_dir() and path.suffix not in _DATASET_FILES:
         content = _read_bytes(path)
         return Rows(_json_rows(content, path), root, hashlib.sha256(content).hexdigest())
-    rows = _dataset_rows(source, path)
+    rows = read_dataset(source)
     return Rows(list(enumerate(rows, start=1)), root, _fingerprint(rows))
 
 
@@ -107,8 +113,12 @@ def _parse(text: str, where: str) -> Any:
         raise UsageError(f"{where}: not readable JSON: {error}") from None
 
 
-def _dataset_rows(source: str | Path, path: Path) -> list[Any]:
-    """Rows through `datasets`: a Parquet or Arrow file, a saved folder, a folder of files, or a hub id."""
+def read_dataset(source: str | Path, split: str = "train") -> list[Any]:
+    """Rows through `datasets`: a Parquet or Arrow file, a saved folder, a folder of files, or a hub id.
+
+    A single file is one split, whatever its name. Raises UsageError where it cannot be read.
+    """
+    path = Path(source)
     names_a_file = path.suffix in (".json", ".jsonl", *_DATASET_FILES) or not _HUB_ID.fullmatch(str(source))
     if not str(source) or (names_a_file and not path.exists()):
         raise UsageError(f"{source or repr(source)}: no such file or folder")
@@ -120,11 +130,11 @@ def _dataset_rows(source: str | Path, path: Path) -> list[Any]:
         elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             data = datasets.load_from_disk(str(path))
             if isinstance(data, datasets.DatasetDict):
-                if "train" not in data:
-                    raise ValueError(f"its splits are {', '.join(data)}; expected one named train")
-                data = data["train"]
+                if split not in data:
+                    raise ValueError(f"its splits are {', '.join(data)}; expected one named {split}")
+                data = data[split]
         else:
-            data = datasets.load_dataset(str(source), split="train")
+            data = datasets.load_dataset(str(source), split=split)
         rows: list[Any] = data.with_format("arrow")[:].to_pylist()  # pictures stay bytes
     except Exception as error:  # whatever its readers and the network raise
         fault = "cannot be read as a data set" if path.exists() else "neither here nor read from the hub"

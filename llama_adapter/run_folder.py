@@ -12,6 +12,8 @@ import math
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,26 +87,27 @@ class RunFolder:
 
     # --- metrics -----------------------------------------------------------------------------------------
 
-    def open_metrics(self, step: int) -> None:
-        """Begin to measure after a step; what was measured later, before a resume, is measured again."""
+    @contextmanager
+    def metrics(self, step: int) -> Iterator[None]:
+        """Within it `measured` can be called. Begins after a step; what was measured later, before a resume,
+        is measured again."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         path = self.folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         with write_atomically(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
-        self._metrics = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close_metrics
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        with (
+            open(path, "a", buffering=1) as self._metrics,
+            SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1) as self._board,
+        ):
+            yield
 
     def measured(self, step: int, **values: float) -> None:
         """Note what was measured at a step."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-
-    def close_metrics(self) -> None:
-        self._metrics.close()
-        self._board.close()
 
 
 def _compare(folder: Path, before: dict[str, Any], now: dict[str, dict[str, Any]]) -> None:

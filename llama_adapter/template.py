@@ -136,6 +136,14 @@ def _brief_stretches(turns: Sequence[Turn], _: PreTrainedTokenizerBase) -> list[
     return [opening + stretches[0], *(f"\n{text}" for text in stretches[1:])]
 
 
+def _scienceqa_stretches(turns: Sequence[Turn], _: PreTrainedTokenizerBase) -> list[str]:
+    """The official layout: a question with its context and options as one text, then "Answer:". The answer
+    brings the space before it along. Examples before it stand apart by an empty line."""
+    opening = f"{turns[0].text}\n\n" if turns[0].role == "system" and turns[0].text else ""
+    texts = [f"{turn.text}\nAnswer:" for turn in turns if turn.role == "user"]
+    return [opening + texts[0], *(f"\n\n{text}" for text in texts[1:])]
+
+
 def _render_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:
     """The chat template's text, a mark in place of every answer. `ask`: end with the generation prompt."""
     if not tokenizer.chat_template:
@@ -191,6 +199,12 @@ _TEMPLATES = {
     ),
     "brief": _Template(
         stretches=_brief_stretches,
+        end_token=_eos_token,
+        writes_control_tokens=False,
+        stop_strings=("\nQuestion:",),
+    ),
+    "scienceqa": _Template(
+        stretches=_scienceqa_stretches,
         end_token=_eos_token,
         writes_control_tokens=False,
         stop_strings=("\nQuestion:",),

@@ -73,6 +73,8 @@ class TrainingSettings:
             raise UsageError(
                 f"warmup-epochs is {self.warmup_epochs}; expected 0 to {self.epochs}, the epochs"
             )
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"weight-decay is {self.weight_decay}; expected a number, 0 or more")
         rates = [field.name for field in dataclasses.fields(self) if field.name.endswith("learning_rate")]
         for name in (*rates, "max_grad_norm"):
             value = getattr(self, name)
@@ -118,6 +120,8 @@ class Trainer:
         output: folder of the run and of the best adapter.
         data: what tells these rows from others (names, fingerprints); kept with the adapter, and a resume
             must find it again.
+        validation_examples: rows by the name of their source. The best adapter is that of the least mean over
+            the sources, since the tokens of one with long answers would drown all others.
         features: (F,) of each picture of the rows; None where they have none.
         occurrences: how often each training row comes up in an epoch, on average; None is once each.
     """
@@ -125,7 +129,7 @@ class Trainer:
     model: LlamaAdapter
     adapter: str
     train_examples: Sequence[Example]
-    validation_examples: Sequence[Example]
+    validation_examples: Mapping[str, Sequence[Example]]
     settings: TrainingSettings
     output: Path
     data: dict[str, Any] = field(default_factory=dict)
@@ -154,7 +158,7 @@ class Trainer:
         if not self._order(0):
             raise UsageError("the weights of the data leave no row to train on in an epoch; raise them")
         made_of = dataclasses.asdict(dataclasses.replace(adapter.config, training={}))
-        rows = {"train_rows": len(self.train_examples), "validation_rows": len(self.validation_examples)}
+        rows = {"train_rows": len(self.train_examples), "validation_rows": self._validation_rows}
         description = {
             "settings": dataclasses.asdict(self.settings),
             "data": {**self.data, **rows},
@@ -168,11 +172,8 @@ class Trainer:
             torch.set_rng_state(state["rng"])
             progress = _Progress(**state["progress"])
             folder.line.say(f"going on from step {progress.step}")
-        folder.open_metrics(progress.step)
-        try:
+        with folder.metrics(progress.step):
             self._steps(adapter, optimizer, progress, folder)
-        finally:
-            folder.close_metrics()
         return progress.best_loss
 
     def _parameter_groups(self, adapter: Adapter) -> list[dict[str, Any]]:
@@ -196,7 +197,7 @@ class Trainer:
         validate_every = settings.validate_every or min(per_epoch, math.ceil(total / 10))
         pace = _Pace(progress, total)
         bad = 0
-        with _stop_request() as stop:
+        with stop_request() as stop:
             for batch in self._batches(progress.step, total):
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * settings.schedule(progress.step, total)
@@ -293,17 +294,23 @@ class Trainer:
         return loss, float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), limit))
 
     def _validate(self, adapter: Adapter, progress: _Progress, folder: RunFolder) -> None:
-        rows = len(self.validation_examples)
-        loss, tokens = mean_answer_loss(
-            self.model,
-            self.validation_examples,
-            device=self.model.decoder.device,
-            max_tokens=self.settings.max_tokens,
-            features=self.features,
-            progress=lambda done: folder.line.show(f"validation {done}/{rows} rows"),
-            adapter=self.adapter,
-        )
-        folder.measured(progress.step, validation_loss=loss)
+        rows, losses, tokens, done = self._validation_rows, {}, 0, 0
+        for source, examples in self.validation_examples.items():
+            losses[source], count = mean_answer_loss(
+                self.model,
+                examples,
+                device=self.model.decoder.device,
+                max_tokens=self.settings.max_tokens,
+                features=self.features,
+                progress=lambda so_far, before=done: folder.line.show(  # type: ignore[misc]
+                    f"validation {before + so_far}/{rows} rows"
+                ),
+                adapter=self.adapter,
+            )
+            tokens, done = tokens + count, done + len(examples)
+        loss = sum(losses.values()) / len(losses)
+        apart = {f"validation_loss_{source}": value for source, value in losses.items()}
+        folder.measured(progress.step, validation_loss=loss, **(apart if len(losses) > 1 else {}))
         if not loss < progress.best_loss:
             best = f"best: {progress.best_loss:.4f} after step {progress.best_step}"
         else:
@@ -318,9 +325,15 @@ class Trainer:
             }
             adapter.config = dataclasses.replace(adapter.config, training=training)
             save_adapter(adapter, self.output)
+        each = ", ".join(f"{source} {value:.4f}" for source, value in losses.items())
         folder.line.say(
             f"step {progress.step}  validation loss {loss:.4f} nats a token on {rows:,} rows ({best})"
+            + (f": {each}" if len(losses) > 1 else "")
         )
+
+    @property
+    def _validation_rows(self) -> int:
+        return sum(map(len, self.validation_examples.values()))
 
 
 class _Pace:
@@ -342,7 +355,7 @@ class _Pace:
 
 
 @contextmanager
-def _stop_request() -> Iterator[threading.Event]:
+def stop_request() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

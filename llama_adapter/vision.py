@@ -10,7 +10,7 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from llama_adapter import locations
 from llama_adapter.errors import UsageError
 
 MAX_DEPTHS = 4  # M, how many depths are taken where nothing else is asked for
+MAX_ASPECT = 20  # of a picture; thinner ones lose their ends, or resizing by the short side makes them huge
+
+_EXTRACTION = 1  # raise it with each change to what `encode` gives: features on disk are then made anew
 
 
 class VisionTower(nn.Module):
@@ -40,16 +43,24 @@ class VisionTower(nn.Module):
     Attributes:
         name: what it was asked for by.
         depths: those that are taken, lowest first.
-        fingerprint: 16 hex digits that name the weights and the preprocessing.
+        fingerprint: 16 hex digits that name the weights, the architecture and the preprocessing.
         key: the fingerprint and the depths: what features belong to.
         feature_width: F.
     """
 
-    def __init__(self, visual: Any, *, name: str, depths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        visual: Any,
+        *,
+        name: str,
+        depths: Sequence[int] | None = None,
+        architecture: Mapping[str, Any] | None = None,
+    ) -> None:
         """Freeze ``visual``, the picture side of an open_clip model.
 
         Args:
             depths: None takes up to four, evenly spaced up to the last.
+            architecture: what it was built from; weights do not tell the number of heads, nor the activation.
 
         Raises:
             UsageError: a tower that does not show its depths, or depths that it does not have.
@@ -69,16 +80,16 @@ class VisionTower(nn.Module):
                 f"{', '.join(map(str, self.depths)) or 'none'} given"
             )
         self.feature_width = sum(widths[depth - 1] for depth in self.depths)
-        self.fingerprint = _fingerprint(self.visual)
+        self.fingerprint = _fingerprint(self.visual, architecture or {})
         self.key = f"{self.fingerprint}-{'-'.join(map(str, self.depths))}"
 
     def train(self, mode: bool = True) -> VisionTower:
         """Stays in evaluation mode: its batch norms and dropouts are frozen as well."""
         return super().train(False)
 
-    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """Upright RGB pictures -> pixels (N, 3, S, S), as the tower was trained with them."""
-        return torch.stack([self._prepare(image) for image in images])
+    def prepare(self, images: Iterable[Image.Image]) -> Tensor:
+        """Upright RGB pictures -> pixels (N, 3, S, S), as the tower was trained with them, one by one."""
+        return torch.stack([self._prepare(_without_ends(image)) for image in images])
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -106,6 +117,16 @@ class VisionTower(nn.Module):
         return self.prepare([Image.new("RGB", (8, 8))]).to(self._device())
 
 
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a picture that is very long or very tall."""
+    width, height = image.size
+    most = MAX_ASPECT * min(width, height)
+    if max(width, height) <= most:
+        return image
+    left, top = max(0, width - most) // 2, max(0, height - most) // 2
+    return image.crop((left, top, width - left, height - top))
+
+
 def _timm_vectors(trunk: Any, pixels: Tensor, depths: Sequence[int] | None) -> list[Tensor]:
     shows_class = "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
     has_class = shows_class and getattr(trunk, "cls_token", None) is not None
@@ -126,8 +147,9 @@ def _evenly_spaced(count: int) -> tuple[int, ...]:
     return tuple(math.ceil(count * (number + 1) / taken) for number in range(taken))
 
 
-def _fingerprint(visual: Any) -> str:
-    digest = hashlib.sha256(json.dumps(visual.preprocess_cfg, sort_keys=True).encode())
+def _fingerprint(visual: Any, architecture: Mapping[str, Any]) -> str:
+    facts = [_EXTRACTION, architecture, visual.preprocess_cfg]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, tensor in sorted(visual.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -152,8 +174,12 @@ def load_tower(
         UsageError: not found, gated, damaged, or a tower that shows no depths.
     """
     model, _, tag = name.removeprefix("local-dir:").partition(":")
+    found: dict[str, Any]
     if tag and model in open_clip.list_models():
         found = {"model_name": model, "pretrained": tag}
+        # Of OpenAI's and some others' weights; the model's own config does not know.
+        if (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"):
+            found["force_quick_gelu"] = True
     else:
         try:
             place = locations.resolve(name.removeprefix("local-dir:"), kind="tower", weights=weights)
@@ -164,6 +190,7 @@ def load_tower(
             raise
         scheme = "local-dir:" if Path(place).is_dir() else "hf-hub:"
         found = {"model_name": scheme + place}
+        name = locations.name_of(place, kind="tower", weights=weights)
     log = logging.getLogger()
     before = log.level
     log.setLevel(logging.ERROR)  # open_clip reports each step of loading to the root logger
@@ -171,6 +198,7 @@ def load_tower(
         clip: Any = open_clip.create_model(
             **found, device=device, pretrained_text=False, require_pretrained=True
         )
+        built = open_clip.get_model_config(found["model_name"])
     except GatedRepoError:
         raise UsageError(
             f"tower {name!r} is gated: accept its terms on its hub page, then run `hf auth login` "
@@ -181,4 +209,6 @@ def load_tower(
         raise UsageError(f"tower {name!r} cannot be loaded: {reason}") from None
     finally:
         log.setLevel(before)
-    return VisionTower(clip.visual, name=name, depths=depths)
+    quick = found.get("force_quick_gelu", built.get("quick_gelu", False))
+    architecture = {"vision": built["vision_cfg"], "quick_gelu": bool(quick)}
+    return VisionTower(clip.visual, name=name, depths=depths, architecture=architecture)

@@ -529,6 +529,12 @@ def test_a_bad_picture_is_told_and_the_chat_goes_on(seeing: LlamaAdapter) -> Non
     assert "knows nothing of pictures" in chat("/image missing.png").err
 
 
+def test_a_picture_that_the_next_adapter_does_not_see_is_dropped(colours: Any) -> None:
+    result = chat(f"/image {colours[0]}", "/adapter none", "What is it?", options=SEES)
+    assert "none knows nothing of pictures: those for the next question are dropped" in result.out
+    assert result.code == 0 and result.err == ""
+
+
 def test_a_picture_that_was_not_looked_at_is_told_with_the_answer(colours: list[str]) -> None:
     lines = (f"/image {colours[0]}", "What is it?", f"/adapter {ADAPTER}", "And now?", "/help", "/adapter",
              f"/adapter {SEEING}", "And now?", "/undo", "/retry")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,14 +76,23 @@ def test_pairs_are_those_of_the_split(place: Path) -> None:
     train, val = (read_pairs(str(place / "captions"), split=split) for split in ("train", "val"))
     assert (len(train), len(val)) == (12, 4)
     assert val[0] == Pair(place / "captions" / "images" / "red-3.png", ("a red one", "it is red"))
-    with pytest.raises(UsageError, match="no pictures with texts in its split 'test'"):
+    with pytest.raises(UsageError, match="has no split 'test'; its splits are train, val"):
         read_pairs(str(place / "captions"), split="test")
 
 
-def test_a_row_without_captions_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"image": "b.png", "question": "?", "answer": "!"}', "row 2: expected 'image' and 'captions'"),
+        ('"b.png"', "row 2: expected an object"),
+        ('{"image": 5, "captions": ["x"]}', "row 2: field 'image': expected the name of a picture file"),
+        ('{"image": "b.png", "captions": "a dog"}', "row 2: field 'captions': expected a list of texts"),
+    ],
+)
+def test_a_row_without_captions_is_named(row: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"image": "a.png", "captions": ["x"]}\n{"image": "b.png", "question": "?"}\n')
-    with pytest.raises(UsageError, match="row 2: expected 'image' and 'captions'"):
+    path.write_text('{"image": "a.png", "captions": ["x"]}\n' + row)
+    with pytest.raises(UsageError, match=reason):
         read_pairs(str(path))
 
 
@@ -124,7 +134,19 @@ def test_it_starts_from_the_tower_and_comes_back_from_its_folder(place: Path, tm
     assert tower.encode(torch.zeros(1, 3, 64, 64)).shape == (1, tower.feature_width)
 
 
+def test_a_name_that_comes_twice_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text('{"1.png": "crane", "2.png": "dog", "3.png": "crane"}')
+    assert [pair.picture.name for pair in read_names(tmp_path)] == ["1.png", "2.png"]  # type: ignore[union-attr]
+
+
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no open_clip folder"):
+        load_clip(tmp_path)
+    build_tiny_tower_folder(tmp_path)
+    with pytest.raises(UsageError, match="its picture side is no EfficientNet of timm"):
+        build_clip(tmp_path)
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UsageError, match="no open_clip folder"):
         load_clip(tmp_path)
 
@@ -185,6 +207,31 @@ def test_a_killed_run_goes_on_exactly(
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+def test_ctrl_c_ends_after_the_step_with_a_checkpoint(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = contrastive._draw
+
+    def interrupt(pairs: Any, now: int, settings: Any) -> Any:
+        if now == 4:
+            signal.raise_signal(signal.SIGINT)
+        return draw(pairs, now, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(contrastive, "_draw", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(place, tmp_path, checkpoint_every=100)
+    assert len(losses(tmp_path)) == 5
+    with pytest.raises(UsageError, match="was started with model embed_dim = 16"):
+        torch.manual_seed(0)
+        clip = build_clip(place / "weights" / "start", embed_dim=8, text_width=32, text_layers=1)
+        settings = ClipSettings(**{**vars(SETTINGS), "checkpoint_every": 100})
+        pairs = read_pairs(str(place / "captions"))
+        train_clip(clip, pairs, settings, tmp_path, data={}, validate=dict, resume=True)
+    fit(place, tmp_path, checkpoint_every=100, resume=True)
+    assert len(losses(tmp_path)) == 18
+
+
 def test_an_epoch_shows_each_picture_once_with_one_of_its_texts() -> None:
     pairs = [Pair(Path(str(n)), (f"{n} a", f"{n} b")) for n in range(9)]
     settings = ClipSettings(batch_size=4)
@@ -205,6 +252,8 @@ def test_an_epoch_shows_each_picture_once_with_one_of_its_texts() -> None:
         ({"batch_size": 0}, "batch-size is 0; expected 1 or more"),
         ({"crop": 1.5}, "crop is 1.5; expected a share above 0"),
         ({"frozen_blocks": -1}, "frozen-blocks is -1"),
+        ({"max_steps": 0}, "max-steps is 0; expected 1 or more"),
+        ({"learning_rate": -1.0}, "learning-rate is -1.0; expected a number, 0 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

@@ -64,6 +64,22 @@ def fault(path: str | Path) -> str:
 # --- what is read -------------------------------------------------------------------------------------------
 
 
+def test_pictures_may_be_bytes_in_the_rows(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"image": {"bytes": b"one", "path": None}, "question": "What?", "answer": "A cat."}]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    [record], _ = read_records(tmp_path / "rows.parquet")
+    assert record.images == (b"one",)
+
+
+def test_a_picture_without_captions_is_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"image": "a.jpg", "captions": []}, {"image": "b.jpg", "captions": ["B."]}]))
+    records, summary = read_records(path)
+    assert len(records) == 1 and summary.skipped == {"no caption": 1}
+
+
 def test_alpaca_rows_are_read_from_a_list(write: Write) -> None:
     path = write([COLOUR, FRENCH, {"instruction": "Say nothing.", "output": "", "input": None}])
     records, summary = read_records(path)

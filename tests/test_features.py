@@ -39,7 +39,10 @@ def tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tower(tower_folder: Path) -> CountingTower:
-    return CountingTower(load_tower(str(tower_folder)).visual, name="tiny")
+    loaded = load_tower(str(tower_folder))
+    counting = CountingTower(loaded.visual, name="tiny")
+    counting.key = loaded.key  # other processes load it from its folder
+    return counting
 
 
 def draw(folder: Path, count: int, first: int = 0) -> list[Path]:

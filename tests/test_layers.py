@@ -17,9 +17,9 @@ ROWS = (
         *("pictures", "rows", "scoring", "progress"),
     ),
     ("adapter", "decoder", "data", "packing", "fetch", "generate", "vision", "features"),
-    ("checkpoint",),
-    ("model",),
-    ("chat", "answering", "run_folder", "training", "contrastive", "arguments"),
+    ("checkpoint", "scienceqa"),
+    ("model", "grading"),
+    ("chat", "answering", "run_folder", "training", "contrastive", "examining", "arguments"),
     ("cli",),
 )
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}

@@ -38,10 +38,13 @@ def test_a_folder_of_pictures_is_its_file_and_its_images(tmp_path: Path, name: s
     assert read_rows(folder / name).root == folder, "a file itself says nothing of images/"
 
 
-def test_captions_come_before_questions(tmp_path: Path) -> None:
+def test_a_folder_with_captions_and_questions_does_not_say_which(tmp_path: Path) -> None:
     make(tmp_path, "qa.json", QUESTIONS)
     make(tmp_path, "captions.json", CAPTIONS)
-    assert read_rows(tmp_path).rows == [(1, CAPTIONS[0])]
+    with pytest.raises(UsageError, match=r"holds captions.json and qa.json; name one .* --image-root"):
+        read_rows(tmp_path)
+    [record], _ = read_records(tmp_path / "qa.json", image_root=tmp_path / "images")
+    assert record.images == (tmp_path / "images" / "2.jpg",)
 
 
 def test_a_damaged_file_in_the_folder_is_named(tmp_path: Path) -> None:

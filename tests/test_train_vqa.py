@@ -56,7 +56,9 @@ def options(place: Path, output: Path, *more: str) -> list[str]:
     given: dict[str, Any] = {"--data": place / "questions", "--output": output, "--base": "tiny-base"}
     given |= {"--weights": place / "weights", "--cache": place / "cache", "--template": "brief"}
     given |= {"--epochs": 2, "--warmup-epochs": 0.5, "--batch-size": 6, "--learning-rate": 0.1}
-    given |= {"--validation-rows": 4, "--validate-every": 100, "--bottleneck": 8, "--prompt-length": 3}
+    given |= {"--validation-rows": 4, "--validate-every": 100, "--prompt-length": 3}
+    if "--no-images" not in more:
+        given["--bottleneck"] = 8
     return [str(part) for pair in given.items() for part in pair] + list(more)
 
 
@@ -304,9 +306,23 @@ def test_what_cannot_be_scored_is_told(place: Path, trained: Path, tmp_path: Pat
     assert "all rows have the same picture" in refusal(
         eval.vqa, score(place, trained, *questions, "--limit", "1")
     )
+
+
+def test_an_adapter_that_never_saw_is_scored_without_pictures(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     blind = tmp_path / "blind"
-    run(train.vqa, options(place, blind, "--no-images", "--max-steps", "1"))
-    assert "'blind' knows nothing of pictures" in refusal(eval.vqa, score(place, blind, *questions))
+    given = options(place, blind, "--no-images", "--max-steps", "1")
+    said = refusal(train.vqa, [*given, "--bottleneck", "8"])
+    assert said == "--bottleneck is for pictures, which --no-images leaves out; give one of the two"
+    run(train.vqa, given)
+    questions = ("--data", str(place / "questions"))
+    run(eval.vqa, score(place, blind, *questions, "--json", str(tmp_path / "scores.json")))
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["accuracy"] == scores["accuracy_shuffled"] == scores["accuracy_no_image"]
+    assert scores["rows"] == 6 and "knows nothing of pictures" in capsys.readouterr().out
+    said = refusal(eval.captions, score(place, blind, "--data", str(place / "captions")))
+    assert "all its captions are the same" in said
 
 
 def test_rows_of_pictures_are_not_for_train_alpaca(place: Path, tmp_path: Path) -> None:

@@ -44,7 +44,13 @@ def examples(count: int, first_row: int = 1) -> list[Example]:
 def trainer(output: Path, **changes: Any) -> Trainer:
     settings = dataclasses.replace(SETTINGS, **changes)
     return Trainer(
-        build_tiny_model(), "tiny", examples(8), examples(4, 100), settings, output, {"source": "made"}
+        build_tiny_model(),
+        "tiny",
+        examples(8),
+        {"made": examples(4, 100)},
+        settings,
+        output,
+        {"source": "made"},
     )
 
 
@@ -263,6 +269,21 @@ def test_three_bad_steps_in_a_row_end_the_run_and_name_the_rows(
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
 
 
+# --- which adapter is the best ------------------------------------------------------------------------------
+
+
+def test_sources_count_alike_whatever_their_length(tmp_path: Path) -> None:
+    run = dataclasses.replace(
+        trainer(tmp_path, max_steps=1, validate_every=1),
+        validation_examples={"few": examples(1, 100), "many": examples(12, 200)},
+    )
+    best = run.run()
+    [line] = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
+    assert best == line["validation_loss"]
+    assert best == pytest.approx((line["validation_loss_few"] + line["validation_loss_many"]) / 2)
+    assert line["validation_loss_few"] != pytest.approx(line["validation_loss_many"], abs=1e-3)
+
+
 # --- how often a row comes up -------------------------------------------------------------------------------
 
 
@@ -352,7 +373,7 @@ def seeing_trainer(output: Path, **changes: Any) -> Trainer:
     rows.append(Example([9, 10, 12, 30, 2], [IGNORED] * 3 + [30, 2], (), 9))
     settings = dataclasses.replace(SETTINGS, **changes)
     model = build_tiny_model(vision=VISION)
-    return Trainer(model, "tiny", rows, rows, settings, output, features=features)
+    return Trainer(model, "tiny", rows, {"made": rows}, settings, output, features=features)
 
 
 def test_it_learns_from_pictures(tmp_path: Path) -> None:
@@ -366,7 +387,7 @@ def test_it_learns_from_pictures(tmp_path: Path) -> None:
     best = run.run()
     blind = seeing_trainer(tmp_path / "blind", **fast)
     without = [dataclasses.replace(row, images=()) for row in blind.train_examples]
-    blind = dataclasses.replace(blind, train_examples=without, validation_examples=without)
+    blind = dataclasses.replace(blind, train_examples=without, validation_examples={"made": without})
     assert best < blind.run() - 0.2
     kept = load_adapter(tmp_path / "seeing")
     assert kept.projection is not None and run.model.get_adapter("tiny").projection is not None

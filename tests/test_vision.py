@@ -154,6 +154,28 @@ def test_a_tower_that_shows_no_depths_is_refused() -> None:
         VisionTower(nn.Linear(1, 1), name="mine")
 
 
+def test_a_thin_picture_loses_its_ends_and_takes_no_more_memory(folders: dict[str, Path]) -> None:
+    tower = load_tower(str(folders["vit"]))
+    long = Image.new("RGB", (3000, 2), "red")
+    long.paste("blue", (1480, 0, 1520, 2))
+    middle = long.crop((1480, 0, 1520, 2))
+    [seen], [expected] = tower.prepare([long]), tower.prepare([middle])
+    assert torch.equal(seen, expected)
+    tall = Image.new("RGB", (1, 1_000_000), "red")
+    assert tower.prepare([tall]).shape == tower.prepare([Image.new("RGB", (8, 8))]).shape
+    wide = pictures((40, 2))[0]
+    assert torch.equal(tower.prepare([wide]), tower._prepare(wide)[None]), "20:1 is left as it is"
+
+
+def test_a_tower_in_the_weights_folders_goes_by_its_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", str(folder), f"local-dir:{folder}", "./mine"):
+        assert load_tower(name, weights=tmp_path).name == "mine"
+    assert load_tower("mine", weights=tmp_path / "elsewhere").name == str(folder)
+
+
 # --- the fingerprint ----------------------------------------------------------------------------------------
 
 
@@ -169,6 +191,16 @@ def test_the_fingerprint_is_of_the_weights_and_the_preparation(tmp_path: Path) -
     )
     assert one.fingerprint == same.fingerprint and len(one.fingerprint) == 16
     assert len({tower.fingerprint for tower in (one, other, prepared)}) == 3
+    # Other heads, or another activation, by the same weights.
+    for name, where, change in (
+        ("heads", "vision_cfg", {"head_width": 4}),
+        ("activation", None, {"quick_gelu": True}),
+    ):
+        config_file = build_tiny_tower_folder(tmp_path / name) / "open_clip_config.json"
+        config = json.loads(config_file.read_text())
+        (config["model_cfg"][where] if where else config["model_cfg"]).update(change)
+        config_file.write_text(json.dumps(config))
+        assert load_tower(str(tmp_path / name)).fingerprint != one.fingerprint
     less = load_tower(str(tmp_path / "one"), depths=(2,))
     assert less.fingerprint == one.fingerprint and less.key != one.key
     with torch.no_grad():
@@ -189,7 +221,7 @@ def test_a_tower_is_found_by_folder_by_name_and_by_open_clips_prefix(folders: di
     expected = load_tower(str(folder))
     for name in (folder.name, f"local-dir:{folder.name}", f"local-dir:{folder}"):
         tower = load_tower(name, weights=folder.parent)
-        assert tower.name == name and tower.key == expected.key
+        assert tower.name == "vit" and tower.key == expected.key
 
 
 def test_one_of_open_clips_own_is_found_by_its_tag(
@@ -207,7 +239,13 @@ def test_one_of_open_clips_own_is_found_by_its_tag(
     monkeypatch.setattr(open_clip, "create_model", create_model)
     assert load_tower("ViT-B-32:openai").name == "ViT-B-32:openai"
     assert (asked["model_name"], asked["pretrained"]) == ("ViT-B-32", "openai")
-    load_tower("someone/their-clip")
+    assert asked.pop("force_quick_gelu") is True, "OpenAI's were trained with it"
+    load_tower("ViT-B-32:laion2b_s34b_b79k")
+    assert "force_quick_gelu" not in asked
+    with monkeypatch.context() as patch:
+        config = json.loads((folders["vit"] / "open_clip_config.json").read_text())["model_cfg"]
+        patch.setattr(open_clip, "get_model_config", lambda name: config)
+        load_tower("someone/their-clip")
     assert asked["model_name"] == "hf-hub:someone/their-clip"
 
 

@@ -53,7 +53,8 @@ def main() -> None:
         "max_length": arguments.max_length,
         "start_from": arguments.start_from,
     }
-    trainer = Trainer(model, "trained", train_examples, validation_examples, settings, arguments.output, data)
+    kept = {data["source"]: validation_examples}
+    trainer = Trainer(model, "trained", train_examples, kept, settings, arguments.output, data)
     best = trainer.run(resume=arguments.resume)
     print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
 

@@ -82,7 +82,9 @@ def main() -> None:
         examples = encode_records(part, **encode)
         train_examples += examples
         occurrences += [weight] * len(examples)
-    validation_examples = [example for part in validation for example in encode_records(part, **encode)]
+    validation_examples: dict[str, list[Example]] = {}
+    for (source, _), part in zip(sources, validation, strict=True):
+        validation_examples.setdefault(Path(source).name, []).extend(encode_records(part, **encode))
     trainer = Trainer(
         model,
         "trained",
