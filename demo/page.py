@@ -52,7 +52,7 @@ ANSWERING: dict[str, Any] = {**PRIVATE, **BY_MODEL, "trigger_mode": "multiple", 
 class Handlers:
     """What the page's events call. All that is kept of a person is a conversation in Gradio's session state.
 
-    A question is taken at once; its answer, of which nothing is computed before, waits for the model.
+    A question is taken at once, its pictures encoded; its answer waits for the model.
     ``settings`` are the name of the adapter, the system text and what `read_sampling` takes.
     """
 

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--kept-names", type=positive_int, default=100, help="names that train.clip keeps back (100)"
     )
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     add_weights_option(parser)
     add_json_option(parser)
     arguments = parser.parse_args()
@@ -39,10 +40,11 @@ def main() -> None:
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.contrastive import load_clip, read_names, read_pairs, retrieval, zero_shot
+    from llama_adapter.decoder import choose_device
 
     quieten_libraries()
     found = locations.resolve(arguments.model, kind="tower", weights=arguments.weights)
-    clip = load_clip(Path(found))
+    clip = load_clip(Path(found)).to(choose_device(arguments.device))
     figures: dict[str, float] = {}
     if arguments.retrieval is not None:
         pairs = read_pairs(arguments.retrieval, split=arguments.split)

@@ -40,7 +40,7 @@ class Projection(nn.Module):
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
     def fit(self, pictures: Iterable[Tensor]) -> None:
-        """Take mean and deviation of the training pictures' features, (F,) each: channels differ much."""
+        """Take mean and deviation of pictures' features, (F,) each: channels differ much."""
         features = torch.stack(list(pictures))
         self.mean.copy_(features.mean(0))
         # A channel that none of them stirs would drown all others on the first picture that does.

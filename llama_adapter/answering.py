@@ -7,7 +7,6 @@ batched with but for rounding. Questions about the same pictures share their pro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -72,14 +71,6 @@ def answer_records(
     return answers
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """How likely an answer is, its end token included: the sum of log-probabilities over so many tokens."""
-
-    log: float
-    tokens: int
-
-
 @torch.no_grad()
 def answer_likelihoods(
     model: LlamaAdapter,
@@ -90,7 +81,7 @@ def answer_likelihoods(
     adapter: str | None = None,
     max_tokens: int = 1024,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[list[Likelihood]]:
+) -> list[list[float]]:
     """How likely a model finds each of some answers to each record's question.
 
     The question is computed once for all of its answers; questions stand side by side in one sequence without
@@ -101,6 +92,9 @@ def answer_likelihoods(
         answers: for each record the texts to compare.
         max_tokens: of such a sequence; a single longer question stands alone.
         features, adapter, progress: as in `answer_records`.
+
+    Returns:
+        for each record the log-probability of each answer, its end token included.
     """
     assert model.tokenizer is not None
     template, tokenizer = model.template(adapter), model.tokenizer
@@ -120,7 +114,7 @@ def answer_likelihoods(
         dialogues = [next(encoded) for _ in several]
         question = dialogues[0][1].index(True)
         asked.append([dialogues[0][0][:question], *(ids[question:] for ids, _ in dialogues)])
-    likelihoods: list[list[Likelihood]] = [[] for _ in records]
+    likelihoods: list[list[float]] = [[] for _ in records]
     done = 0
     for run in _runs([sum(map(len, parts)) for parts in asked], max_tokens):
         found = _likelihoods(model, [records[i] for i in run], [asked[i] for i in run], features, adapter)
@@ -150,7 +144,7 @@ def _likelihoods(
     asked: Sequence[Sequence[list[int]]],
     features: Mapping[PictureFile, Tensor] | None,
     adapter: str | None,
-) -> list[list[Likelihood]]:
+) -> list[list[float]]:
     """Of questions, each followed by its answers as token ids, in one sequence."""
     ids: list[int] = []
     segments: list[Segment] = []
@@ -182,9 +176,7 @@ def _likelihoods(
     assert output.logits is not None
     logs = output.logits[0].float().log_softmax(-1).gather(1, torch.tensor(targets, device=device)[:, None])
     each = iter(logs[:, 0].split([len(answer) for _, *answers in asked for answer in answers]))
-    return [
-        [Likelihood(float(part.sum()), len(part)) for part in islice(each, len(parts) - 1)] for parts in asked
-    ]
+    return [[float(part.sum()) for part in islice(each, len(parts) - 1)] for parts in asked]
 
 
 def _batches(order: Sequence[int], questions: Sequence[Sequence[int]], size: int) -> list[list[int]]:

@@ -31,8 +31,7 @@ class Examination:
 
     Attributes:
         way: "generate" reads the model's own words by the official expression; "letter" takes the letter
-            whose " The answer is X." is likeliest, "option" the choice whose own text is, by its mean
-            log-probability a token: otherwise the shortest would win.
+            whose " The answer is X." is likeliest, "option" the choice whose own text is.
         format: an official name, such as QCM-A; what follows its "-" counts for "generate" alone.
         caption: put a machine's caption of the picture into the context.
     """
@@ -82,8 +81,7 @@ class Examination:
         )
         chosen = {}
         for problem, likelihoods, said in zip(problems, found, texts, strict=True):
-            means = [likelihood.log / likelihood.tokens for likelihood in likelihoods]
-            best = max(range(len(means)), key=means.__getitem__)
+            best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
             chosen[problem.pid] = (best, said[best].strip())
         return chosen
 
