@@ -220,11 +220,22 @@ def test_a_question_is_taken_at_once_and_its_answer_grows(
     lengths = [len(_texts(look)[1]) for _, look in steps]
     assert lengths == sorted(lengths)
     assert len(set(lengths)) > 5
-    assert _has(steps[-2][0], BUSY)
+    # Only the end touches the box: what arrives late, after a stop, must not make it busy again.
+    assert all(box == gr.skip() for box, _ in steps[:-1])
     assert _has(steps[-1][0], IDLE)
     assert chat.exchanges[0].answer.tokens == 12
     note = steps[-1][1][1]["content"][1]["text"]
     assert re.fullmatch(r"\u206312 tokens · [\d.]+ tokens/s · one", note)
+
+
+def test_an_answer_that_a_new_question_ended_leaves_the_box_busy(handlers: Handlers) -> None:
+    *_, chat = handlers.ask(_box("First"), None, *SETTINGS)
+    first = handlers.answer(chat)
+    next(first)
+    handlers.ask(_box("Second"), chat, *SETTINGS)
+    assert all(box == gr.skip() for box, _ in first)
+    *_, (box, _) = handlers.answer(chat)
+    assert _has(box, IDLE)
 
 
 def _said(handlers: Handlers, taken: tuple[Any, ...]) -> Any:

@@ -110,6 +110,16 @@ def test_brief_is_a_few_words_around_question_and_answer() -> None:
 # --- alpaca -------------------------------------------------------------------------------------------------
 
 
+def test_scienceqa_is_the_question_as_it_is_and_answer() -> None:
+    turns = [user("Question: ?\nOptions: (A) x"), Turn("assistant", " The answer is A.")]
+    [(ids, is_answer)] = encode_dialogues([turns], "scienceqa", TINY)
+    assert TINY.decode(ids) == f"Question: ?\nOptions: (A) x\nAnswer: The answer is A.{TINY.eos_token}"
+    answer = [token for token, kept in zip(ids, is_answer, strict=True) if kept]
+    assert TINY.decode(answer) == f" The answer is A.{TINY.eos_token}"
+    again = encode_question([*turns, user("Question: !")], "scienceqa", TINY)
+    assert TINY.decode(again).endswith(f"{TINY.eos_token}\n\nQuestion: !\nAnswer:")
+
+
 def test_alpaca_is_literally_the_official_format() -> None:
     assert question_text([user("Name a colour.")], "alpaca") == WITHOUT_INPUT
     assert question_text([user("Translate to French.", "red")], "alpaca") == WITH_INPUT
@@ -358,5 +368,5 @@ def test_turns_that_cannot_be_asked_or_learned_from_are_refused() -> None:
 
 
 def test_an_unknown_template_names_those_there_are() -> None:
-    with pytest.raises(UsageError, match="no template 'vicuna'; available templates are alpaca, brief, chat"):
+    with pytest.raises(UsageError, match="no template 'vicuna'; available templates are alpaca, brief"):
         encode_question([user("?")], "vicuna", TINY)
