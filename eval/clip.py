@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def main() -> None:
         raise UsageError("nothing to score: give --retrieval, --names or both")
 
     # Slow to import, and not needed to say that an option is wrong.
-    from llama_adapter.contrastive import load_clip, read_names, read_pairs, retrieval, zero_shot
+    from llama_adapter.contrastive import load_clip, read_names, read_pairs, retrieval, split_names, zero_shot
     from llama_adapter.decoder import choose_device
 
     quieten_libraries()
@@ -51,9 +50,7 @@ def main() -> None:
         figures |= retrieval(clip, pairs)
         print(f"{len(pairs):,} pictures, {sum(len(pair.texts) for pair in pairs):,} texts")
     if arguments.names is not None:
-        names = read_names(arguments.names)
-        random.Random(0).shuffle(names)
-        kept = names[: arguments.kept_names]
+        kept, _ = split_names(read_names(arguments.names), arguments.kept_names)
         figures["zero_shot"] = zero_shot(clip, kept)
         print(f"zero-shot among {len(kept):,} names")
     for name, share in figures.items():

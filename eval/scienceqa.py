@@ -80,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # Slow to import, and not needed to say that an option is wrong.
-    from llama_adapter.grading import check_predictions, grade, guess_unread, read_predictions
+    from llama_adapter.grading import grade, guess_unread, read_predictions
     from llama_adapter.scienceqa import check_format, read_problems, split_problems
 
     if arguments.format is not None:
@@ -100,7 +100,6 @@ def main() -> None:
         if arguments.controls:
             raise UsageError("--controls asks a model; leave out --predictions")
         rows[arguments.predictions.name] = read_predictions(arguments.predictions, problems)
-        check_predictions(problems, rows[arguments.predictions.name])
     else:
         rows = _ask(arguments, problems, summary.fingerprint)
     if arguments.official_fallback:

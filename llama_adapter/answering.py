@@ -6,17 +6,19 @@ batched with but for rounding. Questions about the same pictures share their pro
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from llama_adapter.attention import Segment
-from llama_adapter.data import PictureFile, Record
+from llama_adapter.data import IGNORED, PictureFile, Record, encode_records
 from llama_adapter.generate import stream_text
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.template import Turn, encode_dialogues, encode_question, end_token_ids, stop_strings
+from llama_adapter.packing import answer_loss, pack, split_by_tokens
+from llama_adapter.template import Turn, encode_question, end_token_ids, stop_strings
 
 
 def answer_records(
@@ -80,7 +82,6 @@ def answer_likelihoods(
     features: Mapping[PictureFile, Tensor] | None = None,
     adapter: str | None = None,
     max_tokens: int = 1024,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[float]]:
     """How likely a model finds each of some answers to each record's question.
 
@@ -90,93 +91,31 @@ def answer_likelihoods(
     Args:
         records: what is asked; their own last turn does not count.
         answers: for each record the texts to compare.
-        max_tokens: of such a sequence; a single longer question stands alone.
-        features, adapter, progress: as in `answer_records`.
+        max_tokens: of such a sequence, the question counted with each of its answers.
+        features, adapter: as in `answer_records`.
 
     Returns:
         for each record the log-probability of each answer, its end token included.
     """
     assert model.tokenizer is not None
-    template, tokenizer = model.template(adapter), model.tokenizer
-    encoded = iter(
-        encode_dialogues(
-            [
-                (*record.turns[:-1], Turn("assistant", answer))
-                for record, several in zip(records, answers, strict=True)
-                for answer in several
-            ],
-            template,
-            tokenizer,
-        )
-    )
-    asked = []
-    for several in answers:
-        dialogues = [next(encoded) for _ in several]
-        question = dialogues[0][1].index(True)
-        asked.append([dialogues[0][0][:question], *(ids[question:] for ids, _ in dialogues)])
-    likelihoods: list[list[float]] = [[] for _ in records]
-    done = 0
-    for run in _runs([sum(map(len, parts)) for parts in asked], max_tokens):
-        found = _likelihoods(model, [records[i] for i in run], [asked[i] for i in run], features, adapter)
-        for i, result in zip(run, found, strict=True):
-            likelihoods[i] = result
-        done += len(run)
-        progress(done)
-    return likelihoods
-
-
-def _runs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Rows of similar lengths together, up to so many tokens."""
-    runs: list[list[int]] = []
-    tokens = 0
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if not runs or tokens + lengths[i] > max_tokens:
-            runs.append([])
-            tokens = 0
-        runs[-1].append(i)
-        tokens += lengths[i]
-    return runs
-
-
-def _likelihoods(
-    model: LlamaAdapter,
-    records: Sequence[Record],
-    asked: Sequence[Sequence[list[int]]],
-    features: Mapping[PictureFile, Tensor] | None,
-    adapter: str | None,
-) -> list[list[float]]:
-    """Of questions, each followed by its answers as token ids, in one sequence."""
-    ids: list[int] = []
-    segments: list[Segment] = []
-    predicting: list[int] = []
-    targets: list[int] = []
-    sets = list(dict.fromkeys(record.images for record in records))
-    for record, (question, *answers) in zip(records, asked, strict=True):
-        prompts = sets.index(record.images)
-        context = (len(ids), len(ids) + len(question))
-        segments.append(Segment(*context, None, prompts))
-        ids += question
-        for answer in answers:
-            start = len(ids)
-            # Its end token is predicted and predicts nothing itself.
-            ids += answer[:-1]
-            if len(answer) > 1:
-                segments.append(Segment(start, len(ids), context, prompts))
-            predicting += [context[1] - 1, *range(start, len(ids))]
-            targets += answer
-    device = model.decoder.device
-    output = model.forward(
-        input_ids=torch.tensor([ids], device=device),
-        segments=tuple(segments),
-        logits_to_keep=torch.tensor(predicting, device=device),
-        use_cache=False,
-        adapter=adapter,
-        **_prompts(model, adapter, sets, features),
-    )
-    assert output.logits is not None
-    logs = output.logits[0].float().log_softmax(-1).gather(1, torch.tensor(targets, device=device)[:, None])
-    each = iter(logs[:, 0].split([len(answer) for _, *answers in asked for answer in answers]))
-    return [[float(part.sum()) for part in islice(each, len(parts) - 1)] for parts in asked]
+    asked = [
+        replace(record, turns=(*record.turns[:-1], Turn("assistant", answer)))
+        for record, several in zip(records, answers, strict=True)
+        for answer in several
+    ]
+    numbered = [replace(record, row=number) for number, record in enumerate(asked)]
+    template = model.template(adapter)
+    examples = encode_records(numbered, template=template, tokenizer=model.tokenizer, max_length=sys.maxsize)
+    labelled = [sum(label != IGNORED for label in example.labels) for example in examples]
+    found = [0.0] * len(examples)
+    for run in split_by_tokens(examples, max_tokens):
+        packed = pack(run).to(model.decoder.device)
+        losses = answer_loss(model, packed, features=features, reduction="none", adapter=adapter)
+        each = losses.split([labelled[row] for row in packed.rows])
+        for row, part in zip(packed.rows, each, strict=True):
+            found[row] = -float(part.sum())
+    rest = iter(found)
+    return [list(islice(rest, len(several))) for several in answers]
 
 
 def _batches(order: Sequence[int], questions: Sequence[Sequence[int]], size: int) -> list[list[int]]:

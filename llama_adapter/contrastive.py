@@ -83,6 +83,13 @@ def read_names(folder: str | Path) -> list[Pair]:
         raise UsageError(f"{path}: expected an object of files and their names: {error}") from None
 
 
+def split_names(names: Sequence[Pair], kept: int) -> tuple[list[Pair], list[Pair]]:
+    """So many names for zero-shot scoring, drawn alike every time, and the rest to train on."""
+    drawn = list(names)
+    random.Random(0).shuffle(drawn)
+    return drawn[:kept], drawn[kept:]
+
+
 def _shape_pairs(rows: Sequence[dict[str, str]]) -> list[Pair]:
     """easy-VQA's pictures in words: the answers to "what ..." tell a picture's shape and its colour."""
     known: dict[str, dict[str, str]] = {}

@@ -19,7 +19,7 @@ from llama_adapter.errors import UsageError
 from llama_adapter.files import write_json
 from llama_adapter.grading import UNREAD, official_results, read_answer
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.scienceqa import DEFAULT_FORMAT, LETTERS, Problem, answer_text, problem_records
+from llama_adapter.scienceqa import DEFAULT_FORMAT, Problem, answer_text, problem_records
 
 WAYS = ("generate", "letter", "option")
 _KEPT_EVERY = 64  # problems: between two writes of the results
@@ -148,11 +148,3 @@ def _take_up(
         what = f"another {other[0]}" if other else "other problems"
         raise UsageError(f"{output} has results of {what}; choose another --output, or remove it")
     return results, outputs
-
-
-def letter_shares(problems: Sequence[Problem]) -> dict[str, float]:
-    """How often each letter is right, as a share of the problems."""
-    return {
-        letter: sum(problem.answer == place for problem in problems) / len(problems)
-        for place, letter in enumerate(LETTERS)
-    }

@@ -63,6 +63,7 @@ def _index(letter: str, choices: int) -> int:
 
 def guess_unread(predictions: Mapping[str, int], problems: Sequence[Problem], *, seed: int) -> dict[str, int]:
     """The predictions with a choice drawn where none could be read, as the official script does it."""
+    _check(problems, predictions)
     draw = random.Random(seed)
     guessed = dict(predictions)
     for problem in problems:
@@ -114,7 +115,7 @@ def grade(problems: Sequence[Problem], predictions: Mapping[str, int]) -> Grades
     Raises:
         UsageError: a problem without a prediction, a prediction for no problem, or one that is no choice.
     """
-    check_predictions(problems, predictions)
+    _check(problems, predictions)
     rows: Counter[str] = Counter()
     right: Counter[str] = Counter()
     for problem in problems:
@@ -129,7 +130,7 @@ def grade(problems: Sequence[Problem], predictions: Mapping[str, int]) -> Grades
     )
 
 
-def check_predictions(problems: Sequence[Problem], predictions: Mapping[str, int]) -> None:
+def _check(problems: Sequence[Problem], predictions: Mapping[str, int]) -> None:
     """Raise UsageError where predictions and problems are not of the same pids, or name no choice."""
     known = {problem.pid: problem for problem in problems}
     wrong = [pid for pid in predictions if pid not in known]

@@ -140,11 +140,13 @@ def answer_loss(
     packed: Pack,
     *,
     features: Mapping[PictureFile, Tensor] | None = None,
+    reduction: str = "sum",
     **kwargs: Any,
 ) -> Tensor:
-    """Summed cross-entropy of the labelled tokens, in float32; logits exist at those places only.
+    """Cross-entropy of the labelled tokens, in float32, summed or (N,); logits exist at those places only.
 
     Args:
+        reduction: "sum", or "none" for each token's own.
         model: takes the arguments of `LlamaAdapter.forward`, ``kwargs`` among them.
         features: (F,) of each picture of the pack; None for rows without.
     """
@@ -160,7 +162,7 @@ def answer_loss(
         use_cache=False,
         **kwargs,
     )
-    return F.cross_entropy(output.logits[0].float(), packed.targets, reduction="sum")
+    return F.cross_entropy(output.logits[0].float(), packed.targets, reduction=reduction)
 
 
 def accumulate_gradient(

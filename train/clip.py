@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import sys
 from pathlib import Path
 
@@ -58,6 +57,7 @@ def main() -> None:
         read_names,
         read_pairs,
         retrieval,
+        split_names,
         train_clip,
         zero_shot,
     )
@@ -70,10 +70,8 @@ def main() -> None:
     pairs = [pair for source in arguments.data for pair in read_pairs(source)]
     kept = []
     if arguments.names is not None:
-        names = read_names(arguments.names)
-        random.Random(0).shuffle(names)
-        kept = names[: arguments.kept_names]
-        pairs += names[arguments.kept_names :]
+        kept, rest = split_names(read_names(arguments.names), arguments.kept_names)
+        pairs += rest
     asked = read_pairs(arguments.retrieval, split="val") if arguments.retrieval is not None else []
     start = locations.resolve(arguments.start, kind="tower", weights=arguments.weights)
     if not Path(start).is_dir():
