@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn import functional as F
 
 from llama_adapter.data import PictureFile, read_records
 from llama_adapter.errors import UsageError
@@ -37,6 +39,7 @@ from llama_adapter.training import stop_request
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+CROPS_FILE = "crops.f16"
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,10 @@ class ClipSettings:
         learning_rate: the peak of what starts from nothing: the text side and the picture side's head.
         trunk_learning_rate: the peak of the pretrained rest of the picture side.
         frozen_blocks: the lowest blocks of the picture side that stay as they are, with all before them:
-            they know edges and textures already, and half of a step's work is theirs.
+            they know edges and textures already. What they give is computed once for each crop and kept,
+            since most of a step's work is theirs.
         crop: the smallest share of a picture that a random crop keeps.
+        crops: how many crops of each picture there are, where blocks are frozen; without, each is a new one.
     """
 
     epochs: int = 10
@@ -187,12 +192,13 @@ class ClipSettings:
     weight_decay: float = 0.1
     warmup_steps: int = 100
     crop: float = 0.6
+    crops: int = 2
     max_steps: int | None = None
     checkpoint_every: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "checkpoint_every", "max_steps"):
+        for name in ("epochs", "batch_size", "crops", "checkpoint_every", "max_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} is {value}; expected 1 or more")
         for name in ("learning_rate", "trunk_learning_rate", "weight_decay"):
@@ -227,11 +233,6 @@ def train_clip(
     if len(pairs) < settings.batch_size:
         raise UsageError(f"{len(pairs)} pairs are fewer than a batch of {settings.batch_size}")
     tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
-    preprocess = image_transform_v2(
-        PreprocessCfg(**clip.llama_adapter_config["preprocess_cfg"]),
-        is_train=True,
-        aug_cfg=AugmentationCfg(scale=(settings.crop, 1.0)),
-    )
     frozen = _freeze(clip, settings.frozen_blocks)
     trunk = [parameter for parameter in clip.visual.trunk.parameters() if parameter.requires_grad]
     known = {id(parameter) for parameter in clip.visual.trunk.parameters()}
@@ -263,12 +264,10 @@ def train_clip(
         step = state["step"]
         folder.line.say(f"going on from step {step}")
     first, started = step, time.monotonic()
-    with folder.metrics(step), stop_request() as stop:
+    with folder.metrics(step), stop_request() as stop, _Crops(clip, pairs, settings, output) as crops:
         while step < total:
             batch = _draw(pairs, step, settings)
-            # Crops depend on the step alone, so a resumed run sees the same.
-            torch.manual_seed(settings.seed * 1_000_003 + step)
-            pixels = torch.stack([preprocess(open_picture(pair.picture)) for pair, _ in batch]).to(device)
+            pixels = crops.of_step([number for number, _ in batch], step).to(device)
             texts = tokenizer([text for _, text in batch]).to(device)
             rate = _schedule(step, total, settings.warmup_steps)
             for group in optimizer.param_groups:
@@ -276,8 +275,9 @@ def train_clip(
             clip.train()
             for module in frozen:
                 module.eval()  # its statistics stay too
-            image_features, text_features, scale = clip(pixels, texts)[:3]
-            loss = loss_of(image_features, text_features, scale)
+            image_features = F.normalize(crops.encode(pixels), dim=-1)
+            text_features = clip.encode_text(texts, normalize=True)
+            loss = loss_of(image_features, text_features, clip.logit_scale.exp())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
@@ -317,14 +317,87 @@ def _freeze(clip: open_clip.CLIP, blocks: int) -> list[torch.nn.Module]:
     return frozen
 
 
-def _draw(pairs: Sequence[Pair], step: int, settings: ClipSettings) -> list[tuple[Pair, str]]:
-    """The pairs of a step, a text drawn for each; an epoch shows every picture once."""
-    epoch, place = divmod(step, len(pairs) // settings.batch_size)
-    draw = random.Random(f"{settings.seed}/{epoch}")
+class _Crops:
+    """What the trained part of the picture side reads: crops, or what the frozen blocks make of them.
+
+    Those are kept in a file in the run's folder for as long as the training lasts.
+    """
+
+    def __init__(
+        self, clip: open_clip.CLIP, pairs: Sequence[Pair], settings: ClipSettings, output: Path
+    ) -> None:
+        self.clip, self.pairs, self.settings, self.folder = clip, pairs, settings, output
+        self.transform = image_transform_v2(
+            PreprocessCfg(**clip.llama_adapter_config["preprocess_cfg"]),
+            is_train=True,
+            aug_cfg=AugmentationCfg(scale=(settings.crop, 1.0)),
+        )
+        self._kept: np.memmap | None = None
+        self._known: set[int] = set()
+
+    def __enter__(self) -> _Crops:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kept = None
+        (self.folder / CROPS_FILE).unlink(missing_ok=True)
+
+    def of_step(self, numbers: Sequence[int], step: int) -> Tensor:
+        """A crop of each pair's picture, mirrored half of the time. A resumed run gets the same."""
+        draw = random.Random(f"{self.settings.seed}/{step}/crops")
+        crops = []
+        for number in numbers:
+            if self.settings.frozen_blocks:
+                crop = self._states(number, draw.randrange(self.settings.crops))
+            else:
+                crop = self._cut(number, draw.getrandbits(32))
+            crops.append(crop.flip(-1) if draw.random() < 0.5 else crop)
+        return torch.stack(crops)
+
+    def encode(self, crops: Tensor) -> Tensor:
+        """Embeddings of what `of_step` gives, not normalised."""
+        if not self.settings.frozen_blocks:
+            return self.clip.encode_image(crops)
+        trunk = self.clip.visual.trunk  # as in timm's EfficientNet.forward, from the first block that learns
+        states = trunk.bn2(trunk.conv_head(trunk.blocks[self.settings.frozen_blocks :](crops)))
+        return self.clip.visual.head(trunk.forward_head(states))
+
+    def _cut(self, number: int, seed: int) -> Tensor:
+        torch.manual_seed(seed)  # what torchvision draws from
+        return self.transform(open_picture(self.pairs[number].picture))
+
+    @torch.no_grad()
+    def _states(self, number: int, crop: int) -> Tensor:
+        """What the frozen blocks make of a crop: from the file, where that has it."""
+        place = number * self.settings.crops + crop
+        if self._kept is None or place not in self._known:
+            trunk = self.clip.visual.trunk.eval()
+            pixels = self._cut(number, self.settings.seed * 1_000_003 + place)
+            pixels = pixels[None].to(next(trunk.parameters()).device)
+            # One by one: the numbers must not depend on which others were missing.
+            states = trunk.blocks[: self.settings.frozen_blocks](trunk.bn1(trunk.conv_stem(pixels)))[0]
+            if self._kept is None:
+                shape = (len(self.pairs) * self.settings.crops, *states.shape)
+                self._kept = np.memmap(self.folder / CROPS_FILE, np.float16, "w+", shape=shape)
+            self._kept[place] = states.cpu().numpy()
+            self._known.add(place)
+        return torch.from_numpy(self._kept[place].astype(np.float32))
+
+
+def _draw(pairs: Sequence[Pair], step: int, settings: ClipSettings) -> list[tuple[int, str]]:
+    """The numbers of a step's pairs, a text drawn for each; an epoch shows as many pictures as there are.
+
+    No two of a batch have the same texts where that can be: each would have to be told from the other.
+    """
+    draw = random.Random(f"{settings.seed}/{step}")
     order = draw.sample(range(len(pairs)), len(pairs))
-    some = order[place * settings.batch_size : (place + 1) * settings.batch_size]
-    text = random.Random(f"{settings.seed}/{step}")
-    return [(pairs[i], text.choice(pairs[i].texts)) for i in some]
+    new, again = [], []
+    seen: set[tuple[str, ...]] = set()
+    for number in order:
+        (again if pairs[number].texts in seen else new).append(number)
+        seen.add(pairs[number].texts)
+    chosen = (new + again)[: settings.batch_size]
+    return [(number, draw.choice(pairs[number].texts)) for number in chosen]
 
 
 def _schedule(step: int, total: int, warmup: int) -> float:

@@ -182,14 +182,14 @@ def test_frozen_blocks_stay_as_they_are(place: Path, tmp_path: Path) -> None:
         fit(place, tmp_path / "second", frozen_blocks=9)
 
 
-@pytest.mark.parametrize("step", [1, 4, 5])
+@pytest.mark.parametrize(("step", "frozen_blocks"), [(1, 0), (4, 0), (5, 0), (5, 2)])
 def test_a_killed_run_goes_on_exactly(
-    step: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, frozen_blocks: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(Exception):
         pass
 
-    whole = fit(place, tmp_path / "whole")
+    whole = fit(place, tmp_path / "whole", frozen_blocks=frozen_blocks)
     draw = contrastive._draw
     with monkeypatch.context() as patch:
 
@@ -200,8 +200,8 @@ def test_a_killed_run_goes_on_exactly(
 
         patch.setattr(contrastive, "_draw", kill)
         with pytest.raises(Killed):
-            fit(place, tmp_path / "killed")
-    resumed = fit(place, tmp_path / "killed", resume=True)
+            fit(place, tmp_path / "killed", frozen_blocks=frozen_blocks)
+    resumed = fit(place, tmp_path / "killed", frozen_blocks=frozen_blocks, resume=True)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
@@ -232,17 +232,34 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(
     assert len(losses(tmp_path)) == 18
 
 
-def test_an_epoch_shows_each_picture_once_with_one_of_its_texts() -> None:
-    pairs = [Pair(Path(str(n)), (f"{n} a", f"{n} b")) for n in range(9)]
-    settings = ClipSettings(batch_size=4)
-    epochs = [
-        [drawn for step in steps for drawn in contrastive._draw(pairs, step, settings)]
-        for steps in ((0, 1), (2, 3))
-    ]
-    for drawn in epochs:
-        assert len({pair.picture for pair, _ in drawn}) == 8
-        assert all(text in pair.texts for pair, text in drawn)
-    assert epochs[0] != epochs[1]
+def test_a_batch_has_no_two_pictures_with_the_same_texts_if_it_can() -> None:
+    pairs = [Pair(Path(str(n)), (f"{n % 5} a", f"{n % 5} b")) for n in range(20)]
+    batches = [contrastive._draw(pairs, step, ClipSettings(batch_size=4)) for step in range(40)]
+    for drawn in batches:
+        assert len({number % 5 for number, _ in drawn}) == 4
+        assert all(text in pairs[number].texts for number, text in drawn)
+    assert {number for drawn in batches for number, _ in drawn} == set(range(20))
+    drawn = contrastive._draw(pairs, 0, ClipSettings(batch_size=8))
+    assert len({number for number, _ in drawn}) == 8 and len({number % 5 for number, _ in drawn}) == 5
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_what_frozen_blocks_give_is_computed_once_and_is_the_same(
+    blocks: int, place: Path, tmp_path: Path
+) -> None:
+    clip, pairs = build(place).eval(), read_pairs(str(place / "captions"))
+    settings = ClipSettings(**{**vars(SETTINGS), "frozen_blocks": blocks, "crops": 1})
+    with contrastive._Crops(clip, pairs, settings, tmp_path) as crops:
+        states = crops._states(5, 0)
+        pixels = crops._cut(5, 5)
+        with torch.no_grad():
+            expected, given = clip.encode_image(pixels[None]), crops.encode(states[None])
+        assert torch.allclose(given, expected, atol=2e-2 * float(expected.abs().max()))
+        clip.visual.trunk.conv_stem.weight.data.zero_()
+        assert torch.equal(crops._states(5, 0), states), "not computed again"
+        assert not torch.equal(crops._states(6, 0), states)
+        assert (tmp_path / contrastive.CROPS_FILE).exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def _add_settings(parser: Parser) -> None:
         ("weight_decay", float, "AdamW's"),
         ("warmup_steps", int, "steps in which the rates rise"),
         ("crop", float, "smallest share of a picture that a random crop keeps"),
+        ("crops", int, "crops of each picture, where blocks are frozen and give the same each time"),
         ("max_steps", int, "end the run, and its schedule, after so many steps"),
         ("checkpoint_every", int, "steps between checkpoints"),
         ("seed", int, "of the order of the pairs, the texts, the crops and the first weights"),
