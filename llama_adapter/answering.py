@@ -14,10 +14,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from llama_adapter.data import IGNORED, PictureFile, Record, encode_records
+from llama_adapter.data import PictureFile, Record, encode_records
 from llama_adapter.generate import stream_text
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.packing import answer_loss, pack, split_by_tokens
+from llama_adapter.packing import answer_losses, split_by_tokens
 from llama_adapter.template import Turn, encode_question, end_token_ids, stop_strings
 
 
@@ -103,17 +103,12 @@ def answer_likelihoods(
         for record, several in zip(records, answers, strict=True)
         for answer in several
     ]
-    numbered = [replace(record, row=number) for number, record in enumerate(asked)]
     template = model.template(adapter)
-    examples = encode_records(numbered, template=template, tokenizer=model.tokenizer, max_length=sys.maxsize)
-    labelled = [sum(label != IGNORED for label in example.labels) for example in examples]
-    found = [0.0] * len(examples)
+    examples = encode_records(asked, template=template, tokenizer=model.tokenizer, max_length=sys.maxsize)
+    found: list[float] = []
     for run in split_by_tokens(examples, max_tokens):
-        packed = pack(run).to(model.decoder.device)
-        losses = answer_loss(model, packed, features=features, reduction="none", adapter=adapter)
-        each = losses.split([labelled[row] for row in packed.rows])
-        for row, part in zip(packed.rows, each, strict=True):
-            found[row] = -float(part.sum())
+        losses, _ = answer_losses(model, run, device=model.decoder.device, features=features, adapter=adapter)
+        found += (-losses).tolist()
     rest = iter(found)
     return [list(islice(rest, len(several))) for several in answers]
 

@@ -209,6 +209,11 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         default = getattr(defaults, name)
         shown = "" if default is None else f" ({default:g})"
         training.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text + shown)
+    training.add_argument(
+        "--mean-over",
+        default=defaults.mean_over,
+        help=f"tokens: a long answer weighs more than a short one; rows: all alike ({defaults.mean_over})",
+    )
     training.add_argument("--resume", action="store_true", help="go on with the run in --output")
 
 

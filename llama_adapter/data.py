@@ -74,13 +74,15 @@ class Example:
     """A record as tokens.
 
     `labels`, as long as `input_ids`, are the ids of the answers and their end tokens and -100 elsewhere
-    (not yet shifted: transformers' losses shift).
+    (not yet shifted: transformers' losses shift). `rivals` are the same question with answers that it must be
+    told from, each as tokens of its own.
     """
 
     input_ids: list[int]
     labels: list[int]
     images: tuple[PictureFile, ...]
     row: int
+    rivals: tuple[Example, ...] = ()
 
 
 def read_records(

@@ -10,6 +10,7 @@ Shapes: T tokens of the pack, N labelled ones, V vocabulary, I pictures, F featu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -34,7 +35,7 @@ class Pack:
         segments: what each stretch of the sequence sees.
         predicting: (N,) indices of the tokens whose successor is labelled.
         targets: (N,) those successors.
-        rows: the rows' numbers in their source.
+        answers: (N,) the place of the example that each belongs to, among those that were packed.
         pictures: (I,) those of the rows, each as often as there are sets of prompts that it belongs to.
         owners: (I,) the set of prompts that each belongs to; the segments say who reads which.
     """
@@ -44,13 +45,13 @@ class Pack:
     segments: tuple[Segment, ...]
     predicting: Tensor
     targets: Tensor
-    rows: tuple[int, ...]
+    answers: Tensor
     pictures: tuple[PictureFile, ...]
     owners: Tensor
 
     def to(self, device: torch.device) -> Pack:
         """The same pack with its tensors on another device."""
-        names = ("input_ids", "position_ids", "predicting", "targets", "owners")
+        names = ("input_ids", "position_ids", "predicting", "targets", "answers", "owners")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, **moved)
 
@@ -62,6 +63,7 @@ def pack(examples: Sequence[Example]) -> Pack:
     segments: list[Segment] = []
     predicting: list[int] = []
     targets: list[int] = []
+    answers: list[int] = []
 
     def append(
         tokens: Sequence[int], first_position: int, context: tuple[int, int] | None, prompts: int
@@ -73,27 +75,28 @@ def pack(examples: Sequence[Example]) -> Pack:
         return start
 
     sets: dict[tuple[PictureFile, ...], int] = {}
-    groups = _by_opening(examples)
-    for group in groups:
+    for places in _by_opening(examples):
+        group = [examples[place] for place in places]
         prompts = sets.setdefault(group[0].images, len(sets))
         shared = _shared_opening(group)
         context = None
         if shared:
             start = append(group[0].input_ids[:shared], 0, None, prompts)
             context = (start, start + shared)
-        for example in group:
+        for place, example in zip(places, group, strict=True):
             start = append(example.input_ids[shared:], shared, context, prompts)
             for index, label in enumerate(example.labels[shared + 1 :]):
                 if label != IGNORED:
                     predicting.append(start + index)
                     targets.append(label)
+                    answers.append(place)
     return Pack(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
         segments=tuple(segments),
         predicting=torch.tensor(predicting),
         targets=torch.tensor(targets),
-        rows=tuple(example.row for group in groups for example in group),
+        answers=torch.tensor(answers),
         pictures=tuple(picture for pictures in sets for picture in pictures),
         owners=torch.tensor(
             [number for pictures, number in sets.items() for _ in pictures], dtype=torch.long
@@ -101,36 +104,49 @@ def pack(examples: Sequence[Example]) -> Pack:
     )
 
 
-def _by_opening(examples: Sequence[Example]) -> list[list[Example]]:
-    """Rows that may share their opening, side by side; rows of the same pictures next to each other."""
-    groups: dict[tuple[PictureFile, ...], dict[tuple[int, ...], list[Example]]] = {}
-    for example in examples:
-        opening = tuple(example.input_ids[:SHORTEST_OPENING])
-        groups.setdefault(example.images, {}).setdefault(opening, []).append(example)
+def _by_opening(examples: Sequence[Example]) -> list[list[int]]:
+    """Places of rows that share their opening, side by side; those of the same pictures next to each other.
+
+    Rows with the same question share all of it, others what the first sentences of their template are.
+    """
+    questions = [(e.images, tuple(e.input_ids[: _unlabelled(e)])) for e in examples]
+    several = Counter(questions)
+    groups: dict[tuple[PictureFile, ...], dict[tuple[int, ...], list[int]]] = {}
+    for place, (images, question) in enumerate(questions):
+        opening = question if several[images, question] > 1 else question[:SHORTEST_OPENING]
+        groups.setdefault(images, {}).setdefault(opening, []).append(place)
     return [group for openings in groups.values() for group in openings.values()]
+
+
+def _unlabelled(example: Example) -> int:
+    """How many tokens there are before the first answer."""
+    return sum(1 for _ in takewhile(lambda label: label == IGNORED, example.labels))
 
 
 def _shared_opening(group: Sequence[Example]) -> int:
     """How many leading tokens all rows share, each row's first prediction left to itself."""
     if len(group) == 1:
         return 0
-    unlabelled = min(sum(1 for _ in takewhile(lambda label: label == IGNORED, e.labels)) for e in group)
     columns = zip(*(example.input_ids for example in group), strict=False)
     equal = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    shared = min(equal, unlabelled - 1)
+    shared = min(equal, min(map(_unlabelled, group)) - 1)
     return shared if shared >= SHORTEST_OPENING else 0
 
 
 def split_by_tokens(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """Consecutive runs of rows of at most ``max_tokens`` tokens (a longer single row stands alone)."""
+    """Consecutive runs of rows of at most ``max_tokens`` tokens (a longer single row stands alone).
+
+    Of rivals their answers count.
+    """
     run: list[Example] = []
     tokens = 0
     for example in examples:
-        if run and tokens + len(example.input_ids) > max_tokens:
+        own = len(example.input_ids) + sum(len(r.input_ids) - _unlabelled(r) for r in example.rivals)
+        if run and tokens + own > max_tokens:
             yield run
             run, tokens = [], 0
         run.append(example)
-        tokens += len(example.input_ids)
+        tokens += own
     if run:
         yield run
 
@@ -165,23 +181,66 @@ def answer_loss(
     return F.cross_entropy(output.logits[0].float(), packed.targets, reduction=reduction)
 
 
+def answer_losses(
+    model: Callable[..., Any],
+    examples: Sequence[Example],
+    *,
+    device: torch.device,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Each row's cross-entropy in nats, summed over its answer, (B,), and its tokens, (B,), in one pass.
+
+    ``kwargs`` as in `answer_loss`. Raises nothing of its own.
+    """
+    packed = pack(examples).to(device)
+    each = answer_loss(model, packed, reduction="none", **kwargs)
+    losses = each.new_zeros(len(examples)).index_add(0, packed.answers, each)
+    return losses, torch.bincount(packed.answers, minlength=len(examples))
+
+
+def _two_losses(
+    model: Callable[..., Any], examples: Sequence[Example], *, by_rows: bool, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """The sums over rows of the loss of their answers and of that of telling them from their rivals.
+
+    The second is the cross-entropy, in nats a row, of choosing by the answers' likelihoods.
+    """
+    everything = [answer for example in examples for answer in (example, *example.rivals)]
+    losses, tokens = answer_losses(model, everything, **kwargs)
+    groups = losses.split([1 + len(example.rivals) for example in examples])
+    right = torch.stack([group[0] for group in groups])
+    if by_rows:
+        right = right / torch.stack([counts[0] for counts in tokens.split([len(group) for group in groups])])
+    chosen = [-torch.log_softmax(-group, 0)[0] for group in groups if len(group) > 1]
+    return right.sum(), torch.stack(chosen).sum() if chosen else right.new_zeros(())
+
+
+def _count_answers(examples: Sequence[Example]) -> int:
+    return sum(label != IGNORED for example in examples for label in example.labels[1:])
+
+
 def accumulate_gradient(
     model: Callable[..., Any],
     examples: Sequence[Example],
     *,
     device: torch.device,
     max_tokens: int,
-    features: Mapping[PictureFile, Tensor] | None = None,
+    by_rows: bool = False,
     **kwargs: Any,
 ) -> float:
-    """Add the gradient of the mean loss a labelled token to the trainable parameters; returns that loss."""
+    """Add the gradient of the batch's loss to the trainable parameters; returns that loss.
+
+    It is the mean over labelled tokens; ``by_rows`` the mean over rows of theirs, so that short answers count
+    as much as long ones. Rows with rivals add the mean loss of telling them apart.
+    """
     # Rows with the same opening side by side, so that they share it within a pack.
-    examples = [example for group in _by_opening(examples) for example in group]
-    packs = [pack(run) for run in split_by_tokens(examples, max_tokens)]
-    labelled = sum(packed.targets.numel() for packed in packs)
+    examples = [examples[place] for group in _by_opening(examples) for place in group]
+    answers = len(examples) if by_rows else _count_answers(examples)
+    contested = max(1, sum(bool(example.rivals) for example in examples))
     total = 0.0
-    for packed in packs:
-        loss = answer_loss(model, packed.to(device), features=features, **kwargs) / labelled
+    for run in split_by_tokens(examples, max_tokens):
+        right, chosen = _two_losses(model, run, device=device, by_rows=by_rows, **kwargs)
+        loss = right / answers + chosen / contested
         loss.backward()
         total += float(loss.detach())
     return total
@@ -194,16 +253,17 @@ def mean_answer_loss(
     *,
     device: torch.device,
     max_tokens: int = 2048,
-    features: Mapping[PictureFile, Tensor] | None = None,
     progress: Callable[[int], None] = lambda rows: None,
     **kwargs: Any,
 ) -> tuple[float, int]:
-    """Mean cross-entropy in nats over all labelled tokens of all rows, and how many tokens they are."""
-    total, tokens, rows = 0.0, 0, 0
+    """Mean cross-entropy in nats over all labelled tokens of all rows, and how many tokens they are.
+
+    Rows with rivals add the mean loss of telling them apart.
+    """
+    total, contested, rows = 0.0, 0.0, 0
     for run in split_by_tokens(sorted(examples, key=lambda e: len(e.input_ids)), max_tokens):
-        packed = pack(run).to(device)
-        total += float(answer_loss(model, packed, features=features, **kwargs))
-        tokens += packed.targets.numel()
-        rows += len(run)
+        right, chosen = _two_losses(model, run, device=device, by_rows=False, **kwargs)
+        total, contested, rows = total + float(right), contested + float(chosen), rows + len(run)
         progress(rows)
-    return total / tokens, tokens
+    tokens = _count_answers(examples)
+    return total / tokens + contested / max(1, sum(bool(e.rivals) for e in examples)), tokens

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.data import PictureFile, Record
+from llama_adapter.data import Example, PictureFile, Record, encode_records
 from llama_adapter.errors import UsageError
 from llama_adapter.rows import read_dataset
 from llama_adapter.template import Turn, check_unicode
@@ -364,6 +364,37 @@ def problem_records(
         )
         for number, problem in enumerate(problems, start=1)
     ]
+
+
+def encode_problems(
+    problems: Sequence[Problem],
+    format: str = DEFAULT_FORMAT,
+    *,
+    caption: bool = False,
+    images: bool = True,
+    rivals: bool = False,
+    **encoding: Any,
+) -> list[Example]:
+    """`problem_records` as tokens, ``rivals``: with the answers that the other choices would make.
+
+    ``encoding`` and what is dropped: see `data.encode_records`.
+    """
+    how: dict[str, Any] = {"format": format, "caption": caption, "images": images}
+    examples = encode_records(problem_records(problems, **how), **encoding)
+    if not rivals:
+        return examples
+    others = [
+        (row, replace(problem, answer=choice))
+        for row, problem in enumerate(problems, start=1)
+        for choice in range(len(problem.choices))
+        if choice != problem.answer
+    ]
+    wrong = problem_records([problem for _, problem in others], **how)
+    numbered = [replace(record, row=row) for record, (row, _) in zip(wrong, others, strict=True)]
+    found: dict[int, list[Example]] = {}
+    for example in encode_records(numbered, **encoding):
+        found.setdefault(example.row, []).append(example)
+    return [replace(example, rivals=tuple(found.get(example.row, ()))) for example in examples]
 
 
 # --- groups of the table ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from llama_adapter.packing import accumulate_gradient, mean_answer_loss
 from llama_adapter.progress import clock
 from llama_adapter.run_folder import RunFolder
 
+MEANS = ("tokens", "rows")
 MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
 
 
@@ -46,6 +47,8 @@ class TrainingSettings:
         validate_every, checkpoint_every: in steps. None validates ten times, at least once an epoch.
         max_tokens: what goes through the decoder at once. A batch of more is accumulated: the gradients
             are equal.
+        mean_over: "tokens" of the answers, or "rows", where the short answer to one question counts as much
+            as the long one to another.
     """
 
     epochs: int = 5
@@ -62,6 +65,7 @@ class TrainingSettings:
     validate_every: int | None = None
     checkpoint_every: int = 50
     max_tokens: int = 1024
+    mean_over: str = "tokens"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +79,8 @@ class TrainingSettings:
             )
         if not 0 <= self.weight_decay < math.inf:
             raise UsageError(f"weight-decay is {self.weight_decay}; expected a number, 0 or more")
+        if self.mean_over not in MEANS:
+            raise UsageError(f"mean-over is {self.mean_over!r}; expected {' or '.join(MEANS)}")
         rates = [field.name for field in dataclasses.fields(self) if field.name.endswith("learning_rate")]
         for name in (*rates, "max_grad_norm"):
             value = getattr(self, name)
@@ -281,12 +287,13 @@ class Trainer:
         return rows
 
     def _gradient(self, adapter: Adapter, batch: Sequence[Example]) -> tuple[float, float]:
-        """Accumulate the gradient of the batch's mean loss a token; returns the loss and the norm."""
+        """Accumulate the gradient of the batch's loss; returns the loss and the norm."""
         loss = accumulate_gradient(
             self.model,
             batch,
             device=self.model.decoder.device,
             max_tokens=self.settings.max_tokens,
+            by_rows=self.settings.mean_over == "rows",
             features=self.features,
             adapter=self.adapter,
         )

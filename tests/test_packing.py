@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from llama_adapter.data import IGNORED, Example, PictureFile
 from llama_adapter.packing import (
     SHORTEST_OPENING,
+    accumulate_gradient,
     answer_loss,
     mean_answer_loss,
     pack,
@@ -107,7 +108,7 @@ def test_a_shared_opening_is_computed_once() -> None:
     packed = pack(EXAMPLES)
     alone = sum(len(row.input_ids) for row in EXAMPLES)
     assert packed.input_ids.shape[1] == alone - 2 * len(OPENING)
-    assert sorted(packed.rows) == [1, 2, 3, 4]
+    assert sorted(set(packed.answers.tolist())) == [0, 1, 2, 3]
     contexts = [segment.context for segment in packed.segments]
     assert contexts.count((0, len(OPENING))) == 3 and contexts.count(None) == 2
 
@@ -155,3 +156,70 @@ def test_the_mean_is_over_all_tokens_of_all_rows() -> None:
     assert count == sum(label != IGNORED for row in EXAMPLES for label in row.labels)
     assert mean == pytest.approx(loss_one_by_one(model, EXAMPLES).item() / count, rel=1e-5)
     assert done[-1] == len(EXAMPLES)
+
+
+# --- losses -------------------------------------------------------------------------------------------------
+
+ASKED = [*OPENING, 30, 31]
+CONTESTED = [
+    replace(
+        example(ASKED, [40, 41, 2], 1, (CAT,)),
+        rivals=(example(ASKED, [40, 2], 1, (CAT,)), example(ASKED, [42, 43, 44, 2], 1, (CAT,))),
+    ),
+    example([5, 6, 7], [42, 2], 2),
+    replace(example([*OPENING, 32], [43, 2], 3), rivals=(example([*OPENING, 32], [45, 2], 3),)),
+]
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("max_tokens", [20, 1000])
+def test_the_loss_of_a_batch_with_rivals_is_what_the_rows_alone_give(by_rows: bool, max_tokens: int) -> None:
+    model = build_tiny_model("llama", torch.float64, vision=VISION)
+    parameters = list(model.adapters["tiny"].parameters())
+    features = {CAT: torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
+
+    def nats(row: Example) -> torch.Tensor:
+        seen = features[CAT][None] if row.images else None
+        owners = torch.zeros(1, dtype=torch.long) if row.images else None
+        logits = model(torch.tensor([row.input_ids]), image_features=seen, image_owners=owners).logits
+        return F.cross_entropy(logits[0, :-1], torch.tensor(row.labels[1:]), reduction="sum")
+
+    lengths = [sum(label != IGNORED for label in row.labels) for row in CONTESTED]
+    right = [nats(row) for row in CONTESTED]
+    if by_rows:
+        expected = torch.stack([loss / length for loss, length in zip(right, lengths, strict=True)]).mean()
+    else:
+        expected = torch.stack(right).sum() / sum(lengths)
+    chosen = []
+    for row in (CONTESTED[0], CONTESTED[2]):
+        likelihoods = torch.stack([-nats(answer) for answer in (row, *row.rivals)])
+        chosen.append(-torch.log(likelihoods.exp()[0] / likelihoods.exp().sum()))
+    expected = expected + torch.stack(chosen).mean()
+
+    loss = accumulate_gradient(
+        model,
+        CONTESTED,
+        device=torch.device("cpu"),
+        max_tokens=max_tokens,
+        by_rows=by_rows,
+        features=features,
+    )
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for parameter, theirs in zip(parameters, torch.autograd.grad(expected, parameters), strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, theirs, rtol=1e-4, atol=1e-6)
+    if not by_rows:
+        mean, count = mean_answer_loss(model, CONTESTED, device=torch.device("cpu"), features=features)
+        assert mean == pytest.approx(expected.item(), rel=1e-5) and count == sum(lengths)
+
+
+def test_answers_to_one_question_share_all_of_it_among_others_with_the_same_opening() -> None:
+    rows = [
+        example([*OPENING, 30, 31], [40, 2], 1),
+        example([*OPENING, 30, 32, 33], [41, 2], 2),
+        example([*OPENING, 30, 31], [42, 43, 2], 3),
+    ]
+    packed = pack(rows)
+    alone = sum(len(row.input_ids) for row in rows)
+    assert packed.input_ids.shape[1] == alone - (len(OPENING) + 1), "all but the question's last token"
+    assert packed.answers.tolist() == [0, 0, 2, 2, 2, 1, 1]

@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from llama_adapter.data import IGNORED
 from llama_adapter.errors import UsageError
 from llama_adapter.scienceqa import (
     GROUPS,
     Problem,
     answer_text,
     check_format,
+    encode_problems,
     groups_of,
     problem_records,
     question_text,
@@ -30,6 +32,7 @@ from llama_adapter.scienceqa import (
 )
 from tests.conftest import CHECKOUT
 from tests.science import build_problems, write_hub, write_official
+from tests.tiny import build_tiny_tokenizer
 
 SHARED = CHECKOUT.parent / "shared" / "data" / "scienceqa"
 
@@ -260,6 +263,32 @@ def test_pictures_are_exchanged_between_problems_that_have_one() -> None:
         assert before.image is None or after.image != before.image
     with pytest.raises(UsageError, match="all problems have the same picture"):
         shuffle_pictures(problems[3:], seed=1)
+
+
+def test_rivals_are_the_other_choices_answers(tmp_path: Path) -> None:
+    problems, _ = read_problems(write_official(tmp_path, build_problems(tmp_path)), "train")
+    encoding: dict[str, Any] = {"template": "scienceqa", "tokenizer": build_tiny_tokenizer()}
+    for format in ("QCM-A", "QCM-O"):
+        examples = encode_problems(problems, format, rivals=True, max_length=2048, **encoding)
+        for problem, example in zip(problems, examples, strict=True):
+            assert example.images == (() if problem.image is None else (problem.image,))
+            others = [n for n in range(len(problem.choices)) if n != problem.answer]
+            for choice, answer in zip([problem.answer, *others], [example, *example.rivals], strict=True):
+                said = [token for token in answer.labels if token != IGNORED][:-1]
+                text = encoding["tokenizer"].decode(said)
+                assert text == answer_text(problem, format, choice=choice)
+                question = [
+                    token
+                    for token, label in zip(answer.input_ids, answer.labels, strict=True)
+                    if label == IGNORED
+                ]
+                assert question == [
+                    t for t, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORED
+                ]
+    assert not any(example.rivals for example in encode_problems(problems, max_length=2048, **encoding))
+    longest = max(len(example.input_ids) for example in examples)
+    short = encode_problems(problems, "QCM-O", rivals=True, max_length=longest - 12, **encoding)
+    assert 0 < len(short) < len(examples), "a row with no answer left is dropped, its rivals with it"
 
 
 # --- groups -------------------------------------------------------------------------------------------------

@@ -224,6 +224,15 @@ def test_the_table_is_printed_and_written(
     assert "adapter none" in capsys.readouterr().out
 
 
+def test_training_by_rivals_learns_to_tell_the_choices_apart(place: Path, tmp_path: Path) -> None:
+    more = ("--rivals", "--format", "QCM-O", "--epochs", 8, "--no-images")
+    run(train.scienceqa, *options(place, tmp_path / "run", *more))
+    assert load_adapter(tmp_path / "run").config.training["data"]["rivals"] is True
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["loss"] for line in lines if "loss" in line]
+    assert sum(measured[-5:]) < 0.8 * sum(measured[:5])
+
+
 def test_without_pictures_the_adapter_is_one_for_text(place: Path, tmp_path: Path) -> None:
     run(train.scienceqa, *options(place, tmp_path / "run", "--no-images", "--max-steps", 1))
     assert load_adapter(tmp_path / "run").config.vision is None

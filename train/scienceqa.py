@@ -46,6 +46,11 @@ def main() -> None:
         default=1,
         help="orders of the choices that a problem is shown in by turns (1: as it is)",
     )
+    parser.add_argument(
+        "--rivals",
+        action="store_true",
+        help="learn by likelihood as well to tell the right answer from those of the other choices",
+    )
     parser.add_argument("--limit", type=positive_int, help="use the first so many problems only")
     parser.add_argument(
         "--validation-rows",
@@ -62,13 +67,12 @@ def main() -> None:
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.checkpoint import load_adapter, save_adapter
-    from llama_adapter.data import encode_records
     from llama_adapter.examining import WAYS, Examination, examine
     from llama_adapter.grading import grade
     from llama_adapter.progress import RowProgress
     from llama_adapter.scienceqa import (
         check_format,
-        problem_records,
+        encode_problems,
         read_problems,
         shuffle_choices,
         split_problems,
@@ -81,25 +85,25 @@ def main() -> None:
     print(summary, file=sys.stderr)
     train, validation = split_problems(problems[: arguments.limit], validation_rows=arguments.validation_rows)
     shown = [train, *([shuffle_choices(p, seed=n) for p in train] for n in range(1, arguments.orders))]
-    how = {"caption": arguments.caption, "images": arguments.images}
-    records = [r for some in shown for r in problem_records(some, arguments.format, **how)]
-    kept = problem_records(validation, arguments.format, **how)
-    model, features = load_model_to_train(
-        arguments, [image for record in (*records, *kept) for image in record.images]
-    )
+    images = [p.image for p in (*train, *validation) if p.image is not None] if arguments.images else []
+    model, features = load_model_to_train(arguments, images)
     assert model.tokenizer is not None
     encode = {
+        "caption": arguments.caption,
+        "images": arguments.images,
+        "rivals": arguments.rivals,
         "template": model.template(),
         "tokenizer": model.tokenizer,
         "max_length": arguments.max_length,
     }
-    examples = encode_records(records, **encode)
+    examples = [e for some in shown for e in encode_problems(some, arguments.format, **encode)]
     data = {
         "source": Path(arguments.data).name,
         "fingerprint": summary.fingerprint,
         "format": arguments.format,
         "caption": arguments.caption,
         "orders": arguments.orders,
+        "rivals": arguments.rivals,
         "max_length": arguments.max_length,
         "start_from": arguments.start_from,
     }
@@ -107,7 +111,7 @@ def main() -> None:
         model,
         "trained",
         examples,
-        {"kept back": encode_records(kept, **encode)},
+        {"kept back": encode_problems(validation, arguments.format, **encode)},
         settings,
         arguments.output,
         data=data,
