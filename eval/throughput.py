@@ -15,6 +15,10 @@ training: an optimiser step on the same rows, packed as train.* does it and padd
 vision: from a photo's file to its features, that time as a share of an answer's, and a token with a picture
 and without, by an adapter that sees. --json writes {"pictures_per_second", "picture_share",
 "decode_with_picture"}.
+
+scienceqa: problems a second in batches, by each way to answer, against one at a time by generation, by an
+adapter that was trained on it. --json writes {"scienceqa_generate", "scienceqa_letter", "scienceqa_option"}:
+how many times more.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from eval.throughput_scienceqa import adapter_format, contenders, made_up_problems
 from llama_adapter.arguments import (
     Parser,
     add_json_option,
@@ -52,6 +57,7 @@ if TYPE_CHECKING:  # slow to import
 QUESTION_TOKENS = 64  # what is read before decoding starts
 FORWARD_TOKENS = 300
 PHOTO_SIZE = (640, 480)  # pixels
+SCIENCEQA_ROUNDS = 3  # a round takes half a minute
 ROW_TOKENS = 512  # the published length, to which the authors pad
 
 # Words of instruction, input and output of 32 rows of Alpaca, evenly spaced by length.
@@ -86,6 +92,7 @@ def main() -> None:
         "decoding": decoding,
         "training": training,
         "vision": vision,
+        "scienceqa": scienceqa,
     }
     parser.add_argument("--suite", choices=(*suites, "all"), default="all", help="(all)")
     parser.add_argument("--peers", action="store_true", help="measure PEFT's AdaptionPrompt as well")
@@ -291,6 +298,21 @@ def vision(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, floa
         "picture_share": statistics.median(shares),
         "decode_with_picture": ratio(tokens["with a picture"], tokens["without a picture"]),
     }
+
+
+# --- scienceqa ----------------------------------------------------------------------------------------------
+
+
+def scienceqa(model: LlamaAdapter, _: argparse.Namespace) -> dict[str, float]:
+    """How fast ScienceQA's problems are answered."""
+    if adapter_format(model) is None:
+        print("left out: the adapter was not trained on ScienceQA; name one that was with --adapter")
+        return {}
+    problems = made_up_problems(WORDS)
+    times = alternate(contenders(model, problems), rounds=SCIENCEQA_ROUNDS)
+    show(f"a problem, of {len(problems):,}", times)
+    one = times.pop("generate, one at a time")
+    return {f"scienceqa_{way}": ratio(one, seconds) for way, seconds in times.items()}
 
 
 def _photo() -> bytes:

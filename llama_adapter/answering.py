@@ -1,7 +1,8 @@
 """Many questions answered in batches, for scoring: in the model's own words, or by choosing among answers.
 
-Questions of equal length are answered together, so no row is padded and no answer depends on what it was
-batched with but for rounding. Questions about the same pictures share their prompts' keys and values.
+Questions of about the same length are answered together, and what padding there is nobody sees: no answer
+depends on what it was batched with but for rounding. Questions about the same pictures share their prompts'
+keys and values.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def answer_records(
     template, tokenizer = model.template(adapter), model.tokenizer
     questions = [encode_question(record.turns[:-1], template, tokenizer) for record in records]
     ends, stops = end_token_ids(template, tokenizer), stop_strings(template)
-    # Equal lengths side by side, within them equal pictures (by where they first came up).
+    # Shortest first, of equal length those with equal pictures side by side (by where they first came up).
     first: dict[tuple[PictureFile, ...], int] = {}
     for record in records:
         first.setdefault(record.images, len(first))
@@ -54,11 +55,17 @@ def answer_records(
         sets = list(dict.fromkeys(records[i].images for i in batch))
         prompts = _prompts(model, adapter, sets, features)
         rows = torch.tensor([sets.index(records[i].images) for i in batch], device=model.decoder.device)
-        ids = torch.tensor([questions[i] for i in batch], device=model.decoder.device)
+        longest = max(len(questions[i]) for i in batch)
+        padding = [longest - len(questions[i]) for i in batch]
+        ids = torch.tensor(
+            [[ends[0]] * pad + questions[i] for i, pad in zip(batch, padding, strict=True)],
+            device=model.decoder.device,
+        )
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=ids.device)
         output = model.generate(
             ids,
             adapter=adapter,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=mask,
             do_sample=False,
             num_beams=beams,
             max_new_tokens=max_new_tokens,
@@ -114,9 +121,11 @@ def answer_likelihoods(
 
 
 def _batches(order: Sequence[int], questions: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """The questions, shortest first, in batches of which no more than a quarter would be padding."""
     batches: list[list[int]] = []
     for i in order:
-        if not batches or len(batches[-1]) == size or len(questions[batches[-1][0]]) != len(questions[i]):
+        length = len(questions[i])
+        if not batches or len(batches[-1]) == size or 4 * len(questions[batches[-1][0]]) < 3 * length:
             batches.append([])
         batches[-1].append(i)
     return batches

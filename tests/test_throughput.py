@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from eval import throughput
+from eval import throughput, throughput_scienceqa
 from llama_adapter.errors import UsageError
+from llama_adapter.model import LlamaAdapter
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder
@@ -68,6 +70,25 @@ def test_without_a_first_token_to_take_off_there_is_nothing_to_measure(
 ) -> None:
     with pytest.raises(UsageError, match="new-tokens is 1"):
         measure(monkeypatch, tmp_path, "--base", str(base), "--new-tokens", "1")
+
+
+def test_the_suite_of_scienceqa_takes_an_adapter_that_was_trained_on_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = LlamaAdapter.from_base(str(base))
+    adapter = model.new_adapter("tiny", template="scienceqa", prompt_length=2, seed=0)
+    torch.nn.init.ones_(adapter.gates)
+    model.save_pretrained(tmp_path / "other")
+    adapter.config = replace(adapter.config, training={"data": {"format": "QCM-O"}})
+    model.save_pretrained(tmp_path / "trained")
+    monkeypatch.setattr(throughput, "SCIENCEQA_ROUNDS", 1)
+    monkeypatch.setattr(throughput_scienceqa, "PROBLEMS", 4)
+    options = ["--suite", "scienceqa", "--adapter"]
+    assert measure(monkeypatch, tmp_path, *options, str(tmp_path / "other")) == {}
+    assert "left out: the adapter was not trained on ScienceQA" in capsys.readouterr().out
+    figures = measure(monkeypatch, tmp_path, *options, str(tmp_path / "trained"))
+    assert set(figures) == {f"scienceqa_{way}" for way in ("generate", "letter", "option")}
+    assert all(value > 0 for value in figures.values())
 
 
 def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:

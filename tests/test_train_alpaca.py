@@ -101,6 +101,7 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(base: Path, tmp
         (["--limit", "0"], "--limit"),
         (["--limit", "3"], "cannot be split"),
         (["--learning-rate", "nan"], "learning-rate is nan"),
+        (["--mean-over", "words"], "mean-over is 'words'; expected tokens or rows"),
         (["--adapted-layers", "9"], "adapted layers: 9 given"),
         (["--template", "poem"], "no template 'poem'"),
         (["--data", "nowhere.json"], "nowhere.json: no such file"),
