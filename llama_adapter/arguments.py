@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # slow to import: --help and a mistyped option are answered w
     from llama_adapter.vision import VisionTower
 
 DEFAULT_BASE = "smollm2-135m-instruct"
-DEFAULT_TOWER = "efficientnet-lite0-imagenet"
+DEFAULT_TOWER = "clip-mini"
 # The shipped adapters, the one that does most first.
 SHIPPED_ADAPTERS = ("smollm2-135m-vision", "smollm2-135m-alpaca")
 

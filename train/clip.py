@@ -8,13 +8,14 @@ from pathlib import Path
 
 from llama_adapter import locations
 from llama_adapter.arguments import (
-    DEFAULT_TOWER,
     Parser,
     add_weights_option,
     positive_int,
     quieten_libraries,
 )
 from llama_adapter.errors import UsageError, run_command
+
+START = "efficientnet-lite0-imagenet"  # of the catalogue: ImageNet's weights
 
 
 def main() -> None:
@@ -36,9 +37,7 @@ def main() -> None:
         "--retrieval", metavar="SOURCE", help="captions whose split val is scored after each epoch"
     )
     parser.add_argument("--output", required=True, type=Path, help="folder of the run and of the model")
-    parser.add_argument(
-        "--start", default=DEFAULT_TOWER, help=f"tower to start from: name or folder ({DEFAULT_TOWER})"
-    )
+    parser.add_argument("--start", default=START, help=f"tower to start from: name or folder ({START})")
     parser.add_argument("--embed-dim", type=positive_int, default=256, help="width of the embeddings (256)")
     parser.add_argument("--text-width", type=positive_int, default=96, help="width of the text side (96)")
     parser.add_argument("--text-layers", type=positive_int, default=3, help="layers of the text side (3)")

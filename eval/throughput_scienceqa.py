@@ -1,0 +1,68 @@
+"""The suite "scienceqa" of eval.throughput: problems a second, by each way to answer."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # slow to import
+    from llama_adapter.model import LlamaAdapter
+    from llama_adapter.scienceqa import Problem
+
+PROBLEMS = 32  # answered in a round
+
+# Words of question, hint and each option of 16 problems of ScienceQA, evenly spaced by length.
+LENGTHS = (
+    *((7, 0, (1, 1)), (7, 0, (1, 1, 1, 1)), (8, 0, (2, 1, 2)), (9, 0, (1, 1)), (6, 6, (1, 1, 1))),
+    *((9, 0, (4, 4)), (7, 0, (3, 2, 4, 3)), (12, 0, (2, 2, 2)), (9, 5, (5, 6)), (14, 8, (1, 1, 2, 2))),
+    *((16, 0, (9, 9)), (12, 16, (2, 2)), (19, 0, (8, 11, 8)), (9, 40, (1, 2)), (14, 38, (9, 9, 8, 9))),
+    (12, 120, (3, 2, 3)),
+)
+
+
+def made_up_problems(words: Sequence[str]) -> list[Problem]:
+    """Problems with ScienceQA's lengths and nothing to understand."""
+    from llama_adapter.scienceqa import Problem
+
+    draw = random.Random(0)
+
+    def text(length: int) -> str:
+        return " ".join(draw.choices(words, k=length))
+
+    return [
+        Problem(str(n), text(question), tuple(text(length) for length in options), 0, hint=text(hint))
+        for n, (question, hint, options) in enumerate(LENGTHS[i % len(LENGTHS)] for i in range(PROBLEMS))
+    ]
+
+
+def adapter_format(model: LlamaAdapter) -> str | None:
+    """The format that the active adapter was trained on; None where it was trained on something else."""
+    from llama_adapter.model import NO_ADAPTER
+
+    if model.active_adapter == NO_ADAPTER:
+        return None
+    training = model.get_adapter(model.active_adapter).config.training
+    found: str | None = training.get("data", {}).get("format")
+    return found
+
+
+def contenders(model: LlamaAdapter, problems: Sequence[Problem]) -> dict[str, Callable[[int], float]]:
+    """Seconds a problem, by generation one at a time and in batches, and by likelihood."""
+    from llama_adapter.examining import Examination
+
+    learnt = adapter_format(model)
+    assert learnt is not None
+
+    def answer(way: str, batch_size: int) -> float:
+        started = time.perf_counter()
+        Examination(way, learnt).answer(model, problems, batch_size=batch_size)
+        return (time.perf_counter() - started) / len(problems)
+
+    return {
+        "generate, one at a time": lambda _: answer("generate", 1),
+        "generate": lambda _: answer("generate", 16),
+        "letter": lambda _: answer("letter", 16),
+        "option": lambda _: answer("option", 16),
+    }
