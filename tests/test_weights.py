@@ -1,0 +1,71 @@
+"""What is shipped in weights/: it is small, its card says how it was made, and it does what it is for."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_adapter.checkpoint import load_adapter
+from llama_adapter.contrastive import Pair, load_clip, zero_shot
+from llama_adapter.model import LlamaAdapter
+from llama_adapter.sampling import Sampling
+from llama_adapter.vision import load_tower
+from tests.conftest import CHECKOUT
+
+WEIGHTS = CHECKOUT / "weights"
+ADAPTERS = sorted(path.parent for path in WEIGHTS.glob("*/adapter_config.json"))
+SHAPES = CHECKOUT / "examples" / "shapes" / "images"
+
+
+def test_there_are_adapters_to_look_at() -> None:
+    assert {"smollm2-135m-alpaca", "smollm2-135m-vision"} <= {folder.name for folder in ADAPTERS}
+
+
+@pytest.mark.parametrize("folder", [*ADAPTERS, WEIGHTS / "clip-mini"], ids=lambda folder: folder.name)
+def test_it_is_small_and_its_card_says_how_it_was_made(folder: Path) -> None:
+    assert all(path.stat().st_size < 25e6 for path in folder.iterdir())
+    card = (folder / "README.md").read_text()
+    assert "python -m train." in card and "python -m eval." in card and "## Limits" in card
+    assert "licen" in card or "commercial" in card
+
+
+@pytest.mark.parametrize("folder", ADAPTERS, ids=lambda folder: folder.name)
+def test_an_adapter_loads_and_its_gates_are_open(folder: Path) -> None:
+    adapter = load_adapter(folder)
+    assert adapter.config.training["validation_loss"] > 0
+    assert 1e-3 < float(torch.tanh(adapter.gates).abs().mean()) < 0.5
+    assert all(math.isfinite(float(parameter.sum())) for parameter in adapter.parameters())
+
+
+@pytest.mark.parametrize("folder", ADAPTERS, ids=lambda folder: folder.name)
+def test_the_tower_is_the_one_that_it_was_trained_with(folder: Path) -> None:
+    vision = load_adapter(folder).config.vision
+    if vision is None:
+        pytest.skip("it is for text alone")
+    tower = load_tower(vision.tower, depths=vision.depths)
+    assert (tower.fingerprint, tower.feature_width) == (vision.tower_fingerprint, vision.feature_width)
+
+
+def test_the_small_clip_tells_shapes_by_name() -> None:
+    clip = load_clip(WEIGHTS / "clip-mini")
+    pairs = [
+        Pair(SHAPES / f"{colour}-{shape}-1.png", (f"a {colour} {shape}",))
+        for colour in ("red", "blue")
+        for shape in ("circle", "triangle")
+    ]
+    assert zero_shot(clip, pairs) >= 0.75
+
+
+def test_the_adapter_that_sees_names_what_is_in_the_picture(base_folder: Path) -> None:
+    model = LlamaAdapter.from_pretrained("smollm2-135m-vision", device="cpu", dtype="float32")
+    greedy = Sampling(max_new_tokens=6, temperature=0)
+    for picture, question, expected in (
+        ("red-circle-1.png", "what shape is in the image?", "circle"),
+        ("blue-triangle-1.png", "what shape is in the image?", "triangle"),
+        ("red-circle-1.png", "what color is the shape?", "red"),
+        ("blue-triangle-1.png", "what color is the shape?", "blue"),
+    ):
+        assert expected in model.chat(question, image=SHAPES / picture, sampling=greedy).lower()
