@@ -21,8 +21,10 @@ from torch.nn import functional as F
 
 from llama_adapter.attention import Segment
 from llama_adapter.data import IGNORED, Example, PictureFile
+from llama_adapter.processes import Processes
 
 SHORTEST_OPENING = 16  # tokens; a shorter one is not worth a stretch of its own
+ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,22 @@ def answer_loss(
     return F.cross_entropy(output.logits[0].float(), packed.targets, reduction=reduction)
 
 
+def deal(examples: Sequence[Example], processes: int) -> list[list[Example]]:
+    """Share rows out to processes, about as many tokens to each: the longest first, each to who has least.
+
+    Every process works out the same shares, so nothing has to be sent around.
+    """
+    if processes == 1:
+        return [list(examples)]
+    shares: list[list[Example]] = [[] for _ in range(processes)]
+    tokens = [0] * processes
+    for example in sorted(examples, key=lambda example: len(example.input_ids), reverse=True):
+        least = tokens.index(min(tokens))
+        shares[least].append(example)
+        tokens[least] += len(example.input_ids)
+    return shares
+
+
 def accumulate_gradient(
     model: Callable[..., Any],
     examples: Sequence[Example],
@@ -172,19 +190,40 @@ def accumulate_gradient(
     device: torch.device,
     max_tokens: int,
     features: Mapping[PictureFile, Tensor] | None = None,
+    processes: Processes = ALONE,
     **kwargs: Any,
 ) -> float:
-    """Add the gradient of the mean loss a labelled token to the trainable parameters; returns that loss."""
+    """Add the gradient of the mean loss a labelled token to the trainable parameters; returns that loss.
+
+    Of several processes each computes the part of its rows, in the gradient and in the loss: both are to be
+    summed. The mean is over the labelled tokens of all rows, wherever they are computed.
+    """
+    labelled = sum(label != IGNORED for example in examples for label in example.labels[1:])
     # Rows with the same opening side by side, so that they share it within a pack.
-    examples = [example for group in _by_opening(examples) for example in group]
-    packs = [pack(run) for run in split_by_tokens(examples, max_tokens)]
-    labelled = sum(packed.targets.numel() for packed in packs)
+    shares = [
+        list(split_by_tokens([row for group in _by_opening(share) for row in group], max_tokens))
+        for share in deal(examples, processes.count)
+    ]
     total = 0.0
-    for packed in packs:
-        loss = answer_loss(model, packed.to(device), features=features, **kwargs) / labelled
-        loss.backward()
-        total += float(loss.detach())
+    for run, weight in _in_step(shares, min(examples, key=lambda row: len(row.input_ids)), processes):
+        loss = answer_loss(model, pack(run).to(device), features=features, **kwargs) / labelled
+        (loss * weight if weight != 1 else loss).backward()
+        total += weight * float(loss.detach())
     return total
+
+
+def _in_step(
+    shares: Sequence[Sequence[list[Example]]], filler: Example, processes: Processes
+) -> list[tuple[list[Example], int]]:
+    """This process's runs of rows, each with weight 1.
+
+    A sharded decoder's layers are gathered by all processes together, so there all make as many passes: who
+    has fewer runs adds some of one row, with weight 0.
+    """
+    own = [(run, 1) for run in shares[processes.index]]
+    if not processes.sharded:
+        return own
+    return own + [([filler], 0)] * (max(map(len, shares)) - len(own))
 
 
 @torch.no_grad()
@@ -196,14 +235,24 @@ def mean_answer_loss(
     max_tokens: int = 2048,
     features: Mapping[PictureFile, Tensor] | None = None,
     progress: Callable[[int], None] = lambda rows: None,
+    processes: Processes = ALONE,
     **kwargs: Any,
 ) -> tuple[float, int]:
-    """Mean cross-entropy in nats over all labelled tokens of all rows, and how many tokens they are."""
+    """Mean cross-entropy in nats over all labelled tokens of all rows, and how many tokens they are.
+
+    Of several processes each computes a part; all get the whole.
+    """
     total, tokens, rows = 0.0, 0, 0
-    for run in split_by_tokens(sorted(examples, key=lambda e: len(e.input_ids)), max_tokens):
+    examples = sorted(examples, key=lambda e: len(e.input_ids))
+    runs = list(split_by_tokens(examples, max_tokens))
+    shares = [runs[index :: processes.count] for index in range(processes.count)]
+    for run, weight in _in_step(shares, examples[0], processes):
         packed = pack(run).to(device)
-        total += float(answer_loss(model, packed, features=features, **kwargs))
-        tokens += packed.targets.numel()
-        rows += len(run)
-        progress(rows)
+        total += weight * float(answer_loss(model, packed, features=features, **kwargs))
+        tokens += weight * packed.targets.numel()
+        rows += len(run) * processes.count
+        progress(min(rows, len(examples)))
+    if processes.count > 1:
+        summed = processes.sum(torch.tensor([total, tokens], dtype=torch.float64, device=device)).tolist()
+        total, tokens = summed[0], int(summed[1])
     return total / tokens, tokens
