@@ -48,9 +48,11 @@ class Processes:
 
     def shard(self, decoder: nn.Module) -> None:
         """Spread a decoder's weights over the processes, in place, where the run is to be sharded."""
+        if not self.sharded or self.accelerator is None:
+            return
         from torch.distributed.fsdp import FSDPModule
 
-        if not self.sharded or self.accelerator is None or isinstance(decoder, FSDPModule):
+        if isinstance(decoder, FSDPModule):
             return
         # accelerate shards a model together with its optimiser only; this one has nothing to do.
         self.accelerator.prepare(decoder, torch.optim.SGD(decoder.parameters(), lr=1.0))
