@@ -10,7 +10,13 @@ adapter divided by the bare base's (1.03 is 3 % slower), the last is the adapter
 training: an optimiser step on the same rows, packed as train.* does it and padded to the longest row; with
 --peers also PEFT's AdaptionPrompt padded to the longest row and to 512 tokens, as the paper's authors pad.
 --json writes {"rows_per_second"} and with --peers also {"training_vs_peft", "training_vs_pad512",
-"loss_difference"}: how many times more rows a second, and how far any two losses of a step lay apart.
+"training_vs_peft_processor", "training_vs_pad512_processor", "loss_difference", "training_memory_vs_peft",
+"training_memory_mb", "checkpointed_memory_vs_peft"}: how many times more rows a second, the same by processor
+time (for a machine that has other work), how far any two losses of a step lay apart, and the peak memory
+above the frozen weights (packed, divided by PEFT's padded to the longest).
+
+gpu (never part of all): a training step of LLaMA-7B's shape with random weights, on rows of Alpaca's lengths.
+--json writes {"gpu_rows_per_second", "gpu_mfu", "gpu_floor_share", "gpu_peak_gb", "gpu_hours"}.
 
 vision: from a photo's file to its features, that time as a share of an answer's, and a token with a picture
 and without, by an adapter that sees. --json writes {"pictures_per_second", "picture_share",
@@ -33,10 +39,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from eval.gpu import gpu
 from eval.throughput_scienceqa import adapter_format, contenders, made_up_problems
+from eval.training_memory import training_memory
 from llama_adapter.arguments import (
     Parser,
     add_json_option,
@@ -53,12 +62,14 @@ if TYPE_CHECKING:  # slow to import
 
     from llama_adapter.data import Example, Record
     from llama_adapter.model import LlamaAdapter
+    from llama_adapter.training import TrainingSettings
 
 QUESTION_TOKENS = 64  # what is read before decoding starts
 FORWARD_TOKENS = 300
 PHOTO_SIZE = (640, 480)  # pixels
 SCIENCEQA_ROUNDS = 3  # a round takes half a minute
 ROW_TOKENS = 512  # the published length, to which the authors pad
+PEFT, PEFT_512 = "PEFT, padded", f"PEFT, padded to {ROW_TOKENS}"
 
 # Words of instruction, input and output of 32 rows of Alpaca, evenly spaced by length.
 ALPACA_LENGTHS = (
@@ -93,6 +104,7 @@ def main() -> None:
         "training": training,
         "vision": vision,
         "scienceqa": scienceqa,
+        "gpu": gpu,
     }
     parser.add_argument("--suite", choices=(*suites, "all"), default="all", help="(all)")
     parser.add_argument("--peers", action="store_true", help="measure PEFT's AdaptionPrompt as well")
@@ -122,7 +134,7 @@ def main() -> None:
     print(f"base {model.base}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     figures: dict[str, float] = {}
     for name, suite in suites.items():
-        if arguments.suite in (name, "all"):
+        if arguments.suite == name or (arguments.suite == "all" and name != "gpu"):
             print(f"\n{name}; load average at the start {os.getloadavg()[0]:.1f}")
             if name == "vision" and arguments.adapter is None:
                 model = load_model(arguments)  # the shipped one
@@ -329,9 +341,6 @@ def _photo() -> bytes:
 
 def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]:
     """Optimiser steps on the same rows by different means; each means trains an adapter of its own."""
-    import torch
-
-    from llama_adapter.packing import accumulate_gradient
     from llama_adapter.training import TrainingSettings
 
     device, size = model.decoder.device, arguments.batch_size
@@ -339,31 +348,81 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
     examples = rows_to_train_on(model, arguments, count=size * (arguments.steps + 1))
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
     losses: dict[str, list[float]] = {}
+    processor: dict[str, list[float]] = {}  # seconds, which other processes' work leaves as they are
 
-    def learner(
-        label: str, parameters: Sequence[torch.nn.Parameter], gradient: Callable[[Sequence[Example]], float]
-    ) -> Callable[[int], float]:
-        optimizer = torch.optim.AdamW(
-            parameters,
+    def learner(label: str, way: WayToTrain) -> Callable[[int], float]:
+        optimizer = way.optimizer(settings)
+        losses[label], processor[label] = [], []
+
+        def step(number: int) -> float:
+            started = time.process_time()
+
+            def work() -> None:
+                losses[label].append(way.gradient(batches[number]))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            seconds = seconds_of(work, device)
+            processor[label].append(time.process_time() - started)
+            return seconds
+
+        return step
+
+    ways = ways_to_train(model, peers=arguments.peers)
+    times = alternate({label: learner(label, way) for label, way in ways.items()}, rounds=arguments.steps)
+    show(f"a training step of {size} rows", times)
+    rows = size * arguments.steps
+    print()
+    for label, values in times.items():
+        apart = max(abs(a - b) for a, b in zip(losses[label], losses["packed"], strict=True))
+        seconds = statistics.median(processor[label][1:])
+        print(
+            f"  {label:<24} {rows / sum(values):7.3f} rows/s {seconds:8.2f} processor seconds a step   "
+            f"losses within {apart:.1e} of packed ones"
+        )
+    figures = {"rows_per_second": rows / sum(times["packed"])}
+    if arguments.peers:
+        figures["training_vs_peft"] = ratio(times[PEFT], times["packed"])
+        figures["training_vs_pad512"] = ratio(times[PEFT_512], times["packed"])
+        figures["training_vs_peft_processor"] = ratio(processor[PEFT][1:], processor["packed"][1:])
+        figures["training_vs_pad512_processor"] = ratio(processor[PEFT_512][1:], processor["packed"][1:])
+        figures["loss_difference"] = max(
+            abs(value - losses["packed"][number])
+            for label in ways
+            for number, value in enumerate(losses[label])
+        )
+        figures |= training_memory(arguments, device)
+    return figures
+
+
+@dataclass(frozen=True)
+class WayToTrain:
+    """What is trained, and how its gradient comes about: the function adds it and returns the loss."""
+
+    parameters: Sequence[torch.nn.Parameter]
+    gradient: Callable[[Sequence[Example]], float]
+
+    def optimizer(self, settings: TrainingSettings) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.AdamW(
+            self.parameters,
             lr=settings.peak_learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
         )
-        losses[label] = []
 
-        def step(number: int) -> float:
-            def work() -> None:
-                losses[label].append(gradient(batches[number]))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
 
-            return seconds_of(work, device)
+def ways_to_train(model: LlamaAdapter, *, peers: bool) -> dict[str, WayToTrain]:
+    """Untrained adapters that start alike, each with its own way to a gradient."""
+    from llama_adapter.packing import accumulate_gradient
+    from llama_adapter.training import TrainingSettings
 
-        return step
+    device = model.decoder.device
 
     def packed(batch: Sequence[Example]) -> float:
         return accumulate_gradient(
-            model, batch, device=device, max_tokens=settings.max_tokens, adapter="packed"
+            model, batch, device=device, max_tokens=TrainingSettings().max_tokens, adapter="packed"
         )
 
     def padded(
@@ -377,32 +436,16 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
         return gradient
 
     untrained = {name: list(model.new_adapter(name, seed=0).parameters()) for name in ("packed", "padded")}
-    contenders = {
-        "packed": learner("packed", untrained["packed"], packed),
-        "padded": learner("padded", untrained["padded"], padded(partial(model, adapter="padded"))),
+    ways = {
+        "packed": WayToTrain(untrained["packed"], packed),
+        "padded": WayToTrain(untrained["padded"], padded(partial(model, adapter="padded"))),
     }
-    if arguments.peers:
-        for label, length in (("PEFT, padded", None), (f"PEFT, padded to {ROW_TOKENS}", ROW_TOKENS)):
+    if peers:
+        for label, length in ((PEFT, None), (PEFT_512, ROW_TOKENS)):
             peer = build_peft(model, like="packed")
             trainable = [parameter for parameter in peer.parameters() if parameter.requires_grad]
-            contenders[label] = learner(label, trainable, padded(peer, length))
-    times = alternate(contenders, rounds=arguments.steps)
-    show(f"a training step of {size} rows", times)
-    rows = size * arguments.steps
-    print()
-    for label, values in times.items():
-        apart = max(abs(a - b) for a, b in zip(losses[label], losses["packed"], strict=True))
-        print(f"  {label:<24} {rows / sum(values):7.3f} rows/s   losses within {apart:.1e} of packed ones")
-    figures = {"rows_per_second": rows / sum(times["packed"])}
-    if arguments.peers:
-        figures["training_vs_peft"] = ratio(times["PEFT, padded"], times["packed"])
-        figures["training_vs_pad512"] = ratio(times[f"PEFT, padded to {ROW_TOKENS}"], times["packed"])
-        figures["loss_difference"] = max(
-            abs(value - losses["packed"][number])
-            for label in contenders
-            for number, value in enumerate(losses[label])
-        )
-    return figures
+            ways[label] = WayToTrain(trainable, padded(peer, length))
+    return ways
 
 
 def rows_to_train_on(model: LlamaAdapter, arguments: argparse.Namespace, *, count: int) -> list[Example]:

@@ -193,7 +193,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in (
         ("epochs", int, "passes over the rows"),
         ("warmup_epochs", float, "passes in which the learning rate rises"),
-        ("batch_size", int, "rows an optimiser step"),
+        ("batch_size", int, "rows an optimiser step, of all processes together"),
         ("base_learning_rate", float, "the peak is this * batch size / 256"),
         ("learning_rate", float, "the peak itself, in place of that rule"),
         ("gate_learning_rate", float, "the gates' own peak (default: the prompts')"),
@@ -203,7 +203,11 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         ("max_steps", int, "end the run, and its schedule, after so many steps"),
         ("validate_every", int, "steps between validations; the best adapter is kept"),
         ("checkpoint_every", int, "steps between checkpoints"),
-        ("max_tokens", int, "tokens through the decoder at once; a larger batch is accumulated"),
+        (
+            "max_tokens",
+            int,
+            "tokens through the decoder at once, in each process; gradients of a larger batch accumulate",
+        ),
         ("seed", int, "of the order of the rows and the first prompts"),
     ):
         default = getattr(defaults, name)
@@ -213,6 +217,11 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--mean-over",
         default=defaults.mean_over,
         help=f"tokens: a long answer weighs more than a short one; rows: all alike ({defaults.mean_over})",
+    )
+    training.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute each layer again in the backward pass: less memory, a third more time",
     )
     training.add_argument("--resume", action="store_true", help="go on with the run in --output")
 
@@ -254,12 +263,21 @@ def load_model_to_train(
 ) -> tuple[LlamaAdapter, dict[PictureFile, Tensor]]:
     """The model with the adapter that `add_training_options` and `add_vision_options` ask for.
 
+    Joins the other processes of the run, where there are any.
+
     Args:
         images: the pictures of all rows; where there are none, a new adapter is one for text alone.
 
     Returns:
         the model, its active adapter named "trained"; and (F,) features of each picture.
     """
+    from llama_adapter.decoder import checkpoint_activations
+    from llama_adapter.processes import running_processes
+
+    processes = running_processes()
+    if processes.sharded and arguments.device is None:
+        # The whole of it may fit no accelerator: it goes there by shards, when the training begins.
+        arguments = argparse.Namespace(**{**vars(arguments), "device": "cpu"})
     sizes = _given(arguments, "prompt_length", "adapted_layers")
     settings = {**sizes, **_given(arguments, "template")}
     sight = _given(arguments, "tower", "depths", "bottleneck", "image_tokens")
@@ -285,7 +303,8 @@ def load_model_to_train(
             tower, settings["vision"] = _new_sight(arguments, sight, model.decoder.device)
         else:
             tower = model.tower()
-        features = picture_features(tower, arguments.cache, images)
+        with processes.main_first():  # the others find them in the cache
+            features = picture_features(tower, arguments.cache, images)
     if start is not None:
         model.delete_adapter(model.active_adapter)  # its name may be the same
     adapter = model.new_adapter("trained", seed=arguments.seed, **settings)
@@ -293,6 +312,8 @@ def load_model_to_train(
         adapter.projection.fit(features.values())
     if start is not None:
         adapter.load_state_dict(start.state_dict(), strict=False)  # a new projection stays as it is
+    if arguments.gradient_checkpointing:
+        checkpoint_activations(model.decoder)
     return model, features
 
 

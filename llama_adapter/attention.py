@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -62,7 +62,13 @@ class LivePrompts:
 
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         index = layer_index(attention) - self.first_layer
-        return project_prompts(attention, self.prompts[:, index], self.gates[index])
+        prompts, gates = self._of_all_layers
+        return project_prompts(attention, prompts[index], gates[index])
+
+    @cached_property
+    def _of_all_layers(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Both cut once: a cut a layer would have a gradient as large as all layers together, each."""
+        return self.prompts.unbind(1), self.gates.unbind(0)
 
 
 @dataclass(frozen=True)
@@ -189,10 +195,13 @@ def attend_packed(
     lengths = [segment.stop - segment.start for segment in segments]
     queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
     place = {(segment.start, segment.stop): index for index, segment in enumerate(segments)}
+    mask_dtype = query.dtype if softcap is None else torch.bool
     outputs = []
     for index, segment in enumerate(segments):
         seen = [index] if segment.context is None else [place[segment.context], index]
-        mask = _visible(lengths[index], sum(lengths[i] for i in seen), sliding_window, query.device)
+        mask = _visible(
+            lengths[index], sum(lengths[i] for i in seen), sliding_window, mask_dtype, query.device
+        )
         outputs.append(
             attend(
                 queries[index],
@@ -225,12 +234,27 @@ def _attend_own_prompts(
     return torch.cat(parts, dim=2)
 
 
-@lru_cache(maxsize=64)  # every layer of a pack asks for the same
-def _visible(length: int, seen: int, window: int | None, device: torch.device) -> Tensor:
-    """(length, seen) bool: the last ``length`` tokens of ``seen`` see themselves and what is before them."""
+def _visible(length: int, seen: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(length, seen): the last ``length`` tokens of ``seen`` see themselves and what is before them.
+
+    As bool, or in a floating dtype as what is added to the scores: sdpa would make that of a bool anew in
+    every layer, and keep each for the backward pass.
+    """
+    size = max(256, 1 << seen.bit_length())
+    first = size - (seen - length)
+    return _visible_by_distance(size, window, dtype, device)[:length, first : first + seen]
+
+
+@lru_cache(maxsize=8)  # every row of every layer takes its part of the same
+def _visible_by_distance(size: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(size, 2 size): token i sees place j where j - i <= size (and > size - window)."""
     with torch.inference_mode(False):  # or training could not use what an evaluation has made
-        mask = torch.ones(length, seen, dtype=torch.bool, device=device).tril(seen - length)
-        return mask if window is None else mask.triu(seen - length - window + 1)
+        seen = torch.ones(size, 2 * size, dtype=torch.bool, device=device).tril(size)
+        if window is not None:
+            seen = seen.triu(size - window + 1)
+        if dtype == torch.bool:
+            return seen
+        return torch.zeros(size, 2 * size, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
 
 
 def gated_attention(

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_adapter.attention import PREFIX, STOCK, compute_dtype, layer_index, project_prompts, register
 from llama_adapter.config import DecoderShape
@@ -138,6 +139,25 @@ def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
             raise
     decoder.requires_grad_(False)
     return decoder.eval()
+
+
+def checkpoint_activations(decoder: PreTrainedModel) -> None:
+    """Let the backward pass compute each layer again instead of keeping what is within it.
+
+    Raises:
+        UsageError: a family whose layers cannot.
+    """
+    if not decoder.supports_gradient_checkpointing:
+        family = decoder.config.get_text_config().model_type
+        raise UsageError(f"decoders of the family {family!r} know no gradient checkpointing; leave it out")
+    # transformers renames it.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = getattr(decoder, next(name for name in names if hasattr(decoder, name)))
+    enable({"use_reentrant": False})
+    decoder.disable_input_require_grads()  # or gradients would go down to the embeddings
+    for module in decoder.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # its own flag alone: it asks for that, and nothing in it may drop out
 
 
 def attention_layers(decoder: PreTrainedModel) -> list[nn.Module]:

@@ -22,8 +22,10 @@ from torch.nn import functional as F
 
 from llama_adapter.attention import Segment
 from llama_adapter.data import IGNORED, Example, PictureFile
+from llama_adapter.processes import Processes
 
 SHORTEST_OPENING = 16  # tokens; a shorter one is not worth a stretch of its own
+ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,22 @@ def answer_loss(
     return F.cross_entropy(output.logits[0].float(), packed.targets, reduction=reduction)
 
 
+def deal(examples: Sequence[Example], processes: int) -> list[list[Example]]:
+    """Share rows out to processes, about as many tokens to each: the longest first, each to who has least.
+
+    Every process works out the same shares, so nothing has to be sent around.
+    """
+    if processes == 1:
+        return [list(examples)]
+    shares: list[list[Example]] = [[] for _ in range(processes)]
+    tokens = [0] * processes
+    for example in sorted(examples, key=lambda example: len(example.input_ids), reverse=True):
+        least = tokens.index(min(tokens))
+        shares[least].append(example)
+        tokens[least] += len(example.input_ids)
+    return shares
+
+
 def answer_losses(
     model: Callable[..., Any],
     examples: Sequence[Example],
@@ -190,7 +208,7 @@ def answer_losses(
 ) -> tuple[Tensor, Tensor]:
     """Each row's cross-entropy in nats, summed over its answer, (B,), and its tokens, (B,), in one pass.
 
-    ``kwargs`` as in `answer_loss`. Raises nothing of its own.
+    ``kwargs`` as in `answer_loss`.
     """
     packed = pack(examples).to(device)
     each = answer_loss(model, packed, reduction="none", **kwargs)
@@ -219,6 +237,10 @@ def _count_answers(examples: Sequence[Example]) -> int:
     return sum(label != IGNORED for example in examples for label in example.labels[1:])
 
 
+def _count_contested(examples: Sequence[Example]) -> int:
+    return max(1, sum(bool(example.rivals) for example in examples))
+
+
 def accumulate_gradient(
     model: Callable[..., Any],
     examples: Sequence[Example],
@@ -226,24 +248,43 @@ def accumulate_gradient(
     device: torch.device,
     max_tokens: int,
     by_rows: bool = False,
+    processes: Processes = ALONE,
     **kwargs: Any,
 ) -> float:
     """Add the gradient of the batch's loss to the trainable parameters; returns that loss.
 
     It is the mean over labelled tokens; ``by_rows`` the mean over rows of theirs, so that short answers count
-    as much as long ones. Rows with rivals add the mean loss of telling them apart.
+    as much as long ones. Rows with rivals add the mean loss of telling them apart. Of several processes each
+    computes the part of its rows, in the gradient and in the loss: both are to be summed.
     """
-    # Rows with the same opening side by side, so that they share it within a pack.
-    examples = [examples[place] for group in _by_opening(examples) for place in group]
     answers = len(examples) if by_rows else _count_answers(examples)
-    contested = max(1, sum(bool(example.rivals) for example in examples))
+    contested = _count_contested(examples)
+    # Rows with the same opening side by side, so that they share it within a pack.
+    shares = [
+        list(split_by_tokens([share[place] for group in _by_opening(share) for place in group], max_tokens))
+        for share in deal(examples, processes.count)
+    ]
     total = 0.0
-    for run in split_by_tokens(examples, max_tokens):
+    for run, weight in _in_step(shares, min(examples, key=lambda row: len(row.input_ids)), processes):
         right, chosen = _two_losses(model, run, device=device, by_rows=by_rows, **kwargs)
         loss = right / answers + chosen / contested
-        loss.backward()
-        total += float(loss.detach())
+        (loss * weight if weight != 1 else loss).backward()
+        total += weight * float(loss.detach())
     return total
+
+
+def _in_step(
+    shares: Sequence[Sequence[list[Example]]], filler: Example, processes: Processes
+) -> list[tuple[list[Example], int]]:
+    """This process's runs of rows, each with weight 1.
+
+    A sharded decoder's layers are gathered by all processes together, so there all make as many passes: who
+    has fewer runs adds some of one row, with weight 0.
+    """
+    own = [(run, 1) for run in shares[processes.index]]
+    if not processes.sharded:
+        return own
+    return own + [([filler], 0)] * (max(map(len, shares)) - len(own))
 
 
 @torch.no_grad()
@@ -254,16 +295,25 @@ def mean_answer_loss(
     device: torch.device,
     max_tokens: int = 2048,
     progress: Callable[[int], None] = lambda rows: None,
+    processes: Processes = ALONE,
     **kwargs: Any,
 ) -> tuple[float, int]:
     """Mean cross-entropy in nats over all labelled tokens of all rows, and how many tokens they are.
 
-    Rows with rivals add the mean loss of telling them apart.
+    Rows with rivals add the mean loss of telling them apart. Of several processes each computes a part; all
+    get the whole.
     """
-    total, contested, rows = 0.0, 0.0, 0
-    for run in split_by_tokens(sorted(examples, key=lambda e: len(e.input_ids)), max_tokens):
-        right, chosen = _two_losses(model, run, device=device, by_rows=False, **kwargs)
-        total, contested, rows = total + float(right), contested + float(chosen), rows + len(run)
-        progress(rows)
+    answers, chosen, rows = 0.0, 0.0, 0
+    examples = sorted(examples, key=lambda e: len(e.input_ids))
+    runs = list(split_by_tokens(examples, max_tokens))
+    shares = [runs[index :: processes.count] for index in range(processes.count)]
+    for run, weight in _in_step(shares, examples[0], processes):
+        losses = _two_losses(model, run, device=device, by_rows=False, **kwargs)
+        answers, chosen = answers + weight * float(losses[0]), chosen + weight * float(losses[1])
+        rows += len(run) * processes.count
+        progress(min(rows, len(examples)))
+    if processes.count > 1:
+        sums = torch.tensor([answers, chosen], dtype=torch.float64, device=device)
+        answers, chosen = processes.sum(sums).tolist()
     tokens = _count_answers(examples)
-    return total / tokens + contested / max(1, sum(bool(e.rivals) for e in examples)), tokens
+    return answers / tokens + chosen / _count_contested(examples), tokens

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 
 from llama_adapter.errors import UsageError
 from llama_adapter.files import sha256_file, write_atomically, write_json
+from llama_adapter.processes import running_processes
 from llama_adapter.progress import ProgressLine
 
 KEPT_CHECKPOINTS = 2
@@ -77,8 +78,7 @@ class RunFolder:
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state of the last whole checkpoint, or None; says which are damaged."""
         for path in sorted(self._checkpoints.glob("step-*.pt"), reverse=True):
-            seal = path.with_suffix(".json")
-            if not seal.exists() or json.loads(seal.read_text()).get("sha256") != sha256_file(path):
+            if _sealed(path.with_suffix(".json")) != sha256_file(path):
                 self.line.say(f"{path} is not whole (its checksum differs); taking the one before")
                 continue
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -110,6 +110,31 @@ class RunFolder:
             self._board.add_scalar(name, value, step)
 
 
+class Onlooker:
+    """In place of a `RunFolder` in the processes that leave writing and telling to the main one."""
+
+    class _Silent:
+        def show(self, line: str) -> None: ...
+        def say(self, line: str) -> None: ...
+
+    def __init__(self) -> None:
+        self.line = self._Silent()
+
+    def save_checkpoint(self, step: int, state: dict[str, Any]) -> None: ...
+    def metrics(self, step: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def measured(self, step: int, **values: float) -> None: ...
+
+
+def _sealed(seal: Path) -> str | None:
+    """The checksum that a seal states; None where it is not there, or damaged itself."""
+    try:
+        return str(json.loads(seal.read_bytes())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _compare(folder: Path, before: dict[str, Any], now: dict[str, dict[str, Any]]) -> None:
     for part, values in now.items():
         for name, value in values.items():
@@ -136,11 +161,12 @@ def _made_by() -> dict[str, Any]:
         revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:  # a machine without git
         revision = ""
-    packages = ("llama-adapter", "torch", "transformers")
+    packages = ("llama-adapter", "torch", "transformers", "accelerate")
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "git_revision": revision or None,
         "machine": platform.platform(),
         "threads": torch.get_num_threads(),
+        "processes": running_processes().count,
     }

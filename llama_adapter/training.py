@@ -25,8 +25,9 @@ from llama_adapter.data import Example, PictureFile
 from llama_adapter.errors import UsageError
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.packing import accumulate_gradient, mean_answer_loss
+from llama_adapter.processes import running_processes
 from llama_adapter.progress import clock
-from llama_adapter.run_folder import RunFolder
+from llama_adapter.run_folder import Onlooker, RunFolder
 
 MEANS = ("tokens", "rows")
 MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
@@ -148,6 +149,9 @@ class Trainer:
         The first Ctrl-C (or SIGTERM) ends the run after the step in hand, with a checkpoint; resumed, it
         goes on as if nothing had been. A second one ends it at once.
 
+        Started by `accelerate launch`, every process calls this; together they do what one alone would, with
+        another number of processes at every resume.
+
         Raises:
             UsageError: a folder with another run, a resume with other data or settings, or losses that stay
                 not finite.
@@ -156,6 +160,9 @@ class Trainer:
         adapter = self.model.adapters[self.adapter]
         assert isinstance(adapter, Adapter)
         adapter.requires_grad_(True)
+        processes = running_processes()
+        processes.shard(self.model.decoder)
+        adapter.to(self.model.decoder.device)  # sharding may have moved it
         optimizer = torch.optim.AdamW(
             self._parameter_groups(adapter),
             betas=self.settings.betas,
@@ -170,16 +177,25 @@ class Trainer:
             "data": {**self.data, **rows},
             "adapter": made_of,
         }
-        folder = RunFolder(self.output, description, resume=resume)
+        folder: RunFolder | Onlooker = Onlooker()
+
+        def begin() -> dict[str, Any] | None:
+            nonlocal folder
+            folder = opened = RunFolder(self.output, description, resume=resume)
+            return opened.load_checkpoint() if resume else None
+
         progress = _Progress()
-        if resume and (state := folder.load_checkpoint()) is not None:
+        if (state := processes.from_main(begin)) is not None:
             adapter.load_state_dict(state["adapter"])
             optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
             progress = _Progress(**state["progress"])
             folder.line.say(f"going on from step {progress.step}")
+        elif resume:
+            folder.line.say("there is no checkpoint yet: starting from the beginning")
         with folder.metrics(progress.step):
             self._steps(adapter, optimizer, progress, folder)
+        processes.any(False)  # all wait here for the one that writes
         return progress.best_loss
 
     def _parameter_groups(self, adapter: Adapter) -> list[dict[str, Any]]:
@@ -194,9 +210,13 @@ class Trainer:
         return [{"params": parameters, "peak": rate} for parameters, rate in groups]
 
     def _steps(
-        self, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: _Progress, folder: RunFolder
+        self,
+        adapter: Adapter,
+        optimizer: torch.optim.Optimizer,
+        progress: _Progress,
+        folder: RunFolder | Onlooker,
     ) -> None:
-        settings = self.settings
+        settings, processes = self.settings, running_processes()
         rows = len(self._order(0))
         total = settings.total_steps(rows)
         per_epoch = math.ceil(rows / settings.batch_size)
@@ -231,14 +251,10 @@ class Trainer:
                     + (f"  {progress.skipped_steps} steps skipped" if progress.skipped_steps else "")
                 )
                 last = progress.step == total
+                stopping = processes.any(stop.is_set())
                 if bad < MAX_BAD_STEPS and (last or progress.step % validate_every == 0):
                     self._validate(adapter, progress, folder)
-                if (
-                    last
-                    or stop.is_set()
-                    or bad == MAX_BAD_STEPS
-                    or progress.step % settings.checkpoint_every == 0
-                ):
+                if last or stopping or bad == MAX_BAD_STEPS or progress.step % settings.checkpoint_every == 0:
                     state = {
                         "adapter": adapter.state_dict(),
                         "optimizer": optimizer.state_dict(),
@@ -253,7 +269,7 @@ class Trainer:
                         f"weights before are kept in {self.output}; look at these rows "
                         "or lower the learning rate"
                     )
-                if stop.is_set() and not last:
+                if stopping and not last:
                     folder.line.say(
                         f"stopped after step {progress.step} of {total}; "
                         "the same command with --resume goes on from there"
@@ -288,20 +304,26 @@ class Trainer:
 
     def _gradient(self, adapter: Adapter, batch: Sequence[Example]) -> tuple[float, float]:
         """Accumulate the gradient of the batch's loss; returns the loss and the norm."""
+        processes, device = running_processes(), self.model.decoder.device
         loss = accumulate_gradient(
             self.model,
             batch,
-            device=self.model.decoder.device,
+            device=device,
             max_tokens=self.settings.max_tokens,
             by_rows=self.settings.mean_over == "rows",
             features=self.features,
+            processes=processes,
             adapter=self.adapter,
         )
+        if processes.count > 1:
+            loss = float(processes.sum(torch.tensor(loss, device=device)))
+            processes.sum_gradients(adapter.parameters())
         limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
         return loss, float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), limit))
 
-    def _validate(self, adapter: Adapter, progress: _Progress, folder: RunFolder) -> None:
+    def _validate(self, adapter: Adapter, progress: _Progress, folder: RunFolder | Onlooker) -> None:
         rows, losses, tokens, done = self._validation_rows, {}, 0, 0
+        processes = running_processes()
         for source, examples in self.validation_examples.items():
             losses[source], count = mean_answer_loss(
                 self.model,
@@ -312,6 +334,7 @@ class Trainer:
                 progress=lambda so_far, before=done: folder.line.show(  # type: ignore[misc]
                     f"validation {before + so_far}/{rows} rows"
                 ),
+                processes=processes,
                 adapter=self.adapter,
             )
             tokens, done = tokens + count, done + len(examples)
@@ -331,7 +354,8 @@ class Trainer:
                 "validation_tokens": tokens,
             }
             adapter.config = dataclasses.replace(adapter.config, training=training)
-            save_adapter(adapter, self.output)
+            if processes.main:
+                save_adapter(adapter, self.output)
         each = ", ".join(f"{source} {value:.4f}" for source, value in losses.items())
         folder.line.say(
             f"step {progress.step}  validation loss {loss:.4f} nats a token on {rows:,} rows ({best})"

@@ -14,7 +14,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 ROWS = (
     (
         *("errors", "files", "catalogue", "locations", "config", "sampling", "template", "attention"),
-        *("pictures", "rows", "scoring", "progress"),
+        *("pictures", "rows", "scoring", "progress", "processes"),
     ),
     ("adapter", "decoder", "data", "packing", "fetch", "generate", "vision", "features"),
     ("checkpoint", "scienceqa"),

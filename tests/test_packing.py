@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from llama_adapter.data import IGNORED, Example, PictureFile
+from llama_adapter.decoder import attention_layers, checkpoint_activations
 from llama_adapter.packing import (
     SHORTEST_OPENING,
     accumulate_gradient,
@@ -101,6 +102,40 @@ def test_rows_with_other_pictures_equal_one_row_at_a_time(image_tokens: int) -> 
     for ours, theirs in zip(
         torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
     ):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_gradient_checkpointing_computes_twice_and_gives_the_same(family: str) -> None:
+    plain, checkpointed = (build_tiny_model(family, torch.float64, attention_dropout=0.5) for _ in range(2))
+    checkpoint_activations(checkpointed.decoder)
+    calls = []
+    for number, layer in enumerate(attention_layers(checkpointed.decoder)):
+        assert isinstance(layer.o_proj, torch.nn.Module)
+        layer.o_proj.register_forward_hook(lambda *_, number=number: calls.append(number))
+    losses = [answer_loss(model, pack(EXAMPLES)) for model in (plain, checkpointed)]
+    assert torch.equal(*losses) and calls == [0, 1, 2]
+    gradients = [
+        torch.autograd.grad(loss, list(model.adapters["tiny"].parameters()))
+        for loss, model in zip(losses, (plain, checkpointed), strict=True)
+    ]
+    assert calls == [0, 1, 2, 2, 1], "the lowest layer is not adapted: nothing goes back through it"
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    model = build_tiny_model("llama", torch.float64)
+    made = []
+    for max_tokens in (1000, 20):
+        model.zero_grad()
+        loss = accumulate_gradient(model, EXAMPLES, device=torch.device("cpu"), max_tokens=max_tokens)
+        made.append(
+            (loss, [p.grad.clone() for p in model.adapters["tiny"].parameters() if p.grad is not None])
+        )
+    (whole, expected), (parts, gradients) = made
+    assert parts == pytest.approx(whole, abs=1e-6)
+    for ours, theirs in zip(gradients, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -9,16 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from eval import throughput, throughput_scienceqa
+from eval.gpu import LLAMA_7B, gpu, work_of
+from llama_adapter.data import Example
 from llama_adapter.errors import UsageError
 from llama_adapter.model import LlamaAdapter
+from llama_adapter.packing import accumulate_gradient
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder
+from tests.tiny_models import build_tiny_decoder, build_tiny_model
 
 DECODING = {"decode_vs_base", "forward_vs_base", "tokens_per_second"}
+MEMORY = {"training_memory_mb", "training_memory_vs_peft", "checkpointed_memory_vs_peft"}
 TRAINING = {"rows_per_second", "training_vs_peft", "training_vs_pad512", "loss_difference"}
+TRAINING |= {"training_vs_peft_processor", "training_vs_pad512_processor"} | MEMORY
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +54,51 @@ def test_all_suites_and_peers(
     assert set(figures) == DECODING | TRAINING
     assert all(0 < figures[name] < 1000 for name in DECODING - {"tokens_per_second"})
     assert figures["loss_difference"] < 1e-4, "PEFT must be given the same to do"
+    assert all(figures[name] > 0 for name in MEMORY)
     printed = capsys.readouterr().out
-    for line in ("decoding, a token", "to the first token", "forward pass", "generate()", "a training step"):
+    for line in (
+        "peak memory of a step",
+        "gradient checkpointing",
+        "decoding, a token",
+        "to the first token",
+        "forward pass",
+        "generate()",
+        "a training step",
+    ):
         assert line in printed
     assert printed.count("PEFT") > 4
+
+
+def test_the_gpu_suite_runs_on_a_tiny_shape(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = build_tiny_tokenizer()
+    lender = build_tiny_model(tokenizer=tokenizer, max_position_embeddings=1024)
+    shape = {**LLAMA_7B, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    shape |= {"vocab_size": 100, "num_attention_heads": 4, "num_key_value_heads": 4}
+    monkeypatch.setattr("eval.gpu.BATCH", 4)
+    arguments = argparse.Namespace(data=None, steps=2)
+    figures = gpu(lender, arguments, shape=shape, adapted_layers=3, product=64)
+    assert set(figures) == {"gpu_rows_per_second", "gpu_floor_share", "gpu_hours"}
+    assert figures["gpu_hours"] == pytest.approx(5 * 52_002 / figures["gpu_rows_per_second"] / 3600)
+    printed = capsys.readouterr().out
+    assert "4 rows a step" in printed and "the floor" in printed and "MFU left out: CPU" in printed
+
+
+def test_the_work_of_a_step_is_counted_from_the_shape() -> None:
+    """Against a count of every product that the step really makes."""
+    decoder = build_tiny_decoder(num_hidden_layers=4)
+    model = LlamaAdapter(decoder, base="tiny")
+    model.new_adapter("trained", prompt_length=3, adapted_layers=3)
+    rows = [Example([5, 6, 7, 8], [-100, -100, 7, 8], (), 1), Example([9] * 7, [-100] + [9] * 6, (), 2)]
+    work = work_of(rows, decoder, 3)
+    layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48
+    assert work.by_rule == 4 * 11 * (4 * layer + 64 * 32)
+    assert work.needed == 2 * 11 * layer * 7 + 4 * 8 * 64 * 32
+    with FlopCounterMode(display=False) as counted:
+        accumulate_gradient(model, rows, device=decoder.device, max_tokens=99)
+    # The prompts' projections and attention come on top; the lowest adapted layer's inputs need no gradient.
+    assert counted.get_flop_counts()["Global"][torch.ops.aten.mm] == pytest.approx(work.needed, rel=0.35)
 
 
 def test_the_rows_may_come_from_a_file(

@@ -33,11 +33,14 @@ def main() -> None:
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.data import encode_records, expect_text, read_records, split_records
+    from llama_adapter.processes import running_processes
     from llama_adapter.training import Trainer
 
     settings = training_settings(arguments)
+    main_process = running_processes().main
     records, summary = read_records(arguments.data)
-    print(summary, file=sys.stderr)
+    if main_process:
+        print(summary, file=sys.stderr)
     expect_text(records, arguments.data)
     train, validation = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
     model, _ = load_model_to_train(arguments)
@@ -56,7 +59,8 @@ def main() -> None:
     kept = {data["source"]: validation_examples}
     trainer = Trainer(model, "trained", train_examples, kept, settings, arguments.output, data)
     best = trainer.run(resume=arguments.resume)
-    print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+    if main_process:
+        print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def main() -> None:
     from llama_adapter.checkpoint import load_adapter, save_adapter
     from llama_adapter.examining import WAYS, Examination, examine
     from llama_adapter.grading import grade
+    from llama_adapter.processes import running_processes
     from llama_adapter.progress import RowProgress
     from llama_adapter.scienceqa import (
         check_format,
@@ -81,8 +82,10 @@ def main() -> None:
 
     check_format(arguments.format)
     settings = training_settings(arguments)
+    main_process = running_processes().main
     problems, summary = read_problems(arguments.data, "train")
-    print(summary, file=sys.stderr)
+    if main_process:
+        print(summary, file=sys.stderr)
     train, validation = split_problems(problems[: arguments.limit], validation_rows=arguments.validation_rows)
     shown = [train, *([shuffle_choices(p, seed=n) for p in train] for n in range(1, arguments.orders))]
     images = [p.image for p in (*train, *validation) if p.image is not None] if arguments.images else []
@@ -119,7 +122,8 @@ def main() -> None:
         occurrences=[1 / arguments.orders] * len(examples) if arguments.orders > 1 else None,
     )
     best = trainer.run(resume=arguments.resume)
-    print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+    if main_process:
+        print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
 
     adapter = load_adapter(arguments.output)
     model.add_adapter("best", adapter)
@@ -133,11 +137,13 @@ def main() -> None:
             progress=RowProgress(way, len(validation)),
         )
         right[way] = grade(validation, predictions).shares["AVG"].percent
-        print(f"{way:<10} {right[way]:.2f} % of {len(validation):,} problems kept back")
+        if main_process:
+            print(f"{way:<10} {right[way]:.2f} % of {len(validation):,} problems kept back")
     answer = max(WAYS, key=lambda way: right[way])
     training = {**adapter.config.training, "answer": answer}
     adapter.config = dataclasses.replace(adapter.config, training=training)
-    save_adapter(adapter, arguments.output)
+    if main_process:
+        save_adapter(adapter, arguments.output)
 
 
 if __name__ == "__main__":

@@ -52,14 +52,17 @@ def main() -> None:
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.data import encode_records, read_records, split_records
+    from llama_adapter.processes import running_processes
     from llama_adapter.training import Trainer
 
     settings = training_settings(arguments)
+    main_process = running_processes().main
     sources = [_weighted(text) for text in arguments.data]
     train, validation, facts = [], [], []
     for source, weight in sources:
         records, summary = read_records(source, image_root=arguments.image_root, split=arguments.split)
-        print(summary, file=sys.stderr)
+        if main_process:
+            print(summary, file=sys.stderr)
         parts = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
         if not arguments.images:  # after the split, which is by pictures
             parts = tuple([dataclasses.replace(record, images=()) for record in part] for part in parts)
@@ -97,7 +100,8 @@ def main() -> None:
         occurrences=occurrences,
     )
     best = trainer.run(resume=arguments.resume)
-    print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+    if main_process:
+        print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
 
 
 def _weighted(text: str) -> tuple[str, float]:
