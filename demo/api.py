@@ -13,8 +13,8 @@ from demo.display import pace
 from demo.pictures import open_given
 from llama_adapter.errors import UsageError
 from llama_adapter.generate import Answer
-from llama_adapter.model import LlamaAdapter
 from llama_adapter.sampling import Sampling
+from llama_adapter.serving import Engine
 from llama_adapter.template import Turn, question_turn
 
 # What a program may send as a picture; `open_given` reads it.
@@ -24,8 +24,8 @@ Given = str | dict[str, Any] | list[str | dict[str, Any]] | None
 class Endpoints:
     """What `gr.api` offers by the names of these methods."""
 
-    def __init__(self, model: LlamaAdapter) -> None:
-        self.model = model
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
 
     def answer(
         self,
@@ -87,7 +87,7 @@ class Endpoints:
             before.append(Turn(str(said["role"]), check_length(said["content"])))
         turns = [*before, question_turn(check_length(message))]
         sampling = read_sampling(*knobs)
-        return self.model.stream_chat(
+        return self.engine.stream_chat(
             turns, image=open_given(image) or None, adapter=adapter, sampling=sampling
         )
 

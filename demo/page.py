@@ -20,6 +20,7 @@ from llama_adapter.errors import UsageError
 from llama_adapter.generate import Answer
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.sampling import Sampling
+from llama_adapter.serving import Engine
 
 EXAMPLES = (
     "Give three tips for staying healthy.",
@@ -43,8 +44,9 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 # In the queue, or there would be no warnings, but next to whatever else is there.
 TAKING: dict[str, Any] = {**PRIVATE, "concurrency_limit": None, "show_progress": "hidden"}
-# One at a time: two answers at once take longer than one after the other.
-BY_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+# As many as are answered at once; the others see their place in the queue.
+PEOPLE = 8
+BY_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": PEOPLE}
 # A new question ends the answer before it, so it must not be dropped while that one still runs.
 ANSWERING: dict[str, Any] = {**PRIVATE, **BY_MODEL, "trigger_mode": "multiple", "show_progress": "minimal"}
 
@@ -56,8 +58,9 @@ class Handlers:
     ``settings`` are the name of the adapter, the system text and what `read_sampling` takes.
     """
 
-    def __init__(self, model: LlamaAdapter) -> None:
-        self.model = model
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.model = engine.model
 
     # --- the chat: the box, what the chat looks like, the conversation ---
 
@@ -89,7 +92,7 @@ class Handlers:
         settings: tuple[Any, ...],
         **box: Any,
     ) -> tuple[Any, ...]:
-        chat = Conversation(self.model) if chat is None else chat
+        chat = self._converse() if chat is None else chat
         try:
             chat.adapter, chat.system, chat.sampling = _read(settings)
             ask(chat)
@@ -97,6 +100,9 @@ class Handlers:
             _warn(error)
             return gr.skip(), gr.skip(), gr.skip()
         return gr.update(**BUSY, **box), messages(chat, waiting=True), chat
+
+    def _converse(self, **settings: Any) -> Conversation:
+        return Conversation(self.model, stream_chat=self.engine.stream_chat, **settings)
 
     def answer(self, chat: Conversation | None) -> Iterator[tuple[Any, ...]]:
         """Give the answer to the question that was taken: the box and the chat, again and again."""
@@ -146,7 +152,7 @@ class Handlers:
                 raise UsageError("the bare base would answer on both sides; choose an adapter above")
             question, pictures = _read_box(box)
             pair = [
-                Conversation(self.model, adapter=name, system=system, sampling=sampling)
+                self._converse(adapter=name, system=system, sampling=sampling)
                 for name in (NO_ADAPTER, adapter)
             ]
             for side, seen in zip(pair, ([], pictures), strict=True):
@@ -207,8 +213,9 @@ def build_page(model: LlamaAdapter, experts: dict[str, str], *, max_queue: int =
         experts: a line about each adapter by name, and about `NO_ADAPTER`.
         max_queue: how many may wait for the model.
     """
-    handlers = Handlers(model)
-    endpoints = Endpoints(model)
+    engine = Engine(model, rows=2 * PEOPLE)  # side by side, everybody takes two
+    handlers = Handlers(engine)
+    endpoints = Endpoints(engine)
     # What was uploaded is kept for a day, or until the page is closed.
     cleared = (3600, 24 * 3600)
     with gr.Blocks(title="LLaMA-Adapter", analytics_enabled=False, delete_cache=cleared) as page:

@@ -43,6 +43,11 @@ class Prompts(Protocol):
         """Index of the lowest adapted layer; all above it are adapted."""
         ...
 
+    @property
+    def mask(self) -> Tensor | None:
+        """(R, K), False for a prompt that is none, in a batch whose rows have more or fewer; None: all are."""
+        ...
+
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         """Keys and gated values for the decoder's layer ``attention``, each (R, H, K, d): R is 1 where all
         tokens read the same prompts, else B, or in a packed sequence what its segments count to."""
@@ -59,6 +64,7 @@ class LivePrompts:
     prompts: Tensor  # (R, L, K, D)
     gates: Tensor  # (L, H), before tanh
     first_layer: int
+    mask: Tensor | None = None
 
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         index = layer_index(attention) - self.first_layer
@@ -72,6 +78,7 @@ class ProjectedPrompts:
     keys: Tensor  # (R, L, H, K, d)
     values: Tensor  # (R, L, H, K, d), times tanh(gate)
     first_layer: int
+    mask: Tensor | None = None  # (R, K)
 
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         index = layer_index(attention) - self.first_layer
@@ -280,7 +287,8 @@ def gated_attention(
         rows = query.shape[0]
         if keys.shape[0] != rows:
             keys, values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
-        gated = attend(query, keys, values, scaling=scaling, softcap=softcap)
+        mask = None if prompts.mask is None else prompts.mask[:, None, None]
+        gated = attend(query, keys, values, scaling=scaling, mask=mask, softcap=softcap)
     else:
         gated = _attend_own_prompts(query, keys, values, segments, scaling=scaling, softcap=softcap)
     return (output + gated.transpose(1, 2)).to(dtype), weights

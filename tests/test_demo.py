@@ -42,6 +42,7 @@ from llama_adapter.errors import UsageError
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.pictures import MAX_BYTES, MAX_PIXELS
 from llama_adapter.sampling import Sampling
+from llama_adapter.serving import Engine
 from tests.conftest import CHECKOUT
 from tests.scripted import ScriptedModel, build_scripted_model, open_eyes
 from tests.tiny import build_tiny_tokenizer
@@ -183,7 +184,7 @@ def test_an_adapter_from_elsewhere_comes_first_and_stays_chosen(tmp_path: Path) 
 
 @pytest.fixture
 def handlers() -> Handlers:
-    return Handlers(build_scripted_model(seeing=("eyes",)))
+    return Handlers(Engine(build_scripted_model(seeing=("eyes",))))
 
 
 def _box(text: str, *files: Path) -> dict[str, Any]:
@@ -650,7 +651,7 @@ def test_a_bad_history_is_told_to_the_caller(history: Any, client: Client) -> No
 
 
 def test_hostile_text_comes_back_to_a_program_as_it_is() -> None:
-    answer = Endpoints(build_scripted_model()).answer(HOSTILE, max_new_tokens=1000)
+    answer = Endpoints(Engine(build_scripted_model())).answer(HOSTILE, max_new_tokens=1000)
     assert HOSTILE in answer
 
 
