@@ -15,6 +15,10 @@ training: an optimiser step on the same rows, packed as train.* does it and padd
 vision: from a photo's file to its features, that time as a share of an answer's, and a token with a picture
 and without, by an adapter that sees. --json writes {"pictures_per_second", "picture_share",
 "decode_with_picture"}.
+
+serving: answers of eight clients at once, of one, and of one without the engine that lets several ask.
+--json writes {"serving_ratio", "tokens_per_second_of_one", "tokens_per_second_of_8", "engine_vs_alone"}: the
+first is how many times more tokens a second eight get than one, the last the engine's time to that without.
 """
 
 from __future__ import annotations
@@ -82,10 +86,13 @@ def main() -> None:
     parser = Parser(
         prog="python -m eval.throughput", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    from eval.serving import serving  # which needs this module
+
     suites: dict[str, Callable[[LlamaAdapter, argparse.Namespace], dict[str, float]]] = {
         "decoding": decoding,
         "training": training,
         "vision": vision,
+        "serving": serving,
     }
     parser.add_argument("--suite", choices=(*suites, "all"), default="all", help="(all)")
     parser.add_argument("--peers", action="store_true", help="measure PEFT's AdaptionPrompt as well")

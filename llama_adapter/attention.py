@@ -19,6 +19,7 @@ d head width, D hidden size.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -45,7 +46,7 @@ class Prompts(Protocol):
 
     @property
     def mask(self) -> Tensor | None:
-        """(R, K), False for a prompt that is none, in a batch whose rows have more or fewer; None: all are."""
+        """(R, K), False for what only fills up a batch whose rows have more or fewer; None: there is none."""
         ...
 
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
@@ -251,6 +252,7 @@ def gated_attention(
     scaling: float | None = None,
     prompts: Prompts | None = None,
     segments: tuple[Segment, ...] | None = None,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The stock attention plus the gated prompts; without ``prompts`` exactly the stock one.
@@ -259,6 +261,8 @@ def gated_attention(
         query: (B, H, T, d). key, value: (B, G, S, d), after rotary embedding and cache.
         prompts: what the adapted layers read, or None.
         segments: the rows of a packed sequence (B = 1), in place of ``attention_mask``.
+        observe: gets, from every adapted layer, its index and the two parts of its output, (B, T, H, d) each:
+            what was read from the tokens, and what from the prompts, gated.
 
     Returns:
         (B, T, H, d) and the attention weights where the stock function gives them.
@@ -291,7 +295,10 @@ def gated_attention(
         gated = attend(query, keys, values, scaling=scaling, mask=mask, softcap=softcap)
     else:
         gated = _attend_own_prompts(query, keys, values, segments, scaling=scaling, softcap=softcap)
-    return (output + gated.transpose(1, 2)).to(dtype), weights
+    gated = gated.transpose(1, 2)
+    if observe is not None:
+        observe(layer_index(module), output, gated)
+    return (output + gated).to(dtype), weights
 
 
 def _stock_function(stock: str, module: nn.Module) -> Any:

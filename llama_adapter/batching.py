@@ -96,7 +96,8 @@ class Batch:
             self._cache = DynamicCache()
             return
         places = max(each.length for each in self.rows)
-        for layer in self._cache.layers:
+        layers: Any = self._cache.layers
+        for layer in layers:
             layer.keys, layer.values = (
                 states[kept, :, states.shape[2] - places :] for states in (layer.keys, layer.values)
             )
@@ -157,6 +158,7 @@ def _beside(ours: DynamicCache, theirs: DynamicCache) -> DynamicCache:
         return torch.cat([F.pad(states, (0, 0, places - states.shape[2], 0)) for states in several])
 
     together = DynamicCache()
-    for index, (mine, other) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
+    layers: Any = zip(ours.layers, theirs.layers, strict=True)
+    for index, (mine, other) in enumerate(layers):
         together.update(joined(mine.keys, other.keys), joined(mine.values, other.values), index)
     return together

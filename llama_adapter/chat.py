@@ -31,6 +31,8 @@ class Exchange:
     adapter: str  # who answered
     images: tuple[Image.Image, ...] = ()  # what came with the question, upright RGB
     unseen: bool = False  # there was a picture, and the adapter knows nothing of pictures
+    read: tuple[Turn, ...] = ()  # what the answer was made from: the conversation up to the question
+    features: Tensor | None = None  # (I, F) of the pictures that it was made from
 
     @property
     def turns(self) -> list[Turn]:
@@ -138,7 +140,9 @@ class Conversation:
         answer = stream_chat(turns, image=features, adapter=adapter, sampling=self.sampling)
         if self.exchanges:
             self.exchanges[-1].answer.close()
-        self.exchanges = [*before, Exchange(question, answer, adapter, images, bool(seen) and not sees)]
+        unseen = bool(seen) and not sees
+        latest = Exchange(question, answer, adapter, images, unseen, tuple(turns), features)
+        self.exchanges = [*before, latest]
         self.dropped = dropped
         return answer
 

@@ -28,7 +28,7 @@ class Engine:
     """Answers requests together, up to ``rows`` at a time; the others wait their turn.
 
     An answer joins when it is first iterated, and leaves between two tokens when it is closed. The work is
-    done by a thread that is there while anything is to be done; its tokens may be a little ahead of who reads.
+    done by a thread that is there while there is any; its tokens may be a little ahead of who reads them.
 
     Attributes:
         model: who answers.
@@ -168,6 +168,6 @@ class ServedAnswer(Answer):
             self.seconds = self._ticket.seconds
 
     def close(self) -> None:
-        """Stop; what was said so far stays, and the next in the queue gets the place. Any thread may call it."""
+        """Stop; what was said so far stays, and who waits gets the place. Any thread may call it."""
         self._ticket.end()
         super().close()

@@ -19,7 +19,17 @@ ROWS = (
     ("adapter", "decoder", "data", "packing", "fetch", "generate", "vision", "features"),
     ("checkpoint", "scienceqa", "batching"),
     ("model", "grading"),
-    ("chat", "serving", "answering", "run_folder", "training", "contrastive", "examining", "arguments"),
+    (
+        "chat",
+        "serving",
+        "influence",
+        "answering",
+        "run_folder",
+        "training",
+        "contrastive",
+        "examining",
+        "arguments",
+    ),
     ("cli",),
 )
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}

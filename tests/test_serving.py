@@ -80,7 +80,8 @@ def test_twenty_at_once_are_answered_as_one_by_one(rows: int, model: LlamaAdapte
         found = list(pool.map(ask, range(20)))
     assert [text for text, _ in found] == expected
     assert all(
-        0 <= tokens <= values["sampling"].max_new_tokens for (_, tokens), (_, values) in zip(found, asked)
+        0 <= tokens <= values["sampling"].max_new_tokens
+        for (_, tokens), (_, values) in zip(found, asked, strict=True)
     )
     assert len(set(expected)) > 10
     _wait_until(lambda: not engine._working)
@@ -240,7 +241,8 @@ def test_a_program_can_end_while_somebody_is_answered() -> None:
         "from tests.scripted import build_scripted_model\n"
         "from llama_adapter.serving import Engine\n"
         "from llama_adapter.sampling import Sampling\n"
-        "answer = Engine(build_scripted_model(delay=0.05)).stream_chat('Hi', sampling=Sampling(max_new_tokens=1000))\n"
+        "engine = Engine(build_scripted_model(delay=0.05))\n"
+        "answer = engine.stream_chat('Hi', sampling=Sampling(max_new_tokens=1000))\n"
         "print(next(answer))\n"
     )
     done = subprocess.run(

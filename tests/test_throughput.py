@@ -16,6 +16,7 @@ from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder
 
 DECODING = {"decode_vs_base", "forward_vs_base", "tokens_per_second"}
+SERVING = {"serving_ratio", "tokens_per_second_of_one", "tokens_per_second_of_8", "engine_vs_alone"}
 TRAINING = {"rows_per_second", "training_vs_peft", "training_vs_pad512", "loss_difference"}
 
 
@@ -42,11 +43,20 @@ def test_all_suites_and_peers(
 ) -> None:
     small = ["--pairs", "2", "--new-tokens", "3", "--steps", "4", "--batch-size", "2"]
     figures = measure(monkeypatch, tmp_path, "--peers", "--base", str(base), *small)
-    assert set(figures) == DECODING | TRAINING
+    assert set(figures) == DECODING | TRAINING | SERVING
     assert all(0 < figures[name] < 1000 for name in DECODING - {"tokens_per_second"})
+    assert all(figures[name] > 0 for name in SERVING)
+    assert figures["serving_ratio"] < 50
     assert figures["loss_difference"] < 1e-4, "PEFT must be given the same to do"
     printed = capsys.readouterr().out
-    for line in ("decoding, a token", "to the first token", "forward pass", "generate()", "a training step"):
+    for line in (
+        "decoding, a token",
+        "to the first token",
+        "forward pass",
+        "generate()",
+        "a training step",
+        "8 clients",
+    ):
         assert line in printed
     assert printed.count("PEFT") > 4
 
