@@ -1,4 +1,7 @@
-"""The endpoints for programs: `/answer` gives a text, `/chat` a growing one. Neither remembers anything."""
+"""The endpoints for programs: `/answer` gives a text, `/chat` a growing one, `/score` options' probabilities.
+
+None of them remembers anything.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import gradio as gr
 from demo.checks import MAX_MESSAGES, check_length, read_sampling
 from demo.display import pace
 from demo.pictures import open_given
+from demo.science import score
 from llama_adapter.errors import UsageError
 from llama_adapter.generate import Answer
 from llama_adapter.sampling import Sampling
@@ -72,6 +76,20 @@ class Endpoints:
             for _ in pace(answer):
                 yield answer.text
             yield answer.text
+
+    def score(
+        self,
+        question: str,
+        options: list[str],
+        context: str = "",
+        image: Given = None,
+        adapter: str | None = None,
+    ) -> list[float]:
+        """The probability of each of 2 to 5 options, in their order, by the likelihood of its letter in
+        ScienceQA's prompt. `context`: what one has to know to answer; `image` and `adapter` are those of
+        `/answer`."""
+        with _refused():
+            return score(self.engine.model, question, options, context, image, adapter)
 
     def _ask(
         self, message: Any, history: Any, image: Any, adapter: str | None, system: Any, knobs: tuple[Any, ...]

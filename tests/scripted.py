@@ -83,7 +83,7 @@ class ScriptedModel(LlamaAdapter):
 
     def forward(self, input_ids: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """Logits of the next word of each row's script."""
-        if "prompt_keys" not in kwargs:
+        if "prompt_keys" not in kwargs or kwargs["prompt_keys"].shape[-1] > 1:
             return super().forward(input_ids, **kwargs)
         time.sleep(self.delay)
         rows, length = input_ids.shape
@@ -112,10 +112,10 @@ def build_scripted_model(
     tokenizer = build_tiny_tokenizer()
     decoder = build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=20_000)
     model = ScriptedModel(decoder, tokenizer, base="tiny-base")
-    for name in names:
-        model.new_adapter(name, prompt_length=3, seed=1)
-    for name in seeing:
-        model.new_adapter(name, prompt_length=3, vision=VISION, seed=1)
+    for name in (*names, *seeing):
+        vision = VISION if name in seeing else None
+        adapter = model.new_adapter(name, prompt_length=3, vision=vision, seed=1)
+        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(1))
     open_eyes(model)
     model.set_adapter(names[0])
     model.delay = delay
