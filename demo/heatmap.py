@@ -30,7 +30,7 @@ def draw_heatmap(
     """
     largest = max((abs(value) for row in values for value in row), default=0.0) or 1.0
     width = LEFT + CELL * len(columns) + 4
-    foot = 24 if upright else 84
+    foot = 24 if upright else 16 + 6 * max((len(column) for column in columns), default=0)
     height = TOP + CELL * len(rows) + foot
     parts = []
     for y, (row, label) in enumerate(zip(values, rows, strict=True)):
@@ -51,12 +51,12 @@ def draw_heatmap(
         else:
             turned = f'text-anchor="end" transform="rotate(-60 {place + 4} {bottom - 4})"'
             parts.append(_text(place + 4, bottom - 4, column, turned))
-    label = html.escape(summary)
     # A cell is at least so wide that a finger finds it; what is wider than the page is scrolled.
-    return (
-        f'<div class="heatmap"><svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}" '
-        f'style="min-width: {width * 0.7:.0f}px; max-width: {width * 1.2:.0f}px">{"".join(parts)}</svg></div>'
+    look = f"min-width: {width * 0.85:.0f}px; max-width: {width * 1.2:.0f}px"
+    opening = (
+        f'<svg role="img" aria-label="{html.escape(summary)}" viewBox="0 0 {width} {height}" style="{look}">'
     )
+    return f'<div class="heatmap">{opening}{"".join(parts)}</svg></div>'
 
 
 def _text(x: float, y: float, text: str, attributes: str) -> str:

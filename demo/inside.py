@@ -14,7 +14,7 @@ MAX_TOKENS = 96  # of an answer: more are hard to tell apart
 
 GATES = (
     "Each head of each adapted layer has one gate, and what the head reads from the adapter's prompts is "
-    "multiplied with its tanh: left out where that is 0 (pale), added where it is positive (green), "
+    "multiplied with its tanh: left out where that is 0 (faint), added where it is positive (green), "
     "subtracted where it is negative (orange)."
 )
 ANSWER = (

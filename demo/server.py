@@ -63,6 +63,7 @@ CSS = """
 .multimodal-textbox .padded-button:hover { background: var(--button-primary-background-fill-hover); }
 /* Gradio at times lays this over a chat whose waiting question was stopped; what went wrong is in a toast. */
 [data-testid="status-tracker"]:has(.error) { display: none; }
+#gates, #influence { padding: 0; }
 .heatmap { overflow-x: auto; }
 .heatmap svg { width: 100%; display: block; }
 .heatmap text { fill: currentColor; font-size: 11px; }

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -183,6 +184,18 @@ def test_an_adapter_from_elsewhere_comes_first_and_stays_chosen(tmp_path: Path) 
     lines = load_experts(model, adapter=str(elsewhere), weights=tmp_path / "weights")
     assert list(lines.items())[:2] == [("mine", "My own."), ("fits", "It fits.")]
     assert model.active_adapter == "mine"
+
+
+def test_one_more_folder_of_adapters_is_offered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, card in (("weights", "Old."), ("more", "New.")):
+        _adapter_folder(tmp_path / folder / "same", card)
+        _adapter_folder(tmp_path / folder / folder, card)
+    model = build_tiny_model(names=())
+    lines = load_experts(model, weights=tmp_path / "weights", adapters=tmp_path / "more")
+    assert lines.items() >= {"more": "New.", "same": "Old.", "weights": "Old."}.items()
+    assert "same is left out: another adapter has that name" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--adapters"):
+        load_experts(model, weights=tmp_path / "weights", adapters=tmp_path / "nowhere")
 
 
 # --- handlers -----------------------------------------------------------------------------------------------
@@ -764,12 +777,36 @@ def test_chat_streams_and_reads_the_history(client: Client, model: LlamaAdapter)
     assert last != alone
 
 
-def test_curl_gets_an_answer(address: str) -> None:
-    """The commands of the README."""
-    posted = httpx.post(f"{address}gradio_api/call/v2/answer", json={"message": "Hi", "max_new_tokens": 4})
-    event = posted.json()["event_id"]
-    found = httpx.get(f"{address}gradio_api/call/answer/{event}").text
-    assert "event: complete" in found
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+README_ADDRESS = "http://127.0.0.1:7860"
+
+
+def test_the_readme_s_python_asks_the_page(address: str, picture: Path) -> None:
+    (code,) = re.findall(r"^```py\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    there = {README_ADDRESS: address, "photo.jpg": str(picture), "smollm2-135m-vision": "eyes"}
+    for ours, here in there.items():
+        assert ours in code
+        code = code.replace(ours, here)
+    names: dict[str, Any] = {}
+    lines = code.splitlines()
+    exec("\n".join(line for line in lines if not line.startswith("client.")), names)
+    answer, story, shares = (eval(line, names) for line in lines if line.startswith("client."))
+    assert isinstance(answer, str) and answer
+    assert isinstance(story.result(timeout=60), str)
+    assert len(shares) == 2 and sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_the_readme_s_curl_asks_the_page(address: str) -> None:
+    first, second = re.findall(r"^    (curl .*?[^\\])$", README, flags=re.MULTILINE | re.DOTALL)
+
+    def run(command: str) -> str:
+        command = command.partition("   #")[0].replace(f"{README_ADDRESS}/", address)
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout
+
+    event = json.loads(run(first))["event_id"]
+    assert "event: complete" in run(second.replace("/ID", f"/{event}"))
 
 
 @pytest.mark.parametrize(

@@ -494,7 +494,10 @@ def test_who_has_to_wait_sees_the_place_in_the_queue(browser: Browser, address: 
         _stop(page)
 
 
-def test_two_people_are_answered_at_once_and_do_not_see_each_other(browser: Browser, address: str) -> None:
+def test_two_people_are_answered_at_once_and_do_not_see_each_other(
+    browser: Browser, address: str, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "delay", 0.1)
     with _opened(browser, address) as mine, _opened(browser, address) as theirs:
         _ask(mine, "Mine")
         playwright.expect(_answer(mine)).to_contain_text("1 2 3")
@@ -510,7 +513,10 @@ def test_two_people_are_answered_at_once_and_do_not_see_each_other(browser: Brow
         _stop(mine)
 
 
-def test_on_a_phone_nothing_is_wider_than_the_screen(browser: Browser, address: str) -> None:
+def test_on_a_phone_nothing_is_wider_than_the_screen(
+    browser: Browser, address: str, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "delay", 0.1)
     options: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
     with _opened(browser, address, **options, has_touch=True, is_mobile=True) as page:
         _shoot(page, "phone-empty")
