@@ -66,13 +66,15 @@ class Engine:
         """Answer until nobody wants anything any more."""
         batch = self._empty_batch()
         rows: dict[_Ticket, Row] = {}
-        while self._admit(batch, rows):
-            if not threading.main_thread().is_alive():  # the interpreter waits for us to end
-                for ticket in rows:
-                    ticket.end()
-                continue
+        while True:
             try:
-                batch.step()
+                if not self._admit(batch, rows):
+                    return
+                if threading.main_thread().is_alive():
+                    batch.step()
+                else:  # the interpreter waits for us to end
+                    for ticket in rows:
+                        ticket.end()
             except Exception as error:  # each reader gets it, or would wait for ever
                 for ticket in rows:
                     ticket.end(error)

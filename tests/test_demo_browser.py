@@ -513,6 +513,42 @@ def test_two_people_are_answered_at_once_and_do_not_see_each_other(
         _stop(mine)
 
 
+def test_everything_that_can_be_used_has_a_name(page: Page) -> None:
+    """What a screen reader says of a button, a field or a slider."""
+    page.get_by_role("button", name="How the answer is made").click()
+    page.get_by_role("button", name="Take a photo").click()
+    for tab in ("Chat", "Side by side", "ScienceQA", "Look inside"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(500)
+        spoken = page.locator("body").aria_snapshot()
+        nameless = re.findall(
+            r"^ *- (?:button|textbox|combobox|slider|spinbutton|tab|img)(?::.*)?$", spoken, re.M
+        )
+        assert [line.strip() for line in nameless if "img" not in line] == [], tab
+
+
+def test_the_keyboard_alone_asks_and_stops(
+    page: Page, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "delay", 0.1)
+    focused = "document.activeElement.placeholder || document.activeElement.innerText"
+
+    def tab_to(name: str) -> None:
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            if page.evaluate(focused).strip() == name:
+                return
+        raise AssertionError(f"{name} is not reached")
+
+    tab_to("Ask something")
+    page.keyboard.type("Count")
+    page.keyboard.press("Enter")
+    playwright.expect(_answer(page)).to_contain_text("1 2 3")
+    tab_to("Stop")
+    page.keyboard.press("Enter")
+    _send(page).wait_for()
+
+
 def test_on_a_phone_nothing_is_wider_than_the_screen(
     browser: Browser, address: str, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
