@@ -80,7 +80,7 @@ def address(model: ScriptedModel) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    playwright.expect.set_options(timeout=20_000)
+    playwright.expect.set_options(timeout=60_000)
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(
             executable_path=CHROMIUM,
@@ -104,7 +104,7 @@ def _opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
     """A page in a browser of its own; a request to another host or an error in it fails the test."""
     context = browser.new_context(**options)
     context.grant_permissions(["camera", "clipboard-read", "clipboard-write"])
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     page = context.new_page()
     wrong: list[str] = []
 
@@ -201,7 +201,7 @@ def _finished(page: Page, tokens: int = 48) -> None:
 
 
 def _shorten(page: Page, tokens: int = 48) -> None:
-    """Ask for short answers in the settings."""
+    """Ask in the settings for answers of another length, mostly shorter ones."""
     page.get_by_role("button", name="How the answer is made").click()
     page.get_by_label("number input for Longest answer").fill(str(tokens))
     page.get_by_label("number input for Longest answer").press("Tab")
@@ -499,6 +499,7 @@ def test_two_people_are_answered_at_once_and_do_not_see_each_other(
 ) -> None:
     monkeypatch.setattr(model, "delay", 0.1)
     with _opened(browser, address) as mine, _opened(browser, address) as theirs:
+        _shorten(mine, 1024)
         _ask(mine, "Mine")
         playwright.expect(_answer(mine)).to_contain_text("1 2 3")
         _ask(theirs, "Theirs")
