@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from llama_adapter.arguments import Parser, add_adapter_option, add_model_options, load_model
 from llama_adapter.errors import UsageError, run_command
@@ -22,7 +23,9 @@ def main() -> None:
 
     check_port(arguments.host, arguments.port)
     model = load_model(arguments)
-    experts = load_experts(model, adapter=arguments.adapter, weights=arguments.weights)
+    experts = load_experts(
+        model, adapter=arguments.adapter, weights=arguments.weights, adapters=arguments.adapters
+    )
     page = build_page(model, experts, max_queue=arguments.max_queue)
     try:
         address = serve(page, host=arguments.host, port=arguments.port, share=arguments.share, auth=auth)
@@ -38,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add_adapter_option(parser)
     add_model_options(parser)
     group = parser.add_argument_group("page")
+    group.add_argument("--adapters", type=Path, metavar="DIR", help="one more folder of adapters to offer")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (127.0.0.1)")
     group.add_argument("--port", type=int, default=7860, metavar="N", help="where it is served (7860)")
     group.add_argument("--share", action="store_true", help="also through a public address of Gradio's")

@@ -1,4 +1,7 @@
-"""The endpoints for programs: `/answer` gives a text, `/chat` a growing one. Neither remembers anything."""
+"""The endpoints for programs: `/answer` gives a text, `/chat` a growing one, `/score` options' probabilities.
+
+None of them remembers anything.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ import gradio as gr
 from demo.checks import MAX_MESSAGES, check_length, read_sampling
 from demo.display import pace
 from demo.pictures import open_given
+from demo.science import score
 from llama_adapter.errors import UsageError
 from llama_adapter.generate import Answer
-from llama_adapter.model import LlamaAdapter
 from llama_adapter.sampling import Sampling
+from llama_adapter.serving import Engine
 from llama_adapter.template import Turn, question_turn
 
 # What a program may send as a picture; `open_given` reads it.
@@ -24,8 +28,8 @@ Given = str | dict[str, Any] | list[str | dict[str, Any]] | None
 class Endpoints:
     """What `gr.api` offers by the names of these methods."""
 
-    def __init__(self, model: LlamaAdapter) -> None:
-        self.model = model
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
 
     def answer(
         self,
@@ -73,6 +77,20 @@ class Endpoints:
                 yield answer.text
             yield answer.text
 
+    def score(
+        self,
+        question: str,
+        options: list[str],
+        context: str = "",
+        image: Given = None,
+        adapter: str | None = None,
+    ) -> list[float]:
+        """The probability of each of 2 to 5 options, in their order, by the likelihood of its letter in
+        ScienceQA's prompt. `context`: what one has to know to answer; `image` and `adapter` are those of
+        `/answer`."""
+        with _refused():
+            return score(self.engine.model, question, options, context, image, adapter)
+
     def _ask(
         self, message: Any, history: Any, image: Any, adapter: str | None, system: Any, knobs: tuple[Any, ...]
     ) -> Answer:
@@ -87,7 +105,7 @@ class Endpoints:
             before.append(Turn(str(said["role"]), check_length(said["content"])))
         turns = [*before, question_turn(check_length(message))]
         sampling = read_sampling(*knobs)
-        return self.model.stream_chat(
+        return self.engine.stream_chat(
             turns, image=open_given(image) or None, adapter=adapter, sampling=sampling
         )
 

@@ -13,18 +13,33 @@ from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 
 
 def load_experts(
-    model: LlamaAdapter, *, adapter: str | None = None, weights: str | Path | None = None
+    model: LlamaAdapter,
+    *,
+    adapter: str | None = None,
+    weights: str | Path | None = None,
+    adapters: Path | None = None,
 ) -> dict[str, str]:
     """Load every adapter of the weights folders that fits the base; the active one stays.
 
     Args:
         adapter: what the active one was asked for by, where that is no name in the weights folders.
+        adapters: one more folder of adapters; names that the weights folders have are left out.
 
     Returns:
         A line about each by name, the bare base last.
+
+    Raises:
+        UsageError: ``adapters`` has none.
     """
     active = model.active_adapter
     folders = locations.list_weights("adapter", weights)
+    if adapters is not None:
+        more = locations.list_weights("adapter", adapters)
+        if not more:
+            raise UsageError(f"--adapters: {adapters} has no folder with an adapter in it")
+        for name in more.keys() & folders.keys():
+            print(f"{more[name]} is left out: another adapter has that name", file=sys.stderr)
+        folders = {**more, **folders}
     if active != NO_ADAPTER and adapter is not None:
         folder = adapter_folder(locations.resolve(adapter, kind="adapter", weights=weights))
         folders = {active: folder, **{name: other for name, other in folders.items() if name != active}}

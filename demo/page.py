@@ -14,12 +14,16 @@ from PIL import Image
 from demo.api import Endpoints
 from demo.checks import MAX_CHARACTERS, MAX_NEW_TOKENS, check_length, read_sampling
 from demo.display import answer_messages, messages, pace, shown, typed
-from demo.pictures import data_url, draw_examples, open_given, picture_file
+from demo.inside import ANSWER, GATES, show_answer, show_gates
+from demo.pictures import PICTURE_EXAMPLES, data_url, open_given, picture_file
+from demo.science import EXAMPLES as SCIENCE_EXAMPLES
+from demo.science import labelled, score
 from llama_adapter.chat import Conversation
 from llama_adapter.errors import UsageError
 from llama_adapter.generate import Answer
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.sampling import Sampling
+from llama_adapter.serving import Engine
 
 EXAMPLES = (
     "Give three tips for staying healthy.",
@@ -27,9 +31,6 @@ EXAMPLES = (
     "Write a short poem about the sea.",
     "What is the capital of France?",
 )
-
-# Questions with a picture drawn by us, for adapters that see.
-PICTURE_EXAMPLES = draw_examples()
 
 # The box that a question is typed in, while nobody answers and while somebody does.
 IDLE: dict[str, Any] = {"submit_btn": "Send", "stop_btn": False}
@@ -43,8 +44,9 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 # In the queue, or there would be no warnings, but next to whatever else is there.
 TAKING: dict[str, Any] = {**PRIVATE, "concurrency_limit": None, "show_progress": "hidden"}
-# One at a time: two answers at once take longer than one after the other.
-BY_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+# As many as are answered at once; the others see their place in the queue.
+PEOPLE = 8
+BY_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": PEOPLE}
 # A new question ends the answer before it, so it must not be dropped while that one still runs.
 ANSWERING: dict[str, Any] = {**PRIVATE, **BY_MODEL, "trigger_mode": "multiple", "show_progress": "minimal"}
 
@@ -56,8 +58,9 @@ class Handlers:
     ``settings`` are the name of the adapter, the system text and what `read_sampling` takes.
     """
 
-    def __init__(self, model: LlamaAdapter) -> None:
-        self.model = model
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.model = engine.model
 
     # --- the chat: the box, what the chat looks like, the conversation ---
 
@@ -89,7 +92,7 @@ class Handlers:
         settings: tuple[Any, ...],
         **box: Any,
     ) -> tuple[Any, ...]:
-        chat = Conversation(self.model) if chat is None else chat
+        chat = self._converse() if chat is None else chat
         try:
             chat.adapter, chat.system, chat.sampling = _read(settings)
             ask(chat)
@@ -97,6 +100,9 @@ class Handlers:
             _warn(error)
             return gr.skip(), gr.skip(), gr.skip()
         return gr.update(**BUSY, **box), messages(chat, waiting=True), chat
+
+    def _converse(self, **settings: Any) -> Conversation:
+        return Conversation(self.model, stream_chat=self.engine.stream_chat, **settings)
 
     def answer(self, chat: Conversation | None) -> Iterator[tuple[Any, ...]]:
         """Give the answer to the question that was taken: the box and the chat, again and again."""
@@ -146,7 +152,7 @@ class Handlers:
                 raise UsageError("the bare base would answer on both sides; choose an adapter above")
             question, pictures = _read_box(box)
             pair = [
-                Conversation(self.model, adapter=name, system=system, sampling=sampling)
+                self._converse(adapter=name, system=system, sampling=sampling)
                 for name in (NO_ADAPTER, adapter)
             ]
             for side, seen in zip(pair, ([], pictures), strict=True):
@@ -172,6 +178,36 @@ class Handlers:
         for side in pair or ():
             side.exchanges[-1].answer.close()
         return gr.update(**IDLE), *(_answers(pair) if pair else (gr.skip(), gr.skip()))
+
+    # --- ScienceQA ---
+
+    def score(self, box: dict[str, Any], options: str, context: str, adapter: str) -> Any:
+        """The options with their probabilities."""
+        try:
+            choices = [line.strip() for line in check_length(options).splitlines() if line.strip()]
+            shares = score(self.model, box["text"], choices, context, box["files"], adapter)
+        except UsageError as error:
+            _warn(error)
+            return gr.skip()
+        return labelled(choices, shares)
+
+    def fill(self, number: int | None) -> tuple[Any, ...]:
+        """Put an example into the form."""
+        if number is None:
+            return (gr.skip(),) * 4
+        question, options, context, picture = SCIENCE_EXAMPLES[number]
+        files = [] if picture is None else [picture_file(PICTURE_EXAMPLES[picture])]
+        return {"text": question, "files": files}, options, context, None
+
+    # --- look inside ---
+
+    def show_gates(self, adapter: str) -> str:
+        """The heat map of an adapter's gates."""
+        return show_gates(self.model, adapter)
+
+    def show_answer(self, chat: Conversation | None) -> str:
+        """The heat map of the chat's latest answer."""
+        return show_answer(self.model, chat)
 
 
 def _read(settings: tuple[Any, ...]) -> tuple[str, str, Sampling]:
@@ -207,13 +243,15 @@ def build_page(model: LlamaAdapter, experts: dict[str, str], *, max_queue: int =
         experts: a line about each adapter by name, and about `NO_ADAPTER`.
         max_queue: how many may wait for the model.
     """
-    handlers = Handlers(model)
-    endpoints = Endpoints(model)
+    engine = Engine(model, rows=2 * PEOPLE)  # side by side, everybody takes two
+    handlers = Handlers(engine)
+    endpoints = Endpoints(engine)
     # What was uploaded is kept for a day, or until the page is closed.
     cleared = (3600, 24 * 3600)
     with gr.Blocks(title="LLaMA-Adapter", analytics_enabled=False, delete_cache=cleared) as page:
         gr.api(endpoints.answer, api_name="answer", **BY_MODEL)
         gr.api(endpoints.chat, api_name="chat", **BY_MODEL)
+        gr.api(endpoints.score, api_name="score", **BY_MODEL)
 
         with gr.Row(elem_id="header"):
             with gr.Column(scale=3, min_width=260):
@@ -232,9 +270,13 @@ def build_page(model: LlamaAdapter, experts: dict[str, str], *, max_queue: int =
         with gr.Accordion("How the answer is made", open=False, render=False) as settings:
             inputs = [expert, *_settings()]
         with gr.Tab("Chat"):
-            _chat(handlers, expert, inputs)
+            chat = _chat(handlers, expert, inputs)
         with gr.Tab("Side by side"):
             _side_by_side(handlers, inputs)
+        with gr.Tab("ScienceQA"):
+            _science(handlers, expert)
+        with gr.Tab("Look inside") as inside:
+            _look_inside(handlers, expert, chat, inside)
         settings.render()
     page.queue(max_size=max_queue)
     return page
@@ -269,17 +311,16 @@ def _settings() -> list[gr.components.Component]:
     return [system, temperature, top_p, top_k, penalty, length, seed]
 
 
-def _box(placeholder: str) -> gr.MultimodalTextbox:
+def _box(placeholder: str, **options: Any) -> gr.MultimodalTextbox:
+    look: dict[str, Any] = {"label": "Your question", "show_label": False, **IDLE, **options}
     return gr.MultimodalTextbox(
-        label="Your question",
-        show_label=False,
         placeholder=placeholder,
         file_types=["image"],
         file_count="multiple",
         lines=1,
         max_lines=8,
         max_plain_text_length=10**9,  # of a pasted text: a longer one would become a file
-        **IDLE,
+        **look,
     )
 
 
@@ -307,7 +348,8 @@ def offered(model: LlamaAdapter, adapter: str) -> list[dict[str, Any]]:
     return [*drawn, *({"text": text} for text in EXAMPLES[: len(EXAMPLES) - len(drawn)])]
 
 
-def _chat(handlers: Handlers, expert: gr.Dropdown, settings: list[gr.components.Component]) -> None:
+def _chat(handlers: Handlers, expert: gr.Dropdown, settings: list[gr.components.Component]) -> gr.State:
+    """The tab's parts; returns where its conversation is."""
     chat = gr.State()
     bot = _bot(
         "Conversation",
@@ -335,6 +377,7 @@ def _chat(handlers: Handlers, expert: gr.Dropdown, settings: list[gr.components.
     box.stop(handlers.stop, chat, [box, bot], cancels=answers, **AT_ONCE)
     bot.clear(handlers.clear, chat, [box, bot], cancels=answers, **AT_ONCE)
     bot.undo(handlers.undo, chat, [box, bot], **AT_ONCE)
+    return chat
 
 
 def _side_by_side(handlers: Handlers, settings: list[gr.components.Component]) -> None:
@@ -367,3 +410,53 @@ def _side_by_side(handlers: Handlers, settings: list[gr.components.Component]) -
         for take in takes
     ]
     box.stop(handlers.stop_both, pair, [box, left, right], cancels=answers, **AT_ONCE)
+
+
+def _science(handlers: Handlers, expert: gr.Dropdown) -> None:
+    with gr.Row():
+        with gr.Column(scale=3, min_width=260):
+            example = gr.Dropdown(
+                [(question, number) for number, (question, *_) in enumerate(SCIENCE_EXAMPLES)],
+                value=None,
+                label="An example",
+                info="fills in the fields below, which can be changed",
+                filterable=False,
+            )
+            box = _box(
+                "Attach a picture if it is about one", label="Question", show_label=True, submit_btn=False
+            )
+            options = gr.Textbox(
+                label="Options", info="one a line, 2 to 5", lines=4, max_lines=8, max_length=MAX_CHARACTERS
+            )
+            context = gr.Textbox(
+                label="Context",
+                info="what one has to know to answer; may be empty",
+                max_lines=4,
+                max_length=MAX_CHARACTERS,
+            )
+            button = gr.Button("Answer", variant="primary")
+        with gr.Column(scale=2, min_width=260):
+            found = gr.Label(label="Answer", num_top_classes=5)
+            gr.Markdown(
+                "How likely the adapter finds each option's letter as the answer. The question is put to it "
+                "in the form of the paper's ScienceQA experiments."
+            )
+    example.input(handlers.fill, example, [box, options, context, found], **AT_ONCE)
+    for trigger in (box.submit, button.click):
+        trigger(
+            handlers.score,
+            [box, options, context, expert],
+            found,
+            **PRIVATE,
+            **BY_MODEL,
+            show_progress_on=found,
+        )
+
+
+def _look_inside(handlers: Handlers, expert: gr.Dropdown, chat: gr.State, tab: gr.Tab) -> None:
+    gr.Markdown(f"### The gates\n\n{GATES}")
+    gates = gr.HTML(show_gates(handlers.model, handlers.model.active_adapter), elem_id="gates", padding=False)
+    expert.change(handlers.show_gates, expert, gates, **AT_ONCE)
+    gr.Markdown(f"### The chat's latest answer\n\n{ANSWER}")
+    answer = gr.HTML(elem_id="influence", padding=False)
+    tab.select(handlers.show_answer, chat, answer, **PRIVATE, **BY_MODEL, show_progress_on=answer)

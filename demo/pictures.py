@@ -106,6 +106,10 @@ def draw_examples() -> dict[str, Image.Image]:
     return {question: image.resize((256, 256)) for question, image in drawn.items()}
 
 
+# Questions with a picture drawn by us, for adapters that see.
+PICTURE_EXAMPLES = draw_examples()
+
+
 def data_url(image: Image.Image) -> str:
     """A small picture as the page can show it without a file."""
     content = io.BytesIO()

@@ -63,6 +63,13 @@ CSS = """
 .multimodal-textbox .padded-button:hover { background: var(--button-primary-background-fill-hover); }
 /* Gradio at times lays this over a chat whose waiting question was stopped; what went wrong is in a toast. */
 [data-testid="status-tracker"]:has(.error) { display: none; }
+#gates, #influence { padding: 0; }
+.heatmap { overflow-x: auto; }
+.heatmap svg { width: 100%; display: block; }
+.heatmap text { fill: currentColor; font-size: 11px; }
+.heatmap rect { stroke: currentColor; stroke-opacity: 0.15; }
+.heatmap rect:hover { stroke-opacity: 1; }
+.line { color: var(--body-text-color-subdued); }
 /* Nothing to clear where every question stands for itself. */
 .answer .icon-button-wrapper.top-panel { display: none; }
 """

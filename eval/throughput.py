@@ -25,6 +25,10 @@ and without, by an adapter that sees. --json writes {"pictures_per_second", "pic
 scienceqa: problems a second in batches, by each way to answer, against one at a time by generation, by an
 adapter that was trained on it. --json writes {"scienceqa_generate", "scienceqa_letter", "scienceqa_option"}:
 how many times more.
+
+serving: answers of eight clients at once, of one, and of one without the engine that lets several ask.
+--json writes {"serving_ratio", "tokens_per_second_of_one", "tokens_per_second_of_8", "engine_vs_alone"}: the
+first is how many times more tokens a second eight get than one, the last the engine's time to that without.
 """
 
 from __future__ import annotations
@@ -43,8 +47,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from eval.examining import adapter_format, contenders, made_up_problems
 from eval.gpu import gpu
-from eval.throughput_scienceqa import adapter_format, contenders, made_up_problems
 from eval.training_memory import training_memory
 from llama_adapter.arguments import (
     Parser,
@@ -99,12 +103,15 @@ def main() -> None:
     parser = Parser(
         prog="python -m eval.throughput", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    from eval.serving import serving  # which needs this module
+
     suites: dict[str, Callable[[LlamaAdapter, argparse.Namespace], dict[str, float]]] = {
         "decoding": decoding,
         "training": training,
         "vision": vision,
         "scienceqa": scienceqa,
         "gpu": gpu,
+        "serving": serving,
     }
     parser.add_argument("--suite", choices=(*suites, "all"), default="all", help="(all)")
     parser.add_argument("--peers", action="store_true", help="measure PEFT's AdaptionPrompt as well")

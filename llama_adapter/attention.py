@@ -19,6 +19,7 @@ d head width, D hidden size.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -43,6 +44,11 @@ class Prompts(Protocol):
         """Index of the lowest adapted layer; all above it are adapted."""
         ...
 
+    @property
+    def mask(self) -> Tensor | None:
+        """(R, K), False for what only fills up a batch whose rows have more or fewer; None: there is none."""
+        ...
+
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         """Keys and gated values for the decoder's layer ``attention``, each (R, H, K, d): R is 1 where all
         tokens read the same prompts, else B, or in a packed sequence what its segments count to."""
@@ -59,6 +65,7 @@ class LivePrompts:
     prompts: Tensor  # (R, L, K, D)
     gates: Tensor  # (L, H), before tanh
     first_layer: int
+    mask: Tensor | None = None
 
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         index = layer_index(attention) - self.first_layer
@@ -78,6 +85,7 @@ class ProjectedPrompts:
     keys: Tensor  # (R, L, H, K, d)
     values: Tensor  # (R, L, H, K, d), times tanh(gate)
     first_layer: int
+    mask: Tensor | None = None  # (R, K)
 
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         index = layer_index(attention) - self.first_layer
@@ -268,6 +276,7 @@ def gated_attention(
     scaling: float | None = None,
     prompts: Prompts | None = None,
     segments: tuple[Segment, ...] | None = None,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The stock attention plus the gated prompts; without ``prompts`` exactly the stock one.
@@ -276,6 +285,8 @@ def gated_attention(
         query: (B, H, T, d). key, value: (B, G, S, d), after rotary embedding and cache.
         prompts: what the adapted layers read, or None.
         segments: the rows of a packed sequence (B = 1), in place of ``attention_mask``.
+        observe: gets, from every adapted layer, its index and the two parts of its output, (B, T, H, d) each:
+            what was read from the tokens, and what from the prompts, gated.
 
     Returns:
         (B, T, H, d) and the attention weights where the stock function gives them.
@@ -304,10 +315,14 @@ def gated_attention(
         rows = query.shape[0]
         if keys.shape[0] != rows:
             keys, values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
-        gated = attend(query, keys, values, scaling=scaling, softcap=softcap)
+        mask = None if prompts.mask is None else prompts.mask[:, None, None]
+        gated = attend(query, keys, values, scaling=scaling, mask=mask, softcap=softcap)
     else:
         gated = _attend_own_prompts(query, keys, values, segments, scaling=scaling, softcap=softcap)
-    return (output + gated.transpose(1, 2)).to(dtype), weights
+    gated = gated.transpose(1, 2)
+    if observe is not None:
+        observe(layer_index(module), output, gated)
+    return (output + gated).to(dtype), weights
 
 
 def _stock_function(stock: str, module: nn.Module) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -31,6 +31,8 @@ class Exchange:
     adapter: str  # who answered
     images: tuple[Image.Image, ...] = ()  # what came with the question, upright RGB
     unseen: bool = False  # there was a picture, and the adapter knows nothing of pictures
+    read: tuple[Turn, ...] = ()  # what the answer was made from: the conversation up to the question
+    features: Tensor | None = None  # (I, F) of the pictures that it was made from
 
     @property
     def turns(self) -> list[Turn]:
@@ -45,6 +47,7 @@ class Conversation:
 
     Attributes:
         model: who answers.
+        stream_chat: what makes the answers; None is the model's own, an `Engine`'s answers several at once.
         adapter: name of the adapter that does; None is the model's active one, ``"none"`` the bare base.
         system: the text of a system turn; empty for none.
         sampling: how tokens are chosen.
@@ -63,8 +66,10 @@ class Conversation:
         adapter: str | None = None,
         system: str = "",
         sampling: Sampling | None = None,
+        stream_chat: Callable[..., Answer] | None = None,
     ) -> None:
         self.model = model
+        self.stream_chat = stream_chat
         self.adapter = adapter
         self.system = system
         self.sampling = sampling or Sampling()
@@ -131,10 +136,13 @@ class Conversation:
         seen = images or next((exchange.images for exchange in reversed(before) if exchange.images), ())
         sees = self.model.sees(adapter)
         features = self._encode(seen, adapter) if seen and sees else None
-        answer = self.model.stream_chat(turns, image=features, adapter=adapter, sampling=self.sampling)
+        stream_chat = self.stream_chat or self.model.stream_chat
+        answer = stream_chat(turns, image=features, adapter=adapter, sampling=self.sampling)
         if self.exchanges:
             self.exchanges[-1].answer.close()
-        self.exchanges = [*before, Exchange(question, answer, adapter, images, bool(seen) and not sees)]
+        unseen = bool(seen) and not sees
+        latest = Exchange(question, answer, adapter, images, unseen, tuple(turns), features)
+        self.exchanges = [*before, latest]
         self.dropped = dropped
         return answer
 

@@ -61,8 +61,10 @@ class Examination:
             features: (F,) of each picture; None: nothing is seen.
             batch_size: problems answered at once; it does not change the answers.
         """
-        records = problem_records(problems, self.format, caption=self.caption, images=features is not None)
         if self.way == "generate":
+            records = problem_records(
+                problems, self.format, caption=self.caption, images=features is not None
+            )
             # An answer that comes first is short; a lecture before it is not.
             longest = 16 if self.format.partition("-")[2].startswith("A") else 512
             said = answer_records(
@@ -74,16 +76,33 @@ class Examination:
                 batch_size=batch_size,
             )
             return {p.pid: (_read(text, p), text) for p, text in zip(problems, said, strict=True)}
-        wanted = f"{self.format.partition('-')[0]}-{'A' if self.way == 'letter' else 'O'}"
-        texts = [[answer_text(p, wanted, choice=n) for n in range(len(p.choices))] for p in problems]
-        found = answer_likelihoods(
+        found = self.likelihoods(model, problems, features=features, adapter=adapter, batch_size=batch_size)
+        chosen = {}
+        for problem, likelihoods in zip(problems, found, strict=True):
+            best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+            chosen[problem.pid] = (best, self._texts(problem)[best].strip())
+        return chosen
+
+    def likelihoods(
+        self,
+        model: LlamaAdapter,
+        problems: Sequence[Problem],
+        *,
+        features: Mapping[PictureFile, Tensor] | None = None,
+        adapter: str | None = None,
+        batch_size: int = 16,
+    ) -> list[list[float]]:
+        """The log-probability of each choice of each problem, by its letter or its text; see `answer`."""
+        records = problem_records(problems, self.format, caption=self.caption, images=features is not None)
+        texts = [self._texts(problem) for problem in problems]
+        return answer_likelihoods(
             model, records, texts, features=features, adapter=adapter, max_tokens=128 * batch_size
         )
-        chosen = {}
-        for problem, likelihoods, said in zip(problems, found, texts, strict=True):
-            best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-            chosen[problem.pid] = (best, said[best].strip())
-        return chosen
+
+    def _texts(self, problem: Problem) -> list[str]:
+        """The answers whose likelihoods are compared, one a choice."""
+        wanted = f"{self.format.partition('-')[0]}-{'O' if self.way == 'option' else 'A'}"
+        return [answer_text(problem, wanted, choice=number) for number in range(len(problem.choices))]
 
 
 def _read(text: str, problem: Problem) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,51 @@ def build_processors(sampling: Sampling) -> LogitsProcessorList:
     return processors
 
 
+@dataclass(frozen=True)
+class Request:
+    """A question that is ready to be answered.
+
+    Attributes:
+        question: (1, T) token ids.
+        project: gives the prompts' keys and values, as `LlamaAdapter.project`; called when the answer starts.
+        sampling: how tokens are chosen, and how many there may be.
+        end_ids: tokens that end the answer.
+        stop_strings: texts that end it.
+    """
+
+    question: Tensor
+    project: Callable[[], dict[str, Tensor]]
+    sampling: Sampling
+    end_ids: Collection[int]
+    stop_strings: Sequence[str]
+
+
+class TokenChooser:
+    """Chooses the tokens of one answer, one after the other, and remembers them.
+
+    Args:
+        question: (1, T) token ids, which a repetition penalty counts as said.
+    """
+
+    def __init__(self, sampling: Sampling, question: Tensor) -> None:
+        self._greedy = sampling.temperature < _COLD
+        self._processors = build_processors(sampling)
+        self._generator = None
+        if sampling.seed is not None:
+            self._generator = torch.Generator(device=question.device).manual_seed(sampling.seed)
+        self._seen = question
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The next token, (1, 1), by its logits, (1, V)."""
+        scores = self._processors(self._seen, logits.float())  # type: ignore[arg-type]
+        if self._greedy:
+            token = scores.argmax(-1, keepdim=True)
+        else:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        self._seen = torch.cat((self._seen, token), dim=1)
+        return token
+
+
 @torch.inference_mode()
 def stream_tokens(
     forward: Callable[..., Any], question: Tensor, sampling: Sampling, end_ids: Collection[int]
@@ -56,23 +102,15 @@ def stream_tokens(
         question: (1, T) token ids.
         end_ids: tokens that end the answer.
     """
-    processors = build_processors(sampling)
-    generator = None
-    if sampling.seed is not None:
-        generator = torch.Generator(device=question.device).manual_seed(sampling.seed)
-    seen, step, cache = question, question, None
+    choose = TokenChooser(sampling, question)
+    step, cache = question, None
     for _ in range(sampling.max_new_tokens):
         output = forward(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
-        scores = processors(seen, output.logits[:, -1].float())  # type: ignore[arg-type]
-        if sampling.temperature < _COLD:
-            step = scores.argmax(-1, keepdim=True)
-        else:
-            step = torch.multinomial(scores.softmax(-1), 1, generator=generator)
+        step = choose(output.logits[:, -1])
         token = int(step)
         if token in end_ids:
             return
-        seen = torch.cat((seen, step), dim=1)
         yield token
 
 

@@ -36,7 +36,7 @@ from llama_adapter.decoder import (
     prepare_decoder,
 )
 from llama_adapter.errors import UsageError
-from llama_adapter.generate import Answer, stream_tokens
+from llama_adapter.generate import Answer, Request, stream_tokens
 from llama_adapter.pictures import Picture, open_picture
 from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, encode_question, end_token_ids, question_turn, stop_strings
@@ -275,6 +275,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         adapter: str | None = None,
         prompt_keys: Tensor | None = None,
         prompt_values: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
         image_features: Tensor | None = None,
         image_owners: Tensor | None = None,
         segments: tuple[Segment, ...] | None = None,
@@ -289,6 +290,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             labels: (B, T), -100 where there is no loss; the output then has ``loss``.
             adapter: the adapter's name; None takes the active one.
             prompt_keys, prompt_values: (B or 1, L, H, K, d) from `project`, in place of ``adapter``.
+            prompt_mask: (B, K), False where a row has fewer prompts than others; None: all have as many.
             image_features: (I, F) from `encode_images`, of the pictures of all rows; None: there are none.
             image_owners: (I,) the row (in a packed sequence the set of prompts) that each belongs to; None
                 gives every row one.
@@ -311,7 +313,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         prompts: Prompts | None
         if prompt_keys is not None and prompt_values is not None:
             first = self.shape.num_layers - prompt_keys.shape[1]
-            prompts = ProjectedPrompts(prompt_keys, prompt_values, first)
+            prompts = ProjectedPrompts(prompt_keys, prompt_values, first, prompt_mask)
         else:
             tokens = input_ids if input_ids is not None else inputs_embeds
             assert tokens is not None
@@ -488,6 +490,23 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         Raises:
             UsageError: an empty question, one longer than the decoder's context, or what is no picture.
         """
+        request = self.prepare_request(turns, image=image, adapter=adapter, sampling=sampling)
+
+        def tokens() -> Iterator[int]:
+            forward = functools.partial(self, adapter=NO_ADAPTER, **request.project())
+            yield from stream_tokens(forward, request.question, request.sampling, request.end_ids)
+
+        return Answer(tokens(), self._tokenizer(), request.stop_strings)
+
+    def prepare_request(
+        self,
+        turns: str | Sequence[Turn],
+        *,
+        image: Picture | Sequence[Picture] | Tensor | None = None,
+        adapter: str | None = None,
+        sampling: Sampling | None = None,
+    ) -> Request:
+        """All that it takes to answer, whoever does it. Arguments and errors are those of `stream_chat`."""
         name = self._name(adapter)
         features: dict[str, Any] = {}
         if image is not None:
@@ -502,14 +521,14 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
                 limit = self.context_length
                 raise UsageError(f"the question has {len(ids)} tokens, the base reads {limit}; shorten it")
             sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        template, tokenizer = self.template(name), self._tokenizer()
-
-        def tokens() -> Iterator[int]:
-            question = torch.tensor([ids], device=self.decoder.device)
-            forward = functools.partial(self, adapter=name, **self.project(name, **features))
-            yield from stream_tokens(forward, question, sampling, end_token_ids(template, tokenizer))
-
-        return Answer(tokens(), tokenizer, stop_strings(template))
+        template = self.template(name)
+        return Request(
+            question=torch.tensor([ids], device=self.decoder.device),
+            project=functools.partial(self.project, name, **features),
+            sampling=sampling,
+            end_ids=end_token_ids(template, self._tokenizer()),
+            stop_strings=stop_strings(template),
+        )
 
     def chat(
         self,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llama_adapter.generate import Answer
+from llama_adapter.generate import Request
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn
@@ -52,31 +55,50 @@ class ScriptedModel(LlamaAdapter):
     delay = 0.0
     made = 0
 
-    def stream_chat(
+    def prepare_request(
         self,
         turns: str | Sequence[Turn],
         *,
         image: Any = None,
         adapter: str | None = None,
         sampling: Sampling | None = None,
-    ) -> Answer:
+    ) -> Request:
         question = turns if isinstance(turns, str) else turns[-1].text
         said = f"{self._name(adapter)} heard: {question}\n\n"
         if image is not None:
             features = image if isinstance(image, Tensor) else self.encode_images(image, adapter=adapter)
             said += f"saw: {' '.join(_hex(row) for row in features.tolist())}\n\n"
         said += " ".join(map(str, range(400)))
-        limit = (sampling or Sampling()).max_new_tokens
-        tokenizer = self._tokenizer()
-        self.encode_question(turns, adapter=adapter)
+        request = super().prepare_request(turns, adapter=adapter, sampling=sampling)
+        self._scripts.append(self._tokenizer().encode(said, add_special_tokens=False))
+        # What says in a batch whose row is whose: the script's number, and how long its question is.
+        coded = [len(self._scripts) - 1, request.question.shape[1]]
+        keys, values = torch.tensor(coded, dtype=torch.double).reshape(2, 1, 1, 1, 1, 1)
+        return replace(request, project=lambda: {"prompt_keys": keys, "prompt_values": values})
 
-        def tokens() -> Iterator[int]:
-            for token in tokenizer.encode(said, add_special_tokens=False)[:limit]:
-                time.sleep(self.delay)
-                self.made += 1
-                yield token
+    @property
+    def _scripts(self) -> list[list[int]]:
+        scripts: list[list[int]] = self.__dict__.setdefault("scripts", [])
+        return scripts
 
-        return Answer(tokens(), tokenizer)
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:
+        """Logits of the next word of each row's script."""
+        if "prompt_keys" not in kwargs or kwargs["prompt_keys"].shape[-1] > 1:
+            return super().forward(input_ids, **kwargs)
+        time.sleep(self.delay)
+        rows, length = input_ids.shape
+        self.made += rows
+        cache = kwargs["past_key_values"]
+        cache = DynamicCache() if cache is None else cache  # an empty one is no less a cache
+        states = torch.zeros(rows, 1, length, 1)
+        cache.update(states, states, 0)
+        read = kwargs.get("position_ids", torch.tensor([[cache.get_seq_length() - 1]]))[:, -1] + 1
+        logits = torch.zeros(rows, 1, self.shape.vocab_size)
+        coded = (kwargs[name].flatten(1)[:, 0].long() for name in ("prompt_keys", "prompt_values"))
+        for row, (script, question, place) in enumerate(zip(*coded, read.expand(rows), strict=True)):
+            words = [*self._scripts[script], self._tokenizer().eos_token_id]
+            logits[row, 0, words[place - question]] = 1e4
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
 def _hex(features: list[float]) -> str:
@@ -90,10 +112,10 @@ def build_scripted_model(
     tokenizer = build_tiny_tokenizer()
     decoder = build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=20_000)
     model = ScriptedModel(decoder, tokenizer, base="tiny-base")
-    for name in names:
-        model.new_adapter(name, prompt_length=3, seed=1)
-    for name in seeing:
-        model.new_adapter(name, prompt_length=3, vision=VISION, seed=1)
+    for name in (*names, *seeing):
+        vision = VISION if name in seeing else None
+        adapter = model.new_adapter(name, prompt_length=3, vision=vision, seed=1)
+        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(1))
     open_eyes(model)
     model.set_adapter(names[0])
     model.delay = delay

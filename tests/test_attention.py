@@ -206,6 +206,7 @@ class FixedPrompts:
     """Prompts with the keys and values that a test gives."""
 
     first_layer = 0
+    mask = None
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.tensors = keys, values

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -16,9 +17,11 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import gradio as gr
 import httpx
@@ -34,14 +37,19 @@ from demo.api import Endpoints
 from demo.checks import MAX_CHARACTERS, MAX_NEW_TOKENS, check_length, read_sampling
 from demo.display import messages, pace, shown, typed
 from demo.experts import describe, load_experts
-from demo.page import BUSY, EMPTY, EXAMPLES, IDLE, PICTURE_EXAMPLES, Handlers, build_page, offered
-from demo.pictures import MAX_PICTURES, MAX_SIDE, open_given, picture_file
+from demo.heatmap import draw_heatmap
+from demo.page import BUSY, EMPTY, EXAMPLES, IDLE, Handlers, build_page, offered
+from demo.pictures import MAX_PICTURES, MAX_SIDE, PICTURE_EXAMPLES, open_given, picture_file
+from demo.science import EXAMPLES as SCIENCE_EXAMPLES
 from demo.server import check_port, serve
+from llama_adapter.answering import answer_likelihoods
 from llama_adapter.checkpoint import save_adapter
 from llama_adapter.errors import UsageError
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.pictures import MAX_BYTES, MAX_PIXELS
 from llama_adapter.sampling import Sampling
+from llama_adapter.scienceqa import Problem, problem_records
+from llama_adapter.serving import Engine
 from tests.conftest import CHECKOUT
 from tests.scripted import ScriptedModel, build_scripted_model, open_eyes
 from tests.tiny import build_tiny_tokenizer
@@ -178,12 +186,24 @@ def test_an_adapter_from_elsewhere_comes_first_and_stays_chosen(tmp_path: Path) 
     assert model.active_adapter == "mine"
 
 
+def test_one_more_folder_of_adapters_is_offered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, card in (("weights", "Old."), ("more", "New.")):
+        _adapter_folder(tmp_path / folder / "same", card)
+        _adapter_folder(tmp_path / folder / folder, card)
+    model = build_tiny_model(names=())
+    lines = load_experts(model, weights=tmp_path / "weights", adapters=tmp_path / "more")
+    assert lines.items() >= {"more": "New.", "same": "Old.", "weights": "Old."}.items()
+    assert "same is left out: another adapter has that name" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--adapters"):
+        load_experts(model, weights=tmp_path / "weights", adapters=tmp_path / "nowhere")
+
+
 # --- handlers -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def handlers() -> Handlers:
-    return Handlers(build_scripted_model(seeing=("eyes",)))
+    return Handlers(Engine(build_scripted_model(seeing=("eyes",))))
 
 
 def _box(text: str, *files: Path) -> dict[str, Any]:
@@ -547,6 +567,107 @@ def test_a_photo_that_was_taken_joins_what_is_in_the_box(handlers: Handlers) -> 
     assert handlers.attach(None, box) == (gr.skip(), gr.skip())
 
 
+# --- ScienceQA ----------------------------------------------------------------------------------------------
+
+
+def _scored(model: LlamaAdapter, adapter: str, image: Path | None = None) -> list[float]:
+    """What `eval.scienceqa` compares, as shares."""
+    problem = Problem("7", "Which?", ("hen", "cat", "cow"), 1, hint="It lays eggs.", image=image)
+    features: Any = {} if image is None else {image: model.encode_images(image, adapter=adapter)[0]}
+    records = problem_records([problem])
+    answers = [[f" The answer is {letter}." for letter in "ABC"]]
+    (found,) = answer_likelihoods(model, records, answers, features=features, adapter=adapter)
+    return torch.tensor(found).softmax(0).tolist()
+
+
+@pytest.mark.parametrize("adapter", ["one", "two", NO_ADAPTER])
+def test_score_gives_the_options_probabilities(adapter: str, client: Client, model: LlamaAdapter) -> None:
+    asked = ("Which?", ["hen", "cat", "cow"], "It lays eggs.", None, adapter)
+    found = client.predict(*asked, api_name="/score")
+    assert found == pytest.approx(_scored(model, adapter), rel=1e-4)
+    assert sum(found) == pytest.approx(1)
+
+
+def test_score_sees_a_picture(client: Client, model: LlamaAdapter, picture: Path) -> None:
+    asked = ("Which?", ["hen", "cat", "cow"], "It lays eggs.", handle_file(picture), "eyes")
+    found = client.predict(*asked, api_name="/score")
+    assert found == pytest.approx(_scored(model, "eyes", picture), rel=1e-4)
+    assert found != pytest.approx(_scored(model, "eyes"), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"options": ["a"]}, "1 options; expected 2 to 5"),
+        ({"options": ["a"] * 6}, "6 options"),
+        ({"options": ["a", " "]}, "none of them empty"),
+        ({"options": "a, b"}, "no list of texts"),
+        ({"options": ["a", 5]}, "no text"),
+        ({"question": ""}, "the question is empty"),
+        ({"question": "x " * 3000}, "the base reads 1024"),
+        ({"context": "x" * (MAX_CHARACTERS + 1)}, "shorten it"),
+        ({"image": _data_url(_png("red"))}, "knows nothing of pictures"),
+        ({"image": [_data_url(_png("red"))] * 2, "adapter": "eyes"}, "2 pictures"),
+        ({"image": "/etc/passwd", "adapter": "eyes"}, "not uploaded"),
+        ({"adapter": "nobody"}, "no adapter"),
+    ],
+)
+def test_a_bad_problem_is_told_to_the_caller(values: dict[str, Any], told: str, address: str) -> None:
+    asked = {"question": "Which?", "options": ["a", "b"], **values}
+    event, data = _called(address, "score", **asked)
+    assert event == "error" and told in data["error"]
+
+
+def test_the_form_is_filled_in_and_answered(handlers: Handlers) -> None:
+    for number, (question, options, context, picture) in enumerate(SCIENCE_EXAMPLES):
+        box, *texts, found = handlers.fill(number)
+        assert (box["text"], *texts, found) == (question, options, context, None)
+        assert len(box["files"]) == (picture is not None)
+        shares = handlers.score(box, options, context, "eyes")
+        lines = options.splitlines()
+        assert list(shares) == [f"({letter}) {text}" for letter, text in zip("ABCDE", lines, strict=False)]
+        assert sum(shares.values()) == pytest.approx(1)
+    assert handlers.fill(None) == (gr.skip(),) * 4
+    with pytest.warns(UserWarning, match="expected 2 to 5"):
+        assert handlers.score(_box("Which?"), "\n one \n\n", "", "one") == gr.skip()
+
+
+# --- looking inside -----------------------------------------------------------------------------------------
+
+
+def test_the_gates_are_drawn(handlers: Handlers) -> None:
+    picture = handlers.show_gates("one")
+    gates = handlers.model.get_adapter("one").gates.detach().tanh()
+    assert picture.count("<rect") == gates.numel()
+    assert f"<title>layer 2, head 1: {float(gates[2, 1]):.3g}</title>" in picture
+    assert 'aria-label="Heat map of tanh(gate) of 3 layers with 4 heads' in picture
+    assert "no prompts" in handlers.show_gates(NO_ADAPTER)
+
+
+def test_what_prompts_did_to_the_latest_answer_is_drawn(handlers: Handlers) -> None:
+    assert "Ask something" in handlers.show_answer(None)
+    chat = _said(handlers, handlers.ask(_box(HOSTILE), None, "one", "", 0, 1, 0, 1, 400, None))
+    picture = handlers.show_answer(chat)
+    assert 0 < picture.count("<rect") <= 3 * 96
+    assert "first 96 tokens" in picture
+    assert not re.search(r"<(script|img|b)\b", picture)
+    assert _said(handlers, handlers.ask(_box("Who?"), chat, NO_ADAPTER, *KNOBS)) is chat
+    assert "bare base has no prompts" in handlers.show_answer(chat)
+
+
+@given(st.lists(st.lists(st.floats(-1, 1), min_size=2, max_size=2), min_size=1, max_size=3), st.text())
+def test_a_heat_map_is_well_formed_whatever_it_is_labelled(values: list[list[float]], label: str) -> None:
+    label = "".join(c for c in label if c.isprintable())
+    names = [label] * len(values)
+    picture = draw_heatmap(values, rows=names, columns=[label, "b"], names=("r", "c"), summary=label)
+    svg = ElementTree.fromstring(picture)[0]
+    assert svg.get("aria-label") == label
+    cells = [element for element in svg if element.tag == "rect"]
+    assert [cell[0].text for cell in cells[:1]] == [f"r {label}, c {label}: {values[0][0]:.3g}"]
+    assert len(cells) == 2 * len(values)
+    assert all(0 <= float(cell.get("fill-opacity", "")) <= 1 for cell in cells)
+
+
 # --- the server ---------------------------------------------------------------------------------------------
 
 
@@ -596,6 +717,49 @@ def test_answer_is_what_the_model_says(adapter: str, client: Client, model: Llam
     )
 
 
+def test_eight_at_once_get_what_each_would_get_alone(
+    address: str, model: LlamaAdapter, picture: Path
+) -> None:
+    """Their pictures and answers don't mix, by whatever endpoint they come."""
+    red = picture.with_name("red.png")
+    red.write_bytes(_png("red"))
+    asked: list[dict[str, Any]] = [
+        {"adapter": "one", "message": "Name a colour."},
+        {"adapter": "two", "message": "Name a colour."},
+        {"adapter": NO_ADAPTER, "message": "Name a colour."},
+        {"adapter": "eyes", "message": "Which colour?"},
+        {"adapter": "eyes", "message": "Which colour?", "image": picture},
+        {"adapter": "eyes", "message": "Which colour?", "image": red},
+        {"adapter": "one", "message": "Name three colours of the sky in the evening, and say why.", "n": 60},
+        {"adapter": "two", "message": "Hi", "n": 3},
+    ]
+
+    def ask(number: int) -> tuple[str, str]:
+        values = dict(asked[number])
+        length = values.pop("n", 20)
+        if image := values.pop("image", None):
+            values["image"] = handle_file(image)
+        client = Client(address, verbose=False)
+        settings = {"temperature": 0, "max_new_tokens": length, "api_name": ("/answer", "/chat")[number % 2]}
+        answers = [client.submit(**values, **settings) for _ in range(2)]
+        first, second = (answer.result(timeout=60) for answer in answers)
+        return first, second
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(ask, range(len(asked))))
+    expected = [
+        model.chat(
+            values["message"],
+            image=values.get("image"),
+            adapter=values["adapter"],
+            sampling=Sampling(temperature=0, max_new_tokens=values.get("n", 20)),
+        )
+        for values in asked
+    ]
+    assert found == [(text, text) for text in expected]
+    assert len(set(expected)) == len(asked)
+
+
 def test_a_seed_makes_the_answer_the_same(client: Client) -> None:
     once, again, other = (
         client.predict("Hi", temperature=1.5, top_p=1, max_new_tokens=16, seed=seed, api_name="/answer")
@@ -613,12 +777,36 @@ def test_chat_streams_and_reads_the_history(client: Client, model: LlamaAdapter)
     assert last != alone
 
 
-def test_curl_gets_an_answer(address: str) -> None:
-    """The commands of the README."""
-    posted = httpx.post(f"{address}gradio_api/call/v2/answer", json={"message": "Hi", "max_new_tokens": 4})
-    event = posted.json()["event_id"]
-    found = httpx.get(f"{address}gradio_api/call/answer/{event}").text
-    assert "event: complete" in found
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+README_ADDRESS = "http://127.0.0.1:7860"
+
+
+def test_the_readme_s_python_asks_the_page(address: str, picture: Path) -> None:
+    (code,) = re.findall(r"^```py\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    there = {README_ADDRESS: address, "photo.jpg": str(picture), "smollm2-135m-vision": "eyes"}
+    for ours, here in there.items():
+        assert ours in code
+        code = code.replace(ours, here)
+    names: dict[str, Any] = {}
+    lines = code.splitlines()
+    exec("\n".join(line for line in lines if not line.startswith("client.")), names)
+    answer, story, shares = (eval(line, names) for line in lines if line.startswith("client."))
+    assert isinstance(answer, str) and answer
+    assert isinstance(story.result(timeout=60), str)
+    assert len(shares) == 2 and sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_the_readme_s_curl_asks_the_page(address: str) -> None:
+    first, second = re.findall(r"^    (curl .*?[^\\])$", README, flags=re.MULTILINE | re.DOTALL)
+
+    def run(command: str) -> str:
+        command = command.partition("   #")[0].replace(f"{README_ADDRESS}/", address)
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout
+
+    event = json.loads(run(first))["event_id"]
+    assert "event: complete" in run(second.replace("/ID", f"/{event}"))
 
 
 @pytest.mark.parametrize(
@@ -650,13 +838,13 @@ def test_a_bad_history_is_told_to_the_caller(history: Any, client: Client) -> No
 
 
 def test_hostile_text_comes_back_to_a_program_as_it_is() -> None:
-    answer = Endpoints(build_scripted_model()).answer(HOSTILE, max_new_tokens=1000)
+    answer = Endpoints(Engine(build_scripted_model())).answer(HOSTILE, max_new_tokens=1000)
     assert HOSTILE in answer
 
 
-def test_only_the_two_endpoints_are_public(client: Client) -> None:
+def test_only_the_three_endpoints_are_public(client: Client) -> None:
     described: Any = client.view_api(return_format="dict")
-    assert set(described["named_endpoints"]) == {"/answer", "/chat"}
+    assert set(described["named_endpoints"]) == {"/answer", "/chat", "/score"}
     assert not described["unnamed_endpoints"]
 
 
@@ -673,10 +861,10 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _called(address: str, **values: Any) -> tuple[str, Any]:
+def _called(address: str, endpoint: str, **values: Any) -> tuple[str, Any]:
     """The last event of a call, as curl gets it: its name and what it brings."""
-    posted = httpx.post(f"{address}gradio_api/call/v2/answer", json=values)
-    found = httpx.get(f"{address}gradio_api/call/answer/{posted.json()['event_id']}").text
+    posted = httpx.post(f"{address}gradio_api/call/v2/{endpoint}", json=values)
+    found = httpx.get(f"{address}gradio_api/call/{endpoint}/{posted.json()['event_id']}").text
     event, data = found.strip().splitlines()[-2:]
     return event.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
@@ -700,7 +888,7 @@ def test_a_program_asks_about_a_picture(
         assert client.predict(**asked, image=image, api_name="/chat") == expected
     path = _sent(address, "teal.png", picture.read_bytes())
     for image in (path, {"path": path}, _data_url(picture.read_bytes())):
-        assert _called(address, **asked, image=image) == ("complete", [expected])
+        assert _called(address, "answer", **asked, image=image) == ("complete", [expected])
 
 
 @pytest.mark.parametrize(
@@ -720,14 +908,14 @@ def test_a_program_asks_about_a_picture(
     ],
 )
 def test_a_bad_picture_is_told_to_the_caller(adapter: str, image: Any, told: str, address: str) -> None:
-    event, data = _called(address, message="Hi", adapter=adapter, image=image)
+    event, data = _called(address, "answer", message="Hi", adapter=adapter, image=image)
     assert event == "error"
     assert data["error"] is None if told is None else told in data["error"]
 
 
 def test_nothing_is_fetched_in_the_place_of_a_text_either(address: str) -> None:
     url = {"path": "http://192.0.2.1/x", "meta": {"_type": "gradio.FileData"}}
-    event, data = _called(address, message=url)
+    event, data = _called(address, "answer", message=url)
     assert (event, data["error"]) == (
         "error",
         "URLs are not fetched; download the picture and send the file",

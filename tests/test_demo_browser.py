@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from PIL import Image
 
 from demo.experts import load_experts
-from demo.page import EXAMPLES, PICTURE_EXAMPLES, build_page
+from demo.page import EXAMPLES, PEOPLE, build_page
+from demo.pictures import PICTURE_EXAMPLES
 from demo.server import serve
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from tests.conftest import CHECKOUT
@@ -78,7 +80,7 @@ def address(model: ScriptedModel) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    playwright.expect.set_options(timeout=20_000)
+    playwright.expect.set_options(timeout=60_000)
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(
             executable_path=CHROMIUM,
@@ -102,7 +104,7 @@ def _opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
     """A page in a browser of its own; a request to another host or an error in it fails the test."""
     context = browser.new_context(**options)
     context.grant_permissions(["camera", "clipboard-read", "clipboard-write"])
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     page = context.new_page()
     wrong: list[str] = []
 
@@ -199,7 +201,7 @@ def _finished(page: Page, tokens: int = 48) -> None:
 
 
 def _shorten(page: Page, tokens: int = 48) -> None:
-    """Ask for short answers in the settings."""
+    """Ask in the settings for answers of another length, mostly shorter ones."""
     page.get_by_role("button", name="How the answer is made").click()
     page.get_by_label("number input for Longest answer").fill(str(tokens))
     page.get_by_label("number input for Longest answer").press("Tab")
@@ -433,24 +435,125 @@ def test_side_by_side_the_base_is_not_shown_the_picture(page: Page) -> None:
     _stop(page)
 
 
-def test_two_people_do_not_see_each_other(browser: Browser, address: str) -> None:
+def test_a_question_with_options(page: Page) -> None:
+    page.get_by_role("tab", name="ScienceQA").click()
+    page.get_by_role("combobox", name="An example").click()
+    page.get_by_role("option", name="Which of these animals lays eggs?").click()
+    box = page.get_by_placeholder("Attach a picture if it is about one")
+    playwright.expect(box).to_have_value("Which of these animals lays eggs?")
+    playwright.expect(page.get_by_label("Options")).to_have_value("cat\nhen\ndog\ncow")
+    page.get_by_label("Options").fill("cat\nhen\n<b>dog</b>")
+    box.press("Enter")
+    for option in ("(A) cat", "(B) hen", "(C) <b>dog</b>"):
+        playwright.expect(page.get_by_text(option).last).to_be_visible()
+    _shoot(page, "science")
+    page.get_by_label("Options").fill("only one")
+    box.press("Enter")
+    playwright.expect(page.get_by_text("1 options; expected 2 to 5")).to_be_visible()
+
+
+def test_a_question_with_options_and_a_picture(page: Page) -> None:
+    _choose(page, "eyes")
+    page.get_by_role("tab", name="ScienceQA").click()
+    page.get_by_role("combobox", name="An example").click()
+    page.get_by_role("option", name=next(iter(PICTURE_EXAMPLES))).click()
+    playwright.expect(_thumbnails(page)).to_have_count(1)
+    page.get_by_role("button", name="Answer", exact=True).click()
+    playwright.expect(page.get_by_text("(C) triangle").last).to_be_visible()
+    _shoot(page, "science-picture")
+
+
+def test_look_inside(page: Page) -> None:
+    page.get_by_role("tab", name="Look inside").click()
+    gates = page.get_by_role("img", name=re.compile(r"tanh\(gate\) of 3 layers with 4 heads"))
+    playwright.expect(gates.locator("rect")).to_have_count(12)
+    playwright.expect(page.get_by_text("Ask something in the chat")).to_be_visible()
+    page.get_by_role("tab", name="Chat").click()
+    _shorten(page)
+    _ask(page, "<b>Why</b>?")
+    _finished(page)
+    page.get_by_role("tab", name="Look inside").click()
+    answer = page.get_by_role("img", name=re.compile("Heat map of 3 layers and"))
+    playwright.expect(answer.locator("rect").first).to_be_visible()
+    playwright.expect(page.get_by_text("one answered “<b>Why</b>?”")).to_be_visible()
+    assert "token on: " in str(answer.locator("rect title").first.text_content())
+    _shoot(page, "inside")
+    _choose(page, "none")
+    playwright.expect(page.get_by_text("The bare base has no prompts and no gates")).to_be_visible()
+    playwright.expect(gates).to_have_count(0)
+
+
+def test_who_has_to_wait_sees_the_place_in_the_queue(browser: Browser, address: str) -> None:
+    with _opened(browser, address) as page:
+        for _ in range(PEOPLE + 1):
+            httpx.post(f"{address}gradio_api/call/v2/answer", json={"message": "Hi", "max_new_tokens": 200})
+        _ask(page, "And I?")
+        playwright.expect(page.get_by_text("queue: 2/2")).to_be_visible()
+        _shoot(page, "queue")
+        playwright.expect(_answer(page)).to_contain_text("one heard: And I?")
+        _stop(page)
+
+
+def test_two_people_are_answered_at_once_and_do_not_see_each_other(
+    browser: Browser, address: str, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "delay", 0.1)
     with _opened(browser, address) as mine, _opened(browser, address) as theirs:
+        _shorten(mine, 1024)
         _ask(mine, "Mine")
         playwright.expect(_answer(mine)).to_contain_text("1 2 3")
-        _ask(theirs, "Theirs")  # has to wait
-        playwright.expect(theirs.get_by_test_id("user")).to_contain_text("Theirs")
-        _stop(theirs)
-        playwright.expect(_answer(theirs)).to_contain_text("(no answer)")
-        theirs.get_by_role("button", name="Retry").click()
-        _stop(mine)
+        _ask(theirs, "Theirs")
         playwright.expect(_answer(theirs)).to_contain_text("one heard: Theirs")
-        playwright.expect(_answer(mine)).to_contain_text("one heard: Mine")
-        for page in (mine, theirs):
-            playwright.expect(page.get_by_test_id("user")).to_have_count(1)
+        playwright.expect(mine.get_by_role("button", name="Stop")).to_be_visible()
         _stop(theirs)
+        said = _answer(mine).inner_text()
+        playwright.expect(_answer(mine)).not_to_have_text(said)
+        for page, name in ((mine, "Mine"), (theirs, "Theirs")):
+            playwright.expect(_answer(page)).to_contain_text(f"one heard: {name}")
+            playwright.expect(page.get_by_test_id("user")).to_have_count(1)
+        _stop(mine)
 
 
-def test_on_a_phone_nothing_is_wider_than_the_screen(browser: Browser, address: str) -> None:
+def test_everything_that_can_be_used_has_a_name(page: Page) -> None:
+    """What a screen reader says of a button, a field or a slider."""
+    page.get_by_role("button", name="How the answer is made").click()
+    page.get_by_role("button", name="Take a photo").click()
+    for tab in ("Chat", "Side by side", "ScienceQA", "Look inside"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(500)
+        spoken = page.locator("body").aria_snapshot()
+        nameless = re.findall(
+            r"^ *- (?:button|textbox|combobox|slider|spinbutton|tab|img)(?::.*)?$", spoken, re.M
+        )
+        assert [line.strip() for line in nameless if "img" not in line] == [], tab
+
+
+def test_the_keyboard_alone_asks_and_stops(
+    page: Page, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "delay", 0.1)
+    focused = "document.activeElement.placeholder || document.activeElement.innerText"
+
+    def tab_to(name: str) -> None:
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            if page.evaluate(focused).strip() == name:
+                return
+        raise AssertionError(f"{name} is not reached")
+
+    tab_to("Ask something")
+    page.keyboard.type("Count")
+    page.keyboard.press("Enter")
+    playwright.expect(_answer(page)).to_contain_text("1 2 3")
+    tab_to("Stop")
+    page.keyboard.press("Enter")
+    _send(page).wait_for()
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(
+    browser: Browser, address: str, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "delay", 0.1)
     options: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
     with _opened(browser, address, **options, has_touch=True, is_mobile=True) as page:
         _shoot(page, "phone-empty")
@@ -458,8 +561,14 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(browser: Browser, address: 
         playwright.expect(_answer(page)).to_contain_text("1 2 3")
         _shoot(page, "phone-chat")
         _stop(page)
-        for tab in ("Side by side", "Chat"):
-            page.get_by_role("tab", name=tab).tap()
+        for tab in ("Look inside", "ScienceQA", "Side by side", "Chat"):
+            if not page.get_by_role("tab", name=tab).is_visible():
+                page.locator(".overflow-menu > button").tap()
+            page.get_by_role("tab", name=tab).or_(
+                page.locator(".overflow-dropdown button", has_text=tab)
+            ).locator("visible=true").first.tap()
+            page.wait_for_timeout(500)
+            _shoot(page, f"phone-{tab.split()[0].lower()}")
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
         page.get_by_role("button", name="Clear").locator("visible=true").tap()
         page.get_by_role("combobox", name="Adapter").tap()

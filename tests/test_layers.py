@@ -17,9 +17,19 @@ ROWS = (
         *("pictures", "rows", "scoring", "progress", "processes"),
     ),
     ("adapter", "decoder", "data", "packing", "fetch", "generate", "vision", "features"),
-    ("checkpoint", "scienceqa"),
+    ("checkpoint", "scienceqa", "batching"),
     ("model", "grading"),
-    ("chat", "answering", "run_folder", "training", "contrastive", "examining", "arguments"),
+    (
+        "chat",
+        "serving",
+        "influence",
+        "answering",
+        "run_folder",
+        "training",
+        "contrastive",
+        "examining",
+        "arguments",
+    ),
     ("cli",),
 )
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}

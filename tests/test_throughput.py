@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import throughput, throughput_scienceqa
+from eval import examining, throughput
 from eval.gpu import LLAMA_7B, gpu, work_of
 from llama_adapter.data import Example
 from llama_adapter.errors import UsageError
@@ -24,6 +24,7 @@ from tests.tiny_models import build_tiny_decoder, build_tiny_model
 
 DECODING = {"decode_vs_base", "forward_vs_base", "tokens_per_second"}
 MEMORY = {"training_memory_mb", "training_memory_vs_peft", "checkpointed_memory_vs_peft"}
+SERVING = {"serving_ratio", "tokens_per_second_of_one", "tokens_per_second_of_8", "engine_vs_alone"}
 TRAINING = {"rows_per_second", "training_vs_peft", "training_vs_pad512", "loss_difference"}
 TRAINING |= {"training_vs_peft_processor", "training_vs_pad512_processor"} | MEMORY
 
@@ -51,8 +52,10 @@ def test_all_suites_and_peers(
 ) -> None:
     small = ["--pairs", "2", "--new-tokens", "3", "--steps", "4", "--batch-size", "2"]
     figures = measure(monkeypatch, tmp_path, "--peers", "--base", str(base), *small)
-    assert set(figures) == DECODING | TRAINING
+    assert set(figures) == DECODING | TRAINING | SERVING
     assert all(0 < figures[name] < 1000 for name in DECODING - {"tokens_per_second"})
+    assert all(figures[name] > 0 for name in SERVING)
+    assert figures["serving_ratio"] < 50
     assert figures["loss_difference"] < 1e-4, "PEFT must be given the same to do"
     assert all(figures[name] > 0 for name in MEMORY)
     printed = capsys.readouterr().out
@@ -64,6 +67,7 @@ def test_all_suites_and_peers(
         "forward pass",
         "generate()",
         "a training step",
+        "8 clients",
     ):
         assert line in printed
     assert printed.count("PEFT") > 4
@@ -130,7 +134,7 @@ def test_the_suite_of_scienceqa_takes_an_adapter_that_was_trained_on_it(
     adapter.config = replace(adapter.config, training={"data": {"format": "QCM-O"}})
     model.save_pretrained(tmp_path / "trained")
     monkeypatch.setattr(throughput, "SCIENCEQA_ROUNDS", 1)
-    monkeypatch.setattr(throughput_scienceqa, "PROBLEMS", 4)
+    monkeypatch.setattr(examining, "PROBLEMS", 4)
     options = ["--suite", "scienceqa", "--adapter"]
     assert measure(monkeypatch, tmp_path, *options, str(tmp_path / "other")) == {}
     assert "left out: the adapter was not trained on ScienceQA" in capsys.readouterr().out

@@ -1,0 +1,78 @@
+"""The tab "ScienceQA": a question with options, a picture perhaps; how likely each option is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from demo.checks import check_length
+from demo.pictures import PICTURE_EXAMPLES, open_given
+from llama_adapter.data import PictureFile
+from llama_adapter.errors import UsageError
+from llama_adapter.examining import Examination
+from llama_adapter.model import LlamaAdapter
+from llama_adapter.scienceqa import LETTERS, Problem, question_text
+from llama_adapter.template import check_unicode, question_turn
+
+# Questions of our own in the manner of ScienceQA: text, options a line each, context, and perhaps a picture.
+_SHAPE, _COLOUR = PICTURE_EXAMPLES
+EXAMPLES = (
+    ("Which of these animals lays eggs?", "cat\nhen\ndog\ncow", "", None),
+    (
+        "Which cup of tea cools down faster?",
+        "the one outside\nthe one in the kitchen",
+        "Two cups of tea are equally hot. One stands in a warm kitchen, the other outside in the snow.",
+        None,
+    ),
+    (_SHAPE, "circle\nsquare\ntriangle", "", _SHAPE),
+    (_COLOUR, "red\ngreen\nblue", "", _COLOUR),
+)
+
+
+def score(
+    model: LlamaAdapter, question: Any, options: Any, context: Any, image: Any, adapter: str | None
+) -> list[float]:
+    """The probability of each option, by the likelihood of its letter; they sum up to 1.
+
+    Args:
+        options: 2 to 5 texts.
+        image: what `open_given` takes, one picture or none.
+
+    Raises:
+        UsageError: a text that is none or too long, too many or too few options, a picture that is of no
+            use to the adapter.
+    """
+    if not isinstance(options, list):
+        raise UsageError("the options are no list of texts")
+    choices = tuple(check_length(option).strip() for option in options)
+    if not 2 <= len(choices) <= len(LETTERS) or not all(choices):
+        raise UsageError(f"{len(choices)} options; expected 2 to {len(LETTERS)}, none of them empty")
+    check_unicode("".join(choices))
+    pictures = open_given(image)
+    if len(pictures) > 1:
+        raise UsageError(f"{len(pictures)} pictures with one question; leave out all but one")
+    name: PictureFile = b"the picture"
+    features: dict[PictureFile, torch.Tensor] = {}
+    if pictures:
+        features[name] = model.encode_images(pictures[0], adapter=adapter)[0]
+    problem = Problem(
+        pid="1",
+        question=question_turn(check_length(question)).text,
+        choices=choices,
+        answer=0,
+        hint=check_length(context).strip(),
+        image=name if pictures else None,
+    )
+    # Refuses what the base can't read.
+    model.prepare_request(question_text(problem), adapter=adapter)
+    (found,) = Examination("letter").likelihoods(model, [problem], features=features, adapter=adapter)
+    return [float(share) for share in torch.tensor(found, dtype=torch.double).softmax(0)]
+
+
+def labelled(options: list[str], probabilities: list[float]) -> dict[str, float]:
+    """Each option's probability under its letter and its text."""
+    return {
+        f"({letter}) {option}": share
+        for letter, option, share in zip(LETTERS, options, probabilities, strict=False)
+    }
