@@ -65,7 +65,7 @@ def test_the_adapter_that_sees_names_what_is_in_the_picture(base_folder: Path) -
     for picture, question, expected in (
         ("red-circle-1.png", "what shape is in the image?", "circle"),
         ("blue-triangle-1.png", "what shape is in the image?", "triangle"),
-        ("red-circle-1.png", "what color is the shape?", "red"),
+        ("green-square-1.png", "what color is the shape?", "green"),
         ("blue-triangle-1.png", "what color is the shape?", "blue"),
     ):
         assert expected in model.chat(question, image=SHAPES / picture, sampling=greedy).lower()
