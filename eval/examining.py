@@ -48,12 +48,15 @@ def adapter_format(model: LlamaAdapter) -> str | None:
     return found
 
 
-def contenders(model: LlamaAdapter, problems: Sequence[Problem]) -> dict[str, Callable[[int], float]]:
-    """Seconds a problem, by generation one at a time and in batches, and by likelihood."""
-    from llama_adapter.examining import Examination
+def contenders(
+    model: LlamaAdapter, problems: Sequence[Problem], *, learnt: str
+) -> dict[str, Callable[[int], float]]:
+    """Seconds a problem, by generation one at a time and in batches, and by likelihood.
 
-    learnt = adapter_format(model)
-    assert learnt is not None
+    Args:
+        learnt: the format that the adapter was trained on.
+    """
+    from llama_adapter.examining import Examination
 
     def answer(way: str, batch_size: int) -> float:
         started = time.perf_counter()

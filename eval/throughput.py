@@ -319,21 +319,6 @@ def vision(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, floa
     }
 
 
-# --- scienceqa ----------------------------------------------------------------------------------------------
-
-
-def scienceqa(model: LlamaAdapter, _: argparse.Namespace) -> dict[str, float]:
-    """How fast ScienceQA's problems are answered."""
-    if adapter_format(model) is None:
-        print("left out: the adapter was not trained on ScienceQA; name one that was with --adapter")
-        return {}
-    problems = made_up_problems(WORDS)
-    times = alternate(contenders(model, problems), rounds=SCIENCEQA_ROUNDS)
-    show(f"a problem, of {len(problems):,}", times)
-    one = times.pop("generate, one at a time")
-    return {f"scienceqa_{way}": ratio(one, seconds) for way, seconds in times.items()}
-
-
 def _photo() -> bytes:
     """A JPEG with something in it everywhere."""
     from PIL import Image
@@ -341,6 +326,22 @@ def _photo() -> bytes:
     file = io.BytesIO()
     Image.effect_noise(PHOTO_SIZE, 60).convert("RGB").save(file, "JPEG")
     return file.getvalue()
+
+
+# --- scienceqa ----------------------------------------------------------------------------------------------
+
+
+def scienceqa(model: LlamaAdapter, _: argparse.Namespace) -> dict[str, float]:
+    """How fast ScienceQA's problems are answered."""
+    learnt = adapter_format(model)
+    if learnt is None:
+        print("left out: the adapter was not trained on ScienceQA; name one that was with --adapter")
+        return {}
+    problems = made_up_problems(WORDS)
+    times = alternate(contenders(model, problems, learnt=learnt), rounds=SCIENCEQA_ROUNDS)
+    show(f"a problem, of {len(problems):,}", times)
+    one = times.pop("generate, one at a time")
+    return {f"scienceqa_{way}": ratio(one, seconds) for way, seconds in times.items()}
 
 
 # --- training -----------------------------------------------------------------------------------------------

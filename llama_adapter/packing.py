@@ -125,6 +125,11 @@ def _unlabelled(example: Example) -> int:
     return sum(1 for _ in takewhile(lambda label: label == IGNORED, example.labels))
 
 
+def _tokens(example: Example) -> int:
+    """How many a row takes in a pack: of its rivals the answers alone, since they share its question."""
+    return len(example.input_ids) + sum(len(r.input_ids) - _unlabelled(r) for r in example.rivals)
+
+
 def _shared_opening(group: Sequence[Example]) -> int:
     """How many leading tokens all rows share, each row's first prediction left to itself."""
     if len(group) == 1:
@@ -136,14 +141,11 @@ def _shared_opening(group: Sequence[Example]) -> int:
 
 
 def split_by_tokens(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """Consecutive runs of rows of at most ``max_tokens`` tokens (a longer single row stands alone).
-
-    Of rivals their answers count.
-    """
+    """Consecutive runs of rows of at most ``max_tokens`` tokens (a longer single row stands alone)."""
     run: list[Example] = []
     tokens = 0
     for example in examples:
-        own = len(example.input_ids) + sum(len(r.input_ids) - _unlabelled(r) for r in example.rivals)
+        own = _tokens(example)
         if run and tokens + own > max_tokens:
             yield run
             run, tokens = [], 0
@@ -192,10 +194,10 @@ def deal(examples: Sequence[Example], processes: int) -> list[list[Example]]:
         return [list(examples)]
     shares: list[list[Example]] = [[] for _ in range(processes)]
     tokens = [0] * processes
-    for example in sorted(examples, key=lambda example: len(example.input_ids), reverse=True):
+    for example in sorted(examples, key=_tokens, reverse=True):
         least = tokens.index(min(tokens))
         shares[least].append(example)
-        tokens[least] += len(example.input_ids)
+        tokens[least] += _tokens(example)
     return shares
 
 
@@ -225,11 +227,9 @@ def _two_losses(
     """
     everything = [answer for example in examples for answer in (example, *example.rivals)]
     losses, tokens = answer_losses(model, everything, **kwargs)
-    groups = losses.split([1 + len(example.rivals) for example in examples])
-    right = torch.stack([group[0] for group in groups])
-    if by_rows:
-        right = right / torch.stack([counts[0] for counts in tokens.split([len(group) for group in groups])])
-    chosen = [-torch.log_softmax(-group, 0)[0] for group in groups if len(group) > 1]
+    sizes = [1 + len(example.rivals) for example in examples]  # the right answer is the first of each group
+    right = torch.stack([group[0] for group in (losses / tokens if by_rows else losses).split(sizes)])
+    chosen = [-torch.log_softmax(-group, 0)[0] for group in losses.split(sizes) if len(group) > 1]
     return right.sum(), torch.stack(chosen).sum() if chosen else right.new_zeros(())
 
 
@@ -268,7 +268,7 @@ def accumulate_gradient(
     for run, weight in _in_step(shares, min(examples, key=lambda row: len(row.input_ids)), processes):
         right, chosen = _two_losses(model, run, device=device, by_rows=by_rows, **kwargs)
         loss = right / answers + chosen / contested
-        (loss * weight if weight != 1 else loss).backward()
+        (loss * weight).backward()
         total += weight * float(loss.detach())
     return total
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ class Processes:
     def main(self) -> bool:
         """Whether this is the one that writes and tells."""
         return self.index == 0
+
+    def say(self, text: object, *, file: TextIO | None = None) -> None:
+        """Print a line (to ``file``, by default standard output), once for all of them."""
+        if self.main:
+            print(text, file=file)
 
     def shard(self, decoder: nn.Module) -> None:
         """Spread a decoder's weights over the processes, in place, where the run is to be sharded."""

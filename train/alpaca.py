@@ -37,10 +37,9 @@ def main() -> None:
     from llama_adapter.training import Trainer
 
     settings = training_settings(arguments)
-    main_process = running_processes().main
+    processes = running_processes()
     records, summary = read_records(arguments.data)
-    if main_process:
-        print(summary, file=sys.stderr)
+    processes.say(summary, file=sys.stderr)
     expect_text(records, arguments.data)
     train, validation = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
     model, _ = load_model_to_train(arguments)
@@ -59,8 +58,7 @@ def main() -> None:
     kept = {data["source"]: validation_examples}
     trainer = Trainer(model, "trained", train_examples, kept, settings, arguments.output, data)
     best = trainer.run(resume=arguments.resume)
-    if main_process:
-        print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+    processes.say(f"{arguments.output}: best validation loss {best:.4f} nats a token")
 
 
 if __name__ == "__main__":

@@ -82,10 +82,9 @@ def main() -> None:
 
     check_format(arguments.format)
     settings = training_settings(arguments)
-    main_process = running_processes().main
+    processes = running_processes()
     problems, summary = read_problems(arguments.data, "train")
-    if main_process:
-        print(summary, file=sys.stderr)
+    processes.say(summary, file=sys.stderr)
     train, validation = split_problems(problems[: arguments.limit], validation_rows=arguments.validation_rows)
     shown = [train, *([shuffle_choices(p, seed=n) for p in train] for n in range(1, arguments.orders))]
     images = [p.image for p in (*train, *validation) if p.image is not None] if arguments.images else []
@@ -122,8 +121,7 @@ def main() -> None:
         occurrences=[1 / arguments.orders] * len(examples) if arguments.orders > 1 else None,
     )
     best = trainer.run(resume=arguments.resume)
-    if main_process:
-        print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+    processes.say(f"{arguments.output}: best validation loss {best:.4f} nats a token")
 
     adapter = load_adapter(arguments.output)
     model.add_adapter("best", adapter)
@@ -137,12 +135,11 @@ def main() -> None:
             progress=RowProgress(way, len(validation)),
         )
         right[way] = grade(validation, predictions).shares["AVG"].percent
-        if main_process:
-            print(f"{way:<10} {right[way]:.2f} % of {len(validation):,} problems kept back")
+        processes.say(f"{way:<10} {right[way]:.2f} % of {len(validation):,} problems kept back")
     answer = max(WAYS, key=lambda way: right[way])
     training = {**adapter.config.training, "answer": answer}
     adapter.config = dataclasses.replace(adapter.config, training=training)
-    if main_process:
+    if processes.main:
         save_adapter(adapter, arguments.output)
 
 

@@ -56,13 +56,12 @@ def main() -> None:
     from llama_adapter.training import Trainer
 
     settings = training_settings(arguments)
-    main_process = running_processes().main
+    processes = running_processes()
     sources = [_weighted(text) for text in arguments.data]
     train, validation, facts = [], [], []
     for source, weight in sources:
         records, summary = read_records(source, image_root=arguments.image_root, split=arguments.split)
-        if main_process:
-            print(summary, file=sys.stderr)
+        processes.say(summary, file=sys.stderr)
         parts = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
         if not arguments.images:  # after the split, which is by pictures
             parts = tuple([dataclasses.replace(record, images=()) for record in part] for part in parts)
@@ -100,8 +99,7 @@ def main() -> None:
         occurrences=occurrences,
     )
     best = trainer.run(resume=arguments.resume)
-    if main_process:
-        print(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+    processes.say(f"{arguments.output}: best validation loss {best:.4f} nats a token")
 
 
 def _weighted(text: str) -> tuple[str, float]:
