@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -58,6 +59,17 @@ def positive_int(text: str) -> int:
 
 
 positive_int.__name__ = "whole number above 0"  # argparse tells it: invalid ... value: '0'
+
+
+def positive_float(text: str) -> float:
+    """An option's type: a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+positive_float.__name__ = "number above 0"
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:

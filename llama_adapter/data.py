@@ -333,3 +333,29 @@ def encode_records(
     if not examples:
         raise UsageError(f"no answer starts within {max_length:,} tokens; allow longer rows")
     return examples
+
+
+def balance_yes_no(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[float]:
+    """How often each example is to come up, so that a question is answered yes as often as no.
+
+    Where most answers to a question are the same, a model learns that from its wording and never looks at
+    the picture. Questions with another answer, or only one of the two, stay as they are: 1 for each of their
+    examples. The weights of a question's examples add up to their number.
+    """
+    asked = []
+    for example in examples:
+        labelled = list(zip(example.input_ids, example.labels, strict=True))
+        question = tuple(token for token, label in labelled if label == IGNORED)
+        answer = tokenizer.decode(
+            [label for _, label in labelled if label != IGNORED], skip_special_tokens=True
+        )
+        asked.append((question, str(answer).strip().lower()))
+    found: dict[tuple[int, ...], Counter[str]] = {}
+    for question, answer in asked:
+        found.setdefault(question, Counter())[answer] += 1
+    return [
+        found[question].total() / (2 * found[question][answer])
+        if set(found[question]) == {"yes", "no"}
+        else 1.0
+        for question, answer in asked
+    ]

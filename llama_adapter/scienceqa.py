@@ -254,7 +254,8 @@ def split_problems(
 ) -> tuple[list[Problem], list[Problem]]:
     """Problems to train on and some to validate on, with pictures as often as there; in their old order.
 
-    Problems with the same picture, or the same question, fall on the same side.
+    Problems with the same picture fall on the same side. Those with the same question need not: the official
+    splits were drawn at random, so a test problem's question is often among those trained on.
     """
     kept: set[str] = set()
     with_picture = [problem for problem in problems if problem.image is not None]
@@ -265,7 +266,7 @@ def split_problems(
     ):
         groups: dict[object, list[str]] = {}
         for problem in part:
-            groups.setdefault(problem.image or problem.question, []).append(problem.pid)
+            groups.setdefault(problem.image or problem.pid, []).append(problem.pid)
         order = list(groups.values())
         random.Random(seed).shuffle(order)
         drawn: list[str] = []

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from llama_adapter.data import (
     IGNORED,
     Record,
+    balance_yes_no,
     draw_pictures,
     encode_records,
     expect_text,
@@ -554,3 +555,14 @@ def test_rows_keep_their_order_beyond_one_call_of_the_tokenizer() -> None:
     assert [example.row for example in examples] == list(range(2_100))
     [last] = encode_records(records[-1:], **ALPACA_512)
     assert examples[-1] == last
+
+
+def test_yes_comes_up_as_often_as_no_for_each_question_that_has_both() -> None:
+    answers = {
+        "Is it red?": ["No", "no ", "no", "yes"],
+        "Is it blue?": ["no", "no"],
+        "What is it?": ["yes", "a dog"],
+    }
+    records = [record(question, text) for question, several in answers.items() for text in several]
+    weights = balance_yes_no(encode_records(records, **ALPACA_512), TINY)
+    assert weights == pytest.approx([4 / 6] * 3 + [4 / 2] + [1] * 4)

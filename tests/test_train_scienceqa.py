@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from llama_adapter.errors import UsageError
 from llama_adapter.examining import WAYS, Examination, examine
 from llama_adapter.grading import grade
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.scienceqa import Problem, answer_text, problem_records, read_problems
+from llama_adapter.scienceqa import Problem, answer_text, problem_records, read_problems, split_problems
 from tests.science import build_problems, write_official
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import VISION, build_tiny_decoder, build_tiny_model, build_tiny_tower_folder
@@ -253,3 +254,14 @@ def test_without_pictures_the_adapter_is_one_for_text(place: Path, tmp_path: Pat
 def test_mistakes_are_told(arguments: tuple[object, ...], reason: str, place: Path) -> None:
     with pytest.raises(UsageError, match=reason):
         run(eval.scienceqa, "--data", place / "data", "--weights", place / "weights", *arguments)
+
+
+def test_problems_with_pictures_can_come_up_more_often(place: Path, tmp_path: Path) -> None:
+    problems = read_problems(place / "data", "train")[0]
+    train_rows, kept = split_problems(problems, validation_rows=12)
+    seen = sum(problem.image is not None for problem in train_rows)
+    assert 0 < seen < len(train_rows) and kept
+    more = ("--picture-weight", 4, "--epochs", 1, "--orders", 1)
+    run(train.scienceqa, *options(place, tmp_path / "run", *more))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("loss" in line for line in lines) == math.ceil((len(train_rows) + 3 * seen) / 6)

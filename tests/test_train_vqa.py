@@ -6,6 +6,8 @@ import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ import pytest
 
 import eval.captions
 import eval.vqa
+import llama_adapter.training
 import train.alpaca
 import train.vqa
 from llama_adapter.arguments import DEFAULT_TOWER
 from llama_adapter.checkpoint import load_adapter
+from llama_adapter.data import IGNORED, Example
 from llama_adapter.errors import UsageError, run_command
+from llama_adapter.model import LlamaAdapter
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder, build_tiny_tower_folder, draw_picture
@@ -220,6 +225,25 @@ def test_the_control_without_pictures_is_an_adapter_for_text(place: Path, tmp_pa
     )
     assert load_adapter(tmp_path / "blind").config.vision is None
     assert len(losses(tmp_path / "blind")) == 2
+
+
+def test_yes_and_no_are_shown_as_often(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, Counter[str]] = {}
+    accumulate = llama_adapter.training.accumulate_gradient
+
+    def note(model: LlamaAdapter, examples: Sequence[Example], **kwargs: Any) -> float:
+        for example in examples:
+            words = [token for token in example.labels if token != IGNORED]
+            shown.setdefault(output.name, Counter())[model.tokenizer.decode(words)] += 1  # type: ignore[union-attr]
+        return accumulate(model, examples, **kwargs)
+
+    monkeypatch.setattr("llama_adapter.training.accumulate_gradient", note)
+    for more in ((), ("--balance-yes-no",)):
+        output = tmp_path / f"run{len(more)}"
+        run(train.vqa, options(place, output, *more))
+    kept, even = ({word.partition("<")[0]: n for word, n in shown[name].items()} for name in ("run0", "run1"))
+    assert kept["no"] / kept["yes"] > 1.5 > even["no"] / even["yes"]
+    assert sum(even.values()) == sum(kept.values())
 
 
 def test_training_starts_from_an_adapter(place: Path, trained: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from llama_adapter.arguments import (
     add_training_options,
     add_vision_options,
     load_model_to_train,
+    positive_float,
     positive_int,
     training_settings,
 )
@@ -50,6 +51,13 @@ def main() -> None:
         "--rivals",
         action="store_true",
         help="learn by likelihood as well to tell the right answer from those of the other choices",
+    )
+    parser.add_argument(
+        "--picture-weight",
+        type=positive_float,
+        default=1.0,
+        metavar="W",
+        help="how often a problem with a picture comes up for each time of one without (1)",
     )
     parser.add_argument("--limit", type=positive_int, help="use the first so many problems only")
     parser.add_argument(
@@ -106,6 +114,7 @@ def main() -> None:
         "caption": arguments.caption,
         "orders": arguments.orders,
         "rivals": arguments.rivals,
+        "picture_weight": arguments.picture_weight,
         "max_length": arguments.max_length,
         "start_from": arguments.start_from,
     }
@@ -118,7 +127,7 @@ def main() -> None:
         arguments.output,
         data=data,
         features=features,
-        occurrences=[1 / arguments.orders] * len(examples) if arguments.orders > 1 else None,
+        occurrences=[(arguments.picture_weight if e.images else 1) / arguments.orders for e in examples],
     )
     best = trainer.run(resume=arguments.resume)
     processes.say(f"{arguments.output}: best validation loss {best:.4f} nats a token")

@@ -44,6 +44,11 @@ def main() -> None:
     parser.add_argument(
         "--validation-rows", type=positive_int, default=100, help="rows kept back of each source (100)"
     )
+    parser.add_argument(
+        "--balance-yes-no",
+        action="store_true",
+        help="show a question's rows with yes as often as those with no, so that its wording tells nothing",
+    )
     parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
     add_model_options(parser)
     add_vision_options(parser)
@@ -51,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # Slow to import, and not needed to say that an option is wrong.
-    from llama_adapter.data import encode_records, read_records, split_records
+    from llama_adapter.data import balance_yes_no, encode_records, read_records, split_records
     from llama_adapter.processes import running_processes
     from llama_adapter.training import Trainer
 
@@ -82,8 +87,11 @@ def main() -> None:
     occurrences: list[float] = []
     for (_, weight), part in zip(sources, train, strict=True):
         examples = encode_records(part, **encode)
+        balance = (
+            balance_yes_no(examples, model.tokenizer) if arguments.balance_yes_no else [1.0] * len(examples)
+        )
         train_examples += examples
-        occurrences += [weight] * len(examples)
+        occurrences += [weight * own for own in balance]
     validation_examples: dict[str, list[Example]] = {}
     for (source, _), part in zip(sources, validation, strict=True):
         validation_examples.setdefault(Path(source).name, []).extend(encode_records(part, **encode))
@@ -94,7 +102,12 @@ def main() -> None:
         validation_examples,
         settings,
         arguments.output,
-        data={"sources": facts, "max_length": arguments.max_length, "start_from": arguments.start_from},
+        data={
+            "sources": facts,
+            "balance_yes_no": arguments.balance_yes_no,
+            "max_length": arguments.max_length,
+            "start_from": arguments.start_from,
+        },
         features=features,
         occurrences=occurrences,
     )
