@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from eval.measuring import WORDS, alternate, ratio, show
 
 if TYPE_CHECKING:  # slow to import
     from llama_adapter.model import LlamaAdapter
     from llama_adapter.scienceqa import Problem
 
 PROBLEMS = 32  # answered in a round
+ROUNDS = 3  # a round takes half a minute
 
 # Words of question, hint and each option of 16 problems of ScienceQA, evenly spaced by length.
 LENGTHS = (
@@ -22,14 +26,27 @@ LENGTHS = (
 )
 
 
-def made_up_problems(words: Sequence[str]) -> list[Problem]:
+def scienceqa(model: LlamaAdapter, _: argparse.Namespace) -> dict[str, float]:
+    """How fast ScienceQA's problems are answered."""
+    learnt = adapter_format(model)
+    if learnt is None:
+        print("left out: the adapter was not trained on ScienceQA; name one that was with --adapter")
+        return {}
+    problems = made_up_problems()
+    times = alternate(contenders(model, problems, learnt=learnt), rounds=ROUNDS)
+    show(f"a problem, of {len(problems):,}", times)
+    one = times.pop("generate, one at a time")
+    return {f"scienceqa_{way}": ratio(one, seconds) for way, seconds in times.items()}
+
+
+def made_up_problems() -> list[Problem]:
     """Problems with ScienceQA's lengths and nothing to understand."""
     from llama_adapter.scienceqa import Problem
 
     draw = random.Random(0)
 
     def text(length: int) -> str:
-        return " ".join(draw.choices(words, k=length))
+        return " ".join(draw.choices(WORDS, k=length))
 
     return [
         Problem(str(n), text(question), tuple(text(length) for length in options), 0, hint=text(hint))

@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from eval.measuring import rows_to_train_on, seconds_of
+
 if TYPE_CHECKING:  # slow to import
     import torch
 
@@ -68,7 +70,6 @@ def gpu(
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from eval.throughput import rows_to_train_on, seconds_of
     from llama_adapter.model import LlamaAdapter
     from llama_adapter.packing import accumulate_gradient
     from llama_adapter.training import TrainingSettings
@@ -158,8 +159,6 @@ def work_of(batch: list[Example], decoder: torch.nn.Module, adapted_layers: int)
 def _rate_of_a_large_product(device: torch.device, size: int) -> float:
     """FLOP/s of a square product in bfloat16: the best of some."""
     import torch
-
-    from eval.throughput import seconds_of
 
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     out = torch.empty_like(a)

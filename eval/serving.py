@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from eval.throughput import WORDS, alternate, show
+from eval.measuring import WORDS, alternate, show
 
 if TYPE_CHECKING:  # slow to import
     from llama_adapter.generate import Answer

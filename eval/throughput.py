@@ -34,22 +34,21 @@ first is how many times more tokens a second eight get than one, the last the en
 from __future__ import annotations
 
 import argparse
-import copy
 import io
 import os
-import random
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from eval.examining import adapter_format, contenders, made_up_problems
+from eval.examining import scienceqa
 from eval.gpu import gpu
+from eval.measuring import alternate, ratio, rows_to_train_on, seconds_of, show
+from eval.serving import serving
 from eval.training_memory import training_memory
+from eval.ways_to_train import PEFT, PEFT_512, WayToTrain, build_peft, ways_to_train
 from llama_adapter.arguments import (
     Parser,
     add_json_option,
@@ -61,50 +60,19 @@ from llama_adapter.arguments import (
 from llama_adapter.errors import UsageError, run_command
 
 if TYPE_CHECKING:  # slow to import
-    import torch
     from torch import Tensor
 
-    from llama_adapter.data import Example, Record
     from llama_adapter.model import LlamaAdapter
-    from llama_adapter.training import TrainingSettings
 
 QUESTION_TOKENS = 64  # what is read before decoding starts
 FORWARD_TOKENS = 300
 PHOTO_SIZE = (640, 480)  # pixels
-SCIENCEQA_ROUNDS = 3  # a round takes half a minute
-ROW_TOKENS = 512  # the published length, to which the authors pad
-PEFT, PEFT_512 = "PEFT, padded", f"PEFT, padded to {ROW_TOKENS}"
-
-# Words of instruction, input and output of 32 rows of Alpaca, evenly spaced by length.
-ALPACA_LENGTHS = (
-    *((5, 0, 6), (11, 0, 3), (13, 1, 2), (7, 10, 1), (17, 0, 2), (8, 2, 10), (9, 0, 13), (10, 0, 13)),
-    *((11, 0, 14), (8, 0, 19), (17, 6, 6), (9, 0, 22), (12, 10, 12), (4, 2, 31), (9, 0, 31), (13, 0, 31)),
-    *((11, 16, 22), (5, 0, 48), (9, 0, 49), (8, 1, 54), (8, 0, 59), (9, 0, 62), (7, 1, 68), (14, 0, 66)),
-    *(
-        (11, 0, 74),
-        (8, 0, 83),
-        (7, 56, 34),
-        (8, 0, 96),
-        (10, 0, 103),
-        (6, 0, 118),
-        (12, 0, 135),
-        (14, 2, 215),
-    ),
-)
-WORDS = (
-    *("a", "the", "of", "to", "in", "and", "is", "for", "that", "with", "list", "water", "energy.", "data;"),
-    *("create", "between", "describe", "sentence", "different", "number", "people", "environment", "because"),
-    *("technology", "however", "generate", "important", "company", "health,", "students:", "development"),
-    *("provide", "example,", "customers", "understanding", "it.", "communication", "25", "sustainable"),
-)
 
 
 def main() -> None:
     parser = Parser(
         prog="python -m eval.throughput", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    from eval.serving import serving  # which needs this module
-
     suites: dict[str, Callable[[LlamaAdapter, argparse.Namespace], dict[str, float]]] = {
         "decoding": decoding,
         "training": training,
@@ -147,59 +115,6 @@ def main() -> None:
                 model = load_model(arguments)  # the shipped one
             figures |= suite(model, arguments)
     report(figures, arguments.json)
-
-
-# --- measuring ----------------------------------------------------------------------------------------------
-
-
-def alternate(contenders: Mapping[str, Callable[[int], Any]], *, rounds: int) -> dict[str, list[Any]]:
-    """What each contender returns, round by round; each is called with the round's number.
-
-    Who comes first changes from round to round. Round 0 warms up and is left out.
-    """
-    names = list(contenders)
-    results: dict[str, list[Any]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            result = contenders[name](number)
-            if number > 0:
-                results[name].append(result)
-    return results
-
-
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """How long ``work`` takes, what it leaves running on the device included."""
-    import torch
-
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    started = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - started
-
-
-def ratio(times: Sequence[float], to: Sequence[float]) -> float:
-    """The median of the rounds' ratios."""
-    return statistics.median(_ratios(times, to))
-
-
-def _ratios(times: Sequence[float], to: Sequence[float]) -> list[float]:
-    return [time / other for time, other in zip(times, to, strict=True)]
-
-
-def show(what: str, times: Mapping[str, Sequence[float]]) -> None:
-    """Print a table of times in seconds; the first contender is what the others are compared to."""
-    first, *_ = times
-    print(f"\n{what:<34} {'median ms':>10}  {'to ' + first:>16}  {'middle half of the rounds':>26}")
-    for name, values in times.items():
-        line = f"  {name:<32} {1000 * statistics.median(values):>10.2f}"
-        if name != first:
-            ratios = _ratios(values, times[first])
-            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            line += f"  {middle:>16.3f}  {f'{low:.3f} to {high:.3f}':>26}"
-        print(line)
 
 
 # --- decoding -----------------------------------------------------------------------------------------------
@@ -328,22 +243,6 @@ def _photo() -> bytes:
     return file.getvalue()
 
 
-# --- scienceqa ----------------------------------------------------------------------------------------------
-
-
-def scienceqa(model: LlamaAdapter, _: argparse.Namespace) -> dict[str, float]:
-    """How fast ScienceQA's problems are answered."""
-    learnt = adapter_format(model)
-    if learnt is None:
-        print("left out: the adapter was not trained on ScienceQA; name one that was with --adapter")
-        return {}
-    problems = made_up_problems(WORDS)
-    times = alternate(contenders(model, problems, learnt=learnt), rounds=SCIENCEQA_ROUNDS)
-    show(f"a problem, of {len(problems):,}", times)
-    one = times.pop("generate, one at a time")
-    return {f"scienceqa_{way}": ratio(one, seconds) for way, seconds in times.items()}
-
-
 # --- training -----------------------------------------------------------------------------------------------
 
 
@@ -401,147 +300,6 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
         )
         figures |= training_memory(arguments, device)
     return figures
-
-
-@dataclass(frozen=True)
-class WayToTrain:
-    """What is trained, and how its gradient comes about: the function adds it and returns the loss."""
-
-    parameters: Sequence[torch.nn.Parameter]
-    gradient: Callable[[Sequence[Example]], float]
-
-    def optimizer(self, settings: TrainingSettings) -> torch.optim.Optimizer:
-        import torch
-
-        return torch.optim.AdamW(
-            self.parameters,
-            lr=settings.peak_learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
-
-
-def ways_to_train(model: LlamaAdapter, *, peers: bool) -> dict[str, WayToTrain]:
-    """Untrained adapters that start alike, each with its own way to a gradient."""
-    from llama_adapter.packing import accumulate_gradient
-    from llama_adapter.training import TrainingSettings
-
-    device = model.decoder.device
-
-    def packed(batch: Sequence[Example]) -> float:
-        return accumulate_gradient(
-            model, batch, device=device, max_tokens=TrainingSettings().max_tokens, adapter="packed"
-        )
-
-    def padded(
-        forward: Callable[..., Any], length: int | None = None
-    ) -> Callable[[Sequence[Example]], float]:
-        def gradient(batch: Sequence[Example]) -> float:
-            loss: Tensor = forward(**pad(batch, length, device), use_cache=False).loss
-            loss.backward()
-            return float(loss.detach())
-
-        return gradient
-
-    untrained = {name: list(model.new_adapter(name, seed=0).parameters()) for name in ("packed", "padded")}
-    ways = {
-        "packed": WayToTrain(untrained["packed"], packed),
-        "padded": WayToTrain(untrained["padded"], padded(partial(model, adapter="padded"))),
-    }
-    if peers:
-        for label, length in ((PEFT, None), (PEFT_512, ROW_TOKENS)):
-            peer = build_peft(model, like="packed")
-            trainable = [parameter for parameter in peer.parameters() if parameter.requires_grad]
-            ways[label] = WayToTrain(trainable, padded(peer, length))
-    return ways
-
-
-def rows_to_train_on(model: LlamaAdapter, arguments: argparse.Namespace, *, count: int) -> list[Example]:
-    """Rows of --data, drawn at random but the same in every run, or made-up ones."""
-    from llama_adapter.data import encode_records, read_records
-
-    draw = random.Random(0)
-    if arguments.data is None:
-        source = "made-up rows"
-        records = [_made_up_record(draw, row) for row in range(1, count + 1)]
-    else:
-        records, summary = read_records(arguments.data)
-        source = str(summary)
-        records = draw.sample(records, min(len(records), 2 * count))  # some may have no answer in 512 tokens
-    assert model.tokenizer is not None
-    examples = encode_records(records, template="alpaca", tokenizer=model.tokenizer, max_length=ROW_TOKENS)[
-        :count
-    ]
-    if len(examples) < count:
-        raise UsageError(f"{source}: {count:,} are needed; ask for fewer --steps or a smaller --batch-size")
-    mean = sum(len(example.input_ids) for example in examples) / count
-    print(f"{source}: {count:,} of them, {mean:.0f} tokens each on average")
-    return examples
-
-
-def _made_up_record(draw: random.Random, row: int) -> Record:
-    from llama_adapter.data import Record
-    from llama_adapter.template import Turn
-
-    instruction, given, output = (" ".join(draw.choices(WORDS, k=n)) for n in draw.choice(ALPACA_LENGTHS))
-    return Record((Turn("user", instruction, given), Turn("assistant", output)), row)
-
-
-def pad(batch: Sequence[Example], length: int | None, device: torch.device) -> dict[str, Tensor]:
-    """A batch as transformers takes it, padded on the right to ``length`` or else to the longest row."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    from llama_adapter.data import IGNORED
-
-    def filled(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
-        missing = max(0, (length or 0) - padded.shape[1])
-        return torch.nn.functional.pad(padded, (0, missing), value=fill).to(device)
-
-    return {
-        "input_ids": filled([example.input_ids for example in batch], 0),
-        "attention_mask": filled([[1] * len(example.input_ids) for example in batch], 0),
-        "labels": filled([example.labels for example in batch], IGNORED),
-    }
-
-
-# --- peers --------------------------------------------------------------------------------------------------
-
-
-def build_peft(model: LlamaAdapter, *, like: str | None = None) -> torch.nn.Module:
-    """PEFT's AdaptionPrompt on the same frozen weights, with as many prompts in as many layers.
-
-    Args:
-        like: an untrained adapter from which it starts. PEFT has one gate a layer and no tanh; here it gets
-            one a head, which its own multiplication takes as it is. What is left, g in place of tanh(g), is
-            1e-7 after some steps: the losses of both can be compared.
-    """
-    import torch
-
-    try:
-        from peft import AdaptionPromptConfig, get_peft_model
-    except ImportError:
-        raise UsageError("--peers compares with PEFT, which is not installed: pip install peft") from None
-
-    adapter: Any = model.adapters[like or model.active_adapter]
-    weights = {id(parameter): parameter for parameter in model.decoder.parameters()}
-    decoder = copy.deepcopy(model.decoder, weights)  # the memo lets both share the weights
-    decoder.set_attn_implementation("sdpa")
-    layers, length, _ = adapter.prompts.shape
-    config = AdaptionPromptConfig(adapter_len=length, adapter_layers=layers, task_type="CAUSAL_LM")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for something's old name
-            peer = get_peft_model(decoder, config)
-    except ValueError as error:
-        raise UsageError(f"--peers: PEFT cannot adapt this base: {error}") from None
-    if like is not None:
-        adapted = [module for module in peer.modules() if hasattr(module, "adaption_prompt")]
-        for module, prompts, gates in zip(adapted, adapter.prompts, adapter.gates, strict=True):
-            module.adaption_prompt.data.copy_(prompts[None])  # type: ignore[operator]
-            module.adaption_gate = torch.nn.Parameter(gates.detach().clone()[:, None, None])
-    return peer
 
 
 if __name__ == "__main__":

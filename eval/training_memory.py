@@ -15,6 +15,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eval.measuring import rows_to_train_on
+from eval.ways_to_train import PEFT, PEFT_512, ways_to_train
 from llama_adapter.arguments import load_model
 
 if TYPE_CHECKING:  # slow to import
@@ -26,8 +28,6 @@ MEGABYTE = 1e6
 
 def training_memory(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Print each way's peak; of PEFT's padded to the longest row, the packed one's share."""
-    from eval.throughput import PEFT, PEFT_512
-
     if device.type != "cuda" and not sys.platform.startswith("linux"):
         print("\npeak memory left out: only Linux and CUDA tell it")
         return {}
@@ -48,7 +48,6 @@ def peak_of_a_step(arguments: argparse.Namespace, label: str) -> float:
     """Bytes that one optimiser step takes at its highest, beyond what the loaded model does."""
     import torch
 
-    from eval.throughput import rows_to_train_on, ways_to_train
     from llama_adapter.decoder import checkpoint_activations
     from llama_adapter.model import NO_ADAPTER
     from llama_adapter.training import TrainingSettings

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import examining, throughput
+from eval import examining, measuring, throughput, ways_to_train
 from eval.gpu import LLAMA_7B, gpu, work_of
 from llama_adapter.data import Example
 from llama_adapter.errors import UsageError
@@ -133,7 +133,7 @@ def test_the_suite_of_scienceqa_takes_an_adapter_that_was_trained_on_it(
     model.save_pretrained(tmp_path / "other")
     adapter.config = replace(adapter.config, training={"data": {"format": "QCM-O"}})
     model.save_pretrained(tmp_path / "trained")
-    monkeypatch.setattr(throughput, "SCIENCEQA_ROUNDS", 1)
+    monkeypatch.setattr(examining, "ROUNDS", 1)
     monkeypatch.setattr(examining, "PROBLEMS", 4)
     options = ["--suite", "scienceqa", "--adapter"]
     assert measure(monkeypatch, tmp_path, *options, str(tmp_path / "other")) == {}
@@ -150,7 +150,7 @@ def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
         calls.append(name)
         return number
 
-    results = throughput.alternate(
+    results = measuring.alternate(
         {name: lambda n, name=name: contender(name, n) for name in "abc"}, rounds=3
     )
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
@@ -158,16 +158,16 @@ def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
-    assert throughput.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == 2.0
+    assert measuring.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == 2.0
 
 
 def test_rows_are_padded_to_the_longest_or_to_a_length() -> None:
     from llama_adapter.data import Example
 
     batch = [Example([5, 6, 7], [-100, 6, 7], (), 1), Example([8], [8], (), 2)]
-    inputs = throughput.pad(batch, None, torch.device("cpu"))
+    inputs = ways_to_train.pad(batch, None, torch.device("cpu"))
     assert inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert inputs["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-    longer = throughput.pad(batch, 4, torch.device("cpu"))
+    longer = ways_to_train.pad(batch, 4, torch.device("cpu"))
     assert all(longer[name][:, :3].equal(inputs[name]) and longer[name].shape == (2, 4) for name in inputs)
