@@ -85,9 +85,9 @@ class Endpoints:
         image: Given = None,
         adapter: str | None = None,
     ) -> list[float]:
-        """The probability of each of 2 to 5 options, in their order, by the likelihood of its letter in
-        ScienceQA's prompt. `context`: what one has to know to answer; `image` and `adapter` are those of
-        `/answer`."""
+        """The probability of each of 2 to 5 options, in their order, by the likelihood of its letter, or of
+        its text where the adapter is better at that, in ScienceQA's prompt. `context`: what one has to know
+        to answer; `image` and `adapter` are those of `/answer`."""
         with _refused():
             return score(self.engine.model, question, options, context, image, adapter)
 

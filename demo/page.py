@@ -438,8 +438,9 @@ def _science(handlers: Handlers, expert: gr.Dropdown) -> None:
         with gr.Column(scale=2, min_width=260):
             found = gr.Label(label="Answer", num_top_classes=5)
             gr.Markdown(
-                "How likely the adapter finds each option's letter as the answer. The question is put to it "
-                "in the form of the paper's ScienceQA experiments."
+                "How likely the adapter finds each option as the answer, by its letter or by its text, "
+                "whichever it is better at. The question is put to it as in the paper's ScienceQA "
+                "experiments."
             )
     example.input(handlers.fill, example, [box, options, context, found], **AT_ONCE)
     for trigger in (box.submit, button.click):

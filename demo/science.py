@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ EXAMPLES = (
 def score(
     model: LlamaAdapter, question: Any, options: Any, context: Any, image: Any, adapter: str | None
 ) -> list[float]:
-    """The probability of each option, by the likelihood of its letter; they sum up to 1.
+    """The probability of each option, by its likelihood; they sum up to 1.
+
+    That of its letter or of its text, whichever the adapter was found to be better at (`best_for`).
 
     Args:
         options: 2 to 5 texts.
@@ -64,9 +67,12 @@ def score(
         hint=check_length(context).strip(),
         image=name if pictures else None,
     )
+    examination = Examination.best_for(model, adapter)
     # Refuses what the base can't read.
-    model.prepare_request(question_text(problem), adapter=adapter)
-    (found,) = Examination("letter").likelihoods(model, [problem], features=features, adapter=adapter)
+    model.prepare_request(question_text(problem, examination.format), adapter=adapter)
+    if examination.way == "generate":  # has no likelihoods
+        examination = replace(examination, way="letter")
+    (found,) = examination.likelihoods(model, [problem], features=features, adapter=adapter)
     return [float(share) for share in torch.tensor(found, dtype=torch.double).softmax(0)]
 
 

@@ -126,12 +126,10 @@ def _ask(
 
     model = load_model(arguments)
     name = model.active_adapter
-    training: dict[str, Any] = {}
     weights = ""
     features = None
     if name != NO_ADAPTER:
         adapter = model.get_adapter(name)
-        training = adapter.config.training
         weights = hashlib.sha256(
             b"".join(tensor.cpu().numpy().tobytes() for tensor in adapter.state_dict().values())
         ).hexdigest()
@@ -139,11 +137,11 @@ def _ask(
             features = picture_features(
                 model.tower(), arguments.cache, [p.image for p in problems if p.image is not None]
             )
-    learnt = training.get("data", {})
+    best = Examination.best_for(model)
     examination = Examination(
-        arguments.answer or training.get("answer", "letter"),
-        arguments.format or learnt.get("format", "QCM-A"),
-        learnt.get("caption", False) if arguments.caption is None else arguments.caption,
+        arguments.answer or best.way,
+        arguments.format or best.format,
+        best.caption if arguments.caption is None else arguments.caption,
     )
     print(
         f"adapter {name}, answers by {examination.way}, format {examination.format}"

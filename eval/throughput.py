@@ -29,6 +29,9 @@ how many times more.
 serving: answers of eight clients at once, of one, and of one without the engine that lets several ask.
 --json writes {"serving_ratio", "tokens_per_second_of_one", "tokens_per_second_of_8", "engine_vs_alone"}: the
 first is how many times more tokens a second eight get than one, the last the engine's time to that without.
+
+demo: from `python -m demo` to the page and to its first answer, and the most memory it had. --json writes
+{"demo_seconds_to_page", "demo_seconds_to_answer", "demo_memory_mb"}.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from eval.examining import scienceqa
 from eval.gpu import gpu
 from eval.measuring import alternate, ratio, rows_to_train_on, seconds_of, show
 from eval.serving import serving
+from eval.starting import demo
 from eval.training_memory import training_memory
 from eval.ways_to_train import PEFT, PEFT_512, WayToTrain, build_peft, ways_to_train
 from llama_adapter.arguments import (
@@ -80,6 +84,7 @@ def main() -> None:
         "scienceqa": scienceqa,
         "gpu": gpu,
         "serving": serving,
+        "demo": demo,
     }
     parser.add_argument("--suite", choices=(*suites, "all"), default="all", help="(all)")
     parser.add_argument("--peers", action="store_true", help="measure PEFT's AdaptionPrompt as well")

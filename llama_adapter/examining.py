@@ -18,7 +18,7 @@ from llama_adapter.data import PictureFile
 from llama_adapter.errors import UsageError
 from llama_adapter.files import write_json
 from llama_adapter.grading import UNREAD, official_results, read_answer
-from llama_adapter.model import LlamaAdapter
+from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.scienceqa import DEFAULT_FORMAT, Problem, answer_text, problem_records
 
 WAYS = ("generate", "letter", "option")
@@ -43,6 +43,21 @@ class Examination:
     def __post_init__(self) -> None:
         if self.way not in WAYS:
             raise UsageError(f"no way to answer {self.way!r}; expected one of {', '.join(WAYS)}")
+
+    @classmethod
+    def best_for(cls, model: LlamaAdapter, adapter: str | None = None) -> Examination:
+        """The way and the prompt that train.scienceqa recorded with an adapter as its best on validation.
+
+        For an adapter that was trained on something else, and for the bare base, the defaults.
+        """
+        name = adapter or model.active_adapter
+        training: dict[str, Any] = {} if name == NO_ADAPTER else model.get_adapter(name).config.training
+        learnt = training.get("data", {})
+        return cls(
+            training.get("answer", cls.way),
+            learnt.get("format", cls.format),
+            learnt.get("caption", cls.caption),
+        )
 
     def answer(
         self,

@@ -24,6 +24,7 @@ from tests.tiny_models import build_tiny_decoder, build_tiny_model
 
 DECODING = {"decode_vs_base", "forward_vs_base", "tokens_per_second"}
 MEMORY = {"training_memory_mb", "training_memory_vs_peft", "checkpointed_memory_vs_peft"}
+DEMO = {"demo_seconds_to_page", "demo_seconds_to_answer", "demo_memory_mb"}
 SERVING = {"serving_ratio", "tokens_per_second_of_one", "tokens_per_second_of_8", "engine_vs_alone"}
 TRAINING = {"rows_per_second", "training_vs_peft", "training_vs_pad512", "loss_difference"}
 TRAINING |= {"training_vs_peft_processor", "training_vs_pad512_processor"} | MEMORY
@@ -52,7 +53,9 @@ def test_all_suites_and_peers(
 ) -> None:
     small = ["--pairs", "2", "--new-tokens", "3", "--steps", "4", "--batch-size", "2"]
     figures = measure(monkeypatch, tmp_path, "--peers", "--base", str(base), *small)
-    assert set(figures) == DECODING | TRAINING | SERVING
+    assert set(figures) == DECODING | TRAINING | SERVING | DEMO
+    assert 0 < figures["demo_seconds_to_page"] < figures["demo_seconds_to_answer"] < 120
+    assert 100 < figures["demo_memory_mb"] < 5000
     assert all(0 < figures[name] < 1000 for name in DECODING - {"tokens_per_second"})
     assert all(figures[name] > 0 for name in SERVING)
     assert figures["serving_ratio"] < 50
@@ -150,9 +153,7 @@ def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
         calls.append(name)
         return number
 
-    results = measuring.alternate(
-        {name: lambda n, name=name: contender(name, n) for name in "abc"}, rounds=3
-    )
+    results = measuring.alternate({name: lambda n, name=name: contender(name, n) for name in "abc"}, rounds=3)
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
     assert results == {"a": [1, 2, 3], "b": [1, 2, 3], "c": [1, 2, 3]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -223,6 +224,20 @@ def test_the_table_is_printed_and_written(
     assert json.loads(figures.read_text())["rows"] == 5
     run(eval.scienceqa, "--adapter", "none", "--base", "tiny-base", *common, "--limit", 3)
     assert "adapter none" in capsys.readouterr().out
+
+
+def test_the_best_way_is_what_training_recorded(model: LlamaAdapter) -> None:
+    assert (
+        Examination.best_for(model) == Examination.best_for(model, "none") == Examination("letter", "QCM-A")
+    )
+    adapter = model.get_adapter("tiny")
+    before = adapter.config
+    learnt = {"answer": "option", "data": {"format": "QCM-O", "caption": True}}
+    adapter.config = dataclasses.replace(before, training=learnt)
+    try:
+        assert Examination.best_for(model, "tiny") == Examination("option", "QCM-O", caption=True)
+    finally:
+        adapter.config = before
 
 
 def test_training_by_rivals_learns_to_tell_the_choices_apart(place: Path, tmp_path: Path) -> None:
