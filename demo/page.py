@@ -17,7 +17,7 @@ from demo.display import answer_messages, messages, pace, shown, typed
 from demo.inside import ANSWER, GATES, show_answer, show_gates
 from demo.pictures import PICTURE_EXAMPLES, data_url, open_given, picture_file
 from demo.science import EXAMPLES as SCIENCE_EXAMPLES
-from demo.science import labelled, score
+from demo.science import labelled, score, trained_for_it
 from llama_adapter.chat import Conversation
 from llama_adapter.errors import UsageError
 from llama_adapter.generate import Answer
@@ -441,6 +441,10 @@ def _science(handlers: Handlers, expert: gr.Dropdown) -> None:
                 "How likely the adapter finds each option as the answer, by its letter or by its text, "
                 "whichever it is better at. The question is put to it as in the paper's ScienceQA "
                 "experiments."
+                + "".join(
+                    f" **{name}** was trained on such questions: choose it above."
+                    for name in trained_for_it(handlers.model)
+                )
             )
     example.input(handlers.fill, example, [box, options, context, found], **AT_ONCE)
     for trigger in (box.submit, button.click):

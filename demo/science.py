@@ -76,6 +76,12 @@ def score(
     return [float(share) for share in torch.tensor(found, dtype=torch.double).softmax(0)]
 
 
+def trained_for_it(model: LlamaAdapter) -> list[str]:
+    """The names of those adapters that train.scienceqa made."""
+    learnt = {name: model.get_adapter(name).config.training.get("data", {}) for name in model.adapters}
+    return [name for name, data in learnt.items() if "format" in data]
+
+
 def labelled(options: list[str], probabilities: list[float]) -> dict[str, float]:
     """Each option's probability under its letter and its text."""
     return {

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -41,6 +42,7 @@ from demo.heatmap import draw_heatmap
 from demo.page import BUSY, EMPTY, EXAMPLES, IDLE, Handlers, build_page, offered
 from demo.pictures import MAX_PICTURES, MAX_SIDE, PICTURE_EXAMPLES, open_given, picture_file
 from demo.science import EXAMPLES as SCIENCE_EXAMPLES
+from demo.science import score, trained_for_it
 from demo.server import check_port, serve
 from llama_adapter.answering import answer_likelihoods
 from llama_adapter.checkpoint import save_adapter
@@ -630,6 +632,23 @@ def test_the_form_is_filled_in_and_answered(handlers: Handlers) -> None:
     assert handlers.fill(None) == (gr.skip(),) * 4
     with pytest.warns(UserWarning, match="expected 2 to 5"):
         assert handlers.score(_box("Which?"), "\n one \n\n", "", "one") == gr.skip()
+
+
+def test_an_adapter_trained_on_scienceqa_answers_in_its_own_way_and_is_named(model: LlamaAdapter) -> None:
+    assert trained_for_it(model) == []
+    adapter, asked = model.get_adapter("two"), ("Which?", ["a hen", "a cat"], "It lays eggs.", None, "two")
+    before, letters = adapter.config, score(model, *asked)
+    adapter.config = replace(before, training={"answer": "option", "data": {"format": "QCM-O"}})
+    try:
+        assert trained_for_it(model) == ["two"]
+        problem = Problem("7", "Which?", ("a hen", "a cat"), 1, hint="It lays eggs.")
+        records = problem_records([problem], "QCM-O")
+        (found,) = answer_likelihoods(model, records, [[" a hen", " a cat"]], adapter="two")
+        shares = score(model, *asked)
+        assert shares == pytest.approx(torch.tensor(found).softmax(0).tolist(), rel=1e-4)
+        assert shares != pytest.approx(letters, rel=1e-3)
+    finally:
+        adapter.config = before
 
 
 # --- looking inside -----------------------------------------------------------------------------------------
