@@ -10,8 +10,10 @@ import torch
 
 from llama_adapter.checkpoint import load_adapter
 from llama_adapter.contrastive import Pair, load_clip, zero_shot
+from llama_adapter.examining import Examination
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.sampling import Sampling
+from llama_adapter.scienceqa import Problem
 from llama_adapter.vision import load_tower
 from tests.conftest import CHECKOUT
 
@@ -21,7 +23,8 @@ SHAPES = CHECKOUT / "examples" / "shapes" / "images"
 
 
 def test_there_are_adapters_to_look_at() -> None:
-    assert {"smollm2-135m-alpaca", "smollm2-135m-vision"} <= {folder.name for folder in ADAPTERS}
+    shipped = {"smollm2-135m-alpaca", "smollm2-135m-scienceqa", "smollm2-135m-vision"}
+    assert shipped == {folder.name for folder in ADAPTERS}
 
 
 @pytest.mark.parametrize("folder", [*ADAPTERS, WEIGHTS / "clip-mini"], ids=lambda folder: folder.name)
@@ -69,3 +72,14 @@ def test_the_adapter_that_sees_names_what_is_in_the_picture(base_folder: Path) -
         ("blue-triangle-1.png", "what color is the shape?", "blue"),
     ):
         assert expected in model.chat(question, image=SHAPES / picture, sampling=greedy).lower()
+
+
+def test_the_adapter_for_scienceqa_chooses_by_what_it_learnt(base_folder: Path) -> None:
+    model = LlamaAdapter.from_pretrained("smollm2-135m-scienceqa", device="cpu", dtype="float32")
+    best = Examination.best_for(model)
+    assert best.way == "option"
+    problems = [
+        Problem("1", "What is the capital city of Texas?", ("Dallas", "Austin", "Boston", "Denver"), 1),
+        Problem("2", "What is the capital city of Ohio?", ("Salem", "Denver", "Columbus", "Boston"), 2),
+    ]
+    assert {pid: choice for pid, (choice, _) in best.answer(model, problems).items()} == {"1": 1, "2": 2}
