@@ -80,8 +80,9 @@ class Examination:
             records = problem_records(
                 problems, self.format, caption=self.caption, images=features is not None
             )
-            # An answer that comes first is short; a lecture before it is not.
-            longest = 16 if self.format.partition("-")[2].startswith("A") else 512
+            # A letter that comes first is soon said; an option takes its time, a lecture before it more.
+            wanted = self.format.partition("-")[2]
+            longest = 16 if wanted.startswith("A") else 64 if wanted == "O" else 512
             said = answer_records(
                 model,
                 records,
