@@ -11,7 +11,7 @@ from demo.checks import check_length
 from demo.pictures import PICTURE_EXAMPLES, open_given
 from llama_adapter.data import PictureFile
 from llama_adapter.errors import UsageError
-from llama_adapter.examining import Examination
+from llama_adapter.examining import Examination, trained_on_scienceqa
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.scienceqa import LETTERS, Problem, question_text
 from llama_adapter.template import check_unicode, question_turn
@@ -78,8 +78,7 @@ def score(
 
 def trained_for_it(model: LlamaAdapter) -> list[str]:
     """The names of those adapters that train.scienceqa made."""
-    learnt = {name: model.get_adapter(name).config.training.get("data", {}) for name in model.adapters}
-    return [name for name, data in learnt.items() if "format" in data]
+    return [name for name in model.adapters if trained_on_scienceqa(model, name)]
 
 
 def labelled(options: list[str], probabilities: list[float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from eval.measuring import WORDS, alternate, ratio, show
@@ -28,12 +29,13 @@ LENGTHS = (
 
 def scienceqa(model: LlamaAdapter, _: argparse.Namespace) -> dict[str, float]:
     """How fast ScienceQA's problems are answered."""
-    learnt = adapter_format(model)
-    if learnt is None:
+    from llama_adapter.examining import trained_on_scienceqa
+
+    if not trained_on_scienceqa(model, model.active_adapter):
         print("left out: the adapter was not trained on ScienceQA; name one that was with --adapter")
         return {}
     problems = made_up_problems()
-    times = alternate(contenders(model, problems, learnt=learnt), rounds=ROUNDS)
+    times = alternate(contenders(model, problems), rounds=ROUNDS)
     show(f"a problem, of {len(problems):,}", times)
     one = times.pop("generate, one at a time")
     return {f"scienceqa_{way}": ratio(one, seconds) for way, seconds in times.items()}
@@ -54,30 +56,15 @@ def made_up_problems() -> list[Problem]:
     ]
 
 
-def adapter_format(model: LlamaAdapter) -> str | None:
-    """The format that the active adapter was trained on; None where it was trained on something else."""
-    from llama_adapter.model import NO_ADAPTER
-
-    if model.active_adapter == NO_ADAPTER:
-        return None
-    training = model.get_adapter(model.active_adapter).config.training
-    found: str | None = training.get("data", {}).get("format")
-    return found
-
-
-def contenders(
-    model: LlamaAdapter, problems: Sequence[Problem], *, learnt: str
-) -> dict[str, Callable[[int], float]]:
-    """Seconds a problem, by generation one at a time and in batches, and by likelihood.
-
-    Args:
-        learnt: the format that the adapter was trained on.
-    """
+def contenders(model: LlamaAdapter, problems: Sequence[Problem]) -> dict[str, Callable[[int], float]]:
+    """Seconds a problem, by generation one at a time and in batches, and by likelihood."""
     from llama_adapter.examining import Examination
+
+    best = Examination.best_for(model)
 
     def answer(way: str, batch_size: int) -> float:
         started = time.perf_counter()
-        Examination(way, learnt).answer(model, problems, batch_size=batch_size)
+        replace(best, way=way).answer(model, problems, batch_size=batch_size)
         return (time.perf_counter() - started) / len(problems)
 
     return {

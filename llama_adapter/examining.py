@@ -25,6 +25,11 @@ WAYS = ("generate", "letter", "option")
 _KEPT_EVERY = 64  # problems: between two writes of the results
 
 
+def trained_on_scienceqa(model: LlamaAdapter, adapter: str) -> bool:
+    """Whether train.scienceqa made the adapter; the bare base it did not."""
+    return adapter != NO_ADAPTER and "format" in model.get_adapter(adapter).config.training.get("data", {})
+
+
 @dataclass(frozen=True)
 class Examination:
     """How problems are put to a model and its answers are read.

@@ -9,6 +9,7 @@ it is its turn; it has no gradient to be summed.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -124,6 +125,9 @@ def running_processes() -> Processes:
     from accelerate import Accelerator, DistributedType
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    # A thread of the group that still lets go of a tensor while Python shuts down aborts the process (pytorch
+    # pull request 179291): a finished run would exit as a failed one. So the group ends before Python does.
+    atexit.register(accelerator.end_training)
     return Processes(
         accelerator.process_index,
         accelerator.num_processes,

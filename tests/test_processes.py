@@ -129,6 +129,7 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
     assert done.stderr.count("validation loss") == (alone.parent / "run/metrics.jsonl").read_text().count(
         "validation_loss"
     ), "one process tells"
+    assert done.stdout.count("group at exit: False") == 2
     assert len(list((output / "checkpoints").glob("*.pt"))) == 2
     record = json.loads((output / "run.json").read_text())
     assert record["made_by"]["processes"] == 2

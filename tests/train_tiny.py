@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import os
 import signal
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=SETTINGS.epochs)
     parser.add_argument("--checkpoint-every", type=int, default=SETTINGS.checkpoint_every)
     arguments = parser.parse_args()
+    # The last thing called at the exit: a group that is still there can abort the process while Python ends.
+    atexit.register(lambda: print(f"group at exit: {torch.distributed.is_initialized()}\n", end=""))
     running = processes.running_processes()
     model = build_tiny_model(vision=VISION)
     if arguments.shard:
@@ -85,6 +88,9 @@ def main() -> None:
         model, "tiny", made, {"made": made[:6]}, settings, arguments.output, {"source": "made"}, features
     )
     trainer.run(resume=arguments.resume)
+    if arguments.shard:
+        # DTensor's caches keep gloo's threads alive past the end of the group (a GPU's NCCL has none).
+        os._exit(0)
 
 
 if __name__ == "__main__":
