@@ -14,7 +14,7 @@ demo: base
 test: base .venv/chromium
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy llama_adapter
+	$(BIN)/mypy llama_adapter train eval demo
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 base: .venv/installed

@@ -1,4 +1,4 @@
-"""The endpoints for programs: `/answer` gives a text, `/chat` a growing one, `/score` options' probabilities.
+"""The endpoints for programs: `/answer` and `/chat` give a growing text, `/score` options' probabilities.
 
 None of them remembers anything.
 """
@@ -43,16 +43,15 @@ class Endpoints:
         repetition_penalty: float = Sampling.repetition_penalty,
         max_new_tokens: int = Sampling.max_new_tokens,
         seed: int | None = None,
-    ) -> str:
-        """The answer to one question. `image`: a picture that it is about, or a list of them, for adapters
-        that see: `handle_file("photo.jpg")` of gradio_client, a data URL ("data:image/jpeg;base64,..."), or
-        {"path": what /gradio_api/upload answered}. `adapter`: a name that the page offers, by default the
-        one that is chosen there at first; "none" is the bare base."""
+    ) -> Iterator[str]:
+        """The answer to one question, as far as it has got: what comes last is all of it. `image`: a picture
+        that it is about, or a list of them, for adapters that see: `handle_file("photo.jpg")` of
+        gradio_client, a data URL ("data:image/jpeg;base64,..."), or {"path": what /gradio_api/upload
+        answered}. `adapter`: a name that the page offers, by default the one that is chosen there at first;
+        "none" is the bare base."""
+        # Gradio stops the work of a caller who leaves only between two values.
         knobs = (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
-        with _refused(), closing(self._ask(message, [], image, adapter, system, knobs)) as answer:
-            for _ in answer:
-                pass
-            return answer.text
+        yield from self.chat(message, None, image, adapter, system, *knobs)
 
     def chat(
         self,

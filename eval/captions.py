@@ -5,14 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from llama_adapter.arguments import (
-    Parser,
-    add_json_option,
-    add_picture_scoring_options,
-    load_records_to_score,
-    positive_int,
-    report,
-)
+from eval.pictures import add_picture_scoring_options, load_records_to_score
+from llama_adapter.arguments import Parser, add_json_option, positive_int, report
 from llama_adapter.errors import UsageError, run_command
 
 
@@ -71,7 +65,7 @@ def main() -> None:
     for record, answer, texts in list(zip(records, said["adapter"], captions, strict=True))[
         : arguments.samples
     ]:
-        print(f"{record.images[0]}\n  adapter   {answer}\n  a person  {texts[0]}")
+        print(f"{record.images[0]!s}\n  adapter   {answer}\n  a person  {texts[0]}")
     print(f"\n{'':<24} {'CIDEr':>8} {'BLEU-4':>8}   ({len(records):,} pictures, beams {arguments.beams})")
     for name, score in scores.items():
         print(f"{name:<24} {score.cider:>8.3f} {score.bleu4:>8.3f}")

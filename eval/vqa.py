@@ -6,14 +6,8 @@ import dataclasses
 import sys
 from collections import defaultdict
 
-from llama_adapter.arguments import (
-    Parser,
-    add_json_option,
-    add_picture_scoring_options,
-    load_records_to_score,
-    positive_int,
-    report,
-)
+from eval.pictures import add_picture_scoring_options, load_records_to_score
+from llama_adapter.arguments import Parser, add_json_option, positive_int, report
 from llama_adapter.errors import run_command
 
 

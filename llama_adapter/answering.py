@@ -1,6 +1,6 @@
 """Many questions answered in batches, for scoring: in the model's own words, or by choosing among answers.
 
-Questions of about the same length are answered together, and what padding there is nobody sees: no answer
+Questions of about the same length are read together, and what padding there is nobody sees: no answer
 depends on what it was batched with but for rounding. Questions about the same pictures share their prompts'
 keys and values.
 """
@@ -8,17 +8,21 @@ keys and values.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
+from llama_adapter.batching import Batch, Row, merge_prompts
 from llama_adapter.data import PictureFile, Record, encode_records
 from llama_adapter.generate import stream_text
-from llama_adapter.model import LlamaAdapter
+from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.packing import answer_losses, split_by_tokens
+from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, encode_question, end_token_ids, stop_strings
 
 
@@ -49,33 +53,17 @@ def answer_records(
     for record in records:
         first.setdefault(record.images, len(first))
     order = sorted(range(len(records)), key=lambda i: (len(questions[i]), first[records[i].images]))
+
+    def prompts_of(some: Sequence[int]) -> list[dict[str, Tensor]]:
+        return _prompts(model, adapter, [records[i].images for i in some], features)
+
+    if beams == 1:
+        said = _greedily(model, questions, order, prompts_of, ends, max_new_tokens, batch_size)
+    else:
+        said = _by_beams(model, questions, order, prompts_of, ends, max_new_tokens, batch_size, beams)
     answers = [""] * len(records)
-    done = 0
-    for batch in _batches(order, questions, batch_size):
-        sets = list(dict.fromkeys(records[i].images for i in batch))
-        prompts = _prompts(model, adapter, sets, features)
-        rows = torch.tensor([sets.index(records[i].images) for i in batch], device=model.decoder.device)
-        longest = max(len(questions[i]) for i in batch)
-        padding = [longest - len(questions[i]) for i in batch]
-        ids = torch.tensor(
-            [[ends[0]] * pad + questions[i] for i, pad in zip(batch, padding, strict=True)],
-            device=model.decoder.device,
-        )
-        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=ids.device)
-        output = model.generate(
-            ids,
-            adapter=adapter,
-            attention_mask=mask,
-            do_sample=False,
-            num_beams=beams,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=ends,
-            pad_token_id=ends[0],
-            **{name: tensor.expand(len(sets), *tensor.shape[1:])[rows] for name, tensor in prompts.items()},
-        )
-        for i, tokens in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-            answers[i] = "".join(stream_text(_until(tokens, ends), tokenizer, stops)).strip()
-        done += len(batch)
+    for done, (i, tokens) in enumerate(said, start=1):
+        answers[i] = "".join(stream_text(_until(tokens, ends), tokenizer, stops)).strip()
         progress(done)
     return answers
 
@@ -120,15 +108,79 @@ def answer_likelihoods(
     return [list(islice(rest, len(several))) for several in answers]
 
 
-def _batches(order: Sequence[int], questions: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """The questions, shortest first, in batches of which no more than a quarter would be padding."""
-    batches: list[list[int]] = []
-    for i in order:
-        length = len(questions[i])
-        if not batches or len(batches[-1]) == size or 4 * len(questions[batches[-1][0]]) < 3 * length:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+def _greedily(
+    model: LlamaAdapter,
+    questions: Sequence[Sequence[int]],
+    order: Iterable[int],
+    prompts_of: Callable[[Sequence[int]], list[dict[str, Tensor]]],
+    ends: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[tuple[int, list[int]]]:
+    """The number and the tokens of each question's answer as soon as it ends; others take its place."""
+    batch, waiting, device = Batch(partial(model, adapter=NO_ADAPTER)), deque(order), model.decoder.device
+    rows: dict[int, Row] = {}
+    said: dict[int, list[int]] = {}
+    while waiting or rows:
+        # Several are read in less time than one by one, so it waits until half of the places are free.
+        if waiting and 2 * len(rows) <= batch_size:
+            some = _take_alike(waiting, questions, batch_size - len(rows))
+            asked = [
+                (torch.tensor([questions[i]], device=device), prompts, Sampling(temperature=0))
+                for i, prompts in zip(some, prompts_of(some), strict=True)
+            ]
+            rows |= zip(some, batch.join_together(asked), strict=True)
+        else:
+            batch.step()
+            some = list(rows)
+        for i in some:
+            said.setdefault(i, []).append(int(rows[i].token))
+        ended = [i for i in some if said[i][-1] in ends or len(said[i]) == max_new_tokens]
+        if ended:
+            batch.leave(*(rows.pop(i) for i in ended))
+        for i in ended:
+            yield i, said.pop(i)
+
+
+def _by_beams(
+    model: LlamaAdapter,
+    questions: Sequence[Sequence[int]],
+    order: Iterable[int],
+    prompts_of: Callable[[Sequence[int]], list[dict[str, Tensor]]],
+    ends: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    beams: int,
+) -> Iterator[tuple[int, list[int]]]:
+    """As `_greedily`, by transformers' beam search, where a batch ends together."""
+    waiting = deque(order)
+    while waiting:
+        some = _take_alike(waiting, questions, batch_size)
+        longest = max(len(questions[i]) for i in some)
+        padding = [longest - len(questions[i]) for i in some]
+        ids = torch.tensor([[ends[0]] * pad + [*questions[i]] for i, pad in zip(some, padding, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+        output = model.generate(
+            ids.to(model.decoder.device),
+            adapter=NO_ADAPTER,
+            attention_mask=mask.to(model.decoder.device),
+            do_sample=False,
+            num_beams=beams,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+            **merge_prompts(prompts_of(some)),
+        )
+        yield from zip(some, output[:, longest:].tolist(), strict=True)
+
+
+def _take_alike(waiting: deque[int], questions: Sequence[Sequence[int]], most: int) -> list[int]:
+    """The next questions, shortest first, as many as are read with no more than a quarter of padding."""
+    taken = [waiting.popleft()]
+    shortest = len(questions[taken[0]])
+    while waiting and len(taken) < most and 4 * shortest >= 3 * len(questions[waiting[0]]):
+        taken.append(waiting.popleft())
+    return taken
 
 
 def _prompts(
@@ -136,15 +188,22 @@ def _prompts(
     adapter: str | None,
     sets: Sequence[tuple[PictureFile, ...]],
     features: Mapping[PictureFile, Tensor] | None,
-) -> dict[str, Tensor]:
-    """The prompts' keys and values for each set of pictures."""
-    pictures = [picture for images in sets for picture in images]
-    if not pictures:
-        return model.project(adapter)
-    assert features is not None
-    owners = torch.tensor([number for number, images in enumerate(sets) for _ in images])
-    seen = torch.stack([features[picture] for picture in pictures])
-    return model.project(adapter, image_features=seen, image_owners=owners, rows=len(sets))
+) -> list[dict[str, Tensor]]:
+    """The prompts' keys and values, (1, ...), for each set of pictures; equal sets are computed once."""
+    different = list(dict.fromkeys(sets))
+    pictures = [picture for images in different for picture in images]
+    if pictures:
+        assert features is not None
+        owners = torch.tensor([number for number, images in enumerate(different) for _ in images])
+        seen = torch.stack([features[picture] for picture in pictures])
+        projected = model.project(adapter, image_features=seen, image_owners=owners, rows=len(different))
+    else:
+        projected = model.project(adapter)
+    of = {
+        images: {name: tensor[number : number + 1] for name, tensor in projected.items()}
+        for number, images in enumerate(different)
+    }
+    return [of[images] for images in sets]
 
 
 def _until(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:

@@ -1,8 +1,8 @@
 """Answers that are made together, a token of each at a time; rows join and leave between tokens.
 
-A newcomer's question is read alone, then its cache stands beside the others'. The shorter ones are padded on
-the left, which the mask hides, so that every row ends at the batch's last place. A decoder's weights are read
-from memory once for a token of all rows, which is what takes the time with one row as well.
+Newcomers' questions are read by themselves, then their cache stands beside the others'. The shorter ones are
+padded on the left, which the mask hides, so that every row ends at the batch's last place. A decoder's
+weights are read from memory once for a token of all rows, which is what takes the time with one row as well.
 
 Shapes: B rows, T tokens of a question, S places of the cache, L adapted layers, H heads, K prompts, d head
 width, V vocabulary.
@@ -10,7 +10,7 @@ width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,24 +53,36 @@ class Batch:
         self._cache = DynamicCache()
         self._prompts: dict[str, Tensor] = {}
 
-    @torch.inference_mode()
     def join(self, question: Tensor, prompts: dict[str, Tensor], sampling: Sampling) -> Row:
         """Read a question, (1, T), and add its row, whose first token is chosen."""
-        choose = TokenChooser(sampling, question)
+        return self.join_together([(question, prompts, sampling)])[0]
+
+    @torch.inference_mode()
+    def join_together(self, asked: Sequence[tuple[Tensor, dict[str, Tensor], Sampling]]) -> list[Row]:
+        """As `join`, for several questions that are read at once, best of about the same length."""
+        lengths = [question.shape[1] for question, _, _ in asked]
         # One without a config keeps all places in every layer, so that rows of any length can be lined up;
         # a sliding window is then a matter of the mask.
         cache = DynamicCache()
         output = self._forward(
-            input_ids=question, past_key_values=cache, use_cache=True, logits_to_keep=1, **prompts
+            input_ids=torch.cat([F.pad(q, (max(lengths) - q.shape[1], 0)) for q, _, _ in asked]),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **merge_prompts([prompts for _, prompts, _ in asked]),
+            **_padding(lengths, max(lengths), like=asked[0][0]),
         )
-        row = Row(choose, prompts, question.shape[1], choose(output.logits[:, -1]))
+        newcomers = []
+        for (question, prompts, sampling), logits in zip(asked, output.logits.split(1), strict=True):
+            choose = TokenChooser(sampling, question)
+            newcomers.append(Row(choose, prompts, question.shape[1], choose(logits[:, -1])))
         if self.rows:
             cache = _beside(self._cache, cache)
-        merged = merge_prompts([*(each.prompts for each in self.rows), prompts])
+        together = [*self.rows, *newcomers]
+        merged = merge_prompts([row.prompts for row in together])
         # Only now, so that the others go on as they were where something failed.
-        self.rows.append(row)
-        self._cache, self._prompts = cache, merged
-        return row
+        self.rows, self._cache, self._prompts = together, cache, merged
+        return newcomers
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -81,37 +93,45 @@ class Batch:
             use_cache=True,
             logits_to_keep=1,
             **self._prompts,
-            **self._places(),
+            **_padding([row.length + 1 for row in self.rows], 1, like=self.rows[0].token),
         )
         for row, logits in zip(self.rows, output.logits.split(1), strict=True):
             row.length += 1
             row.token = row.choose(logits[:, -1])
 
     @torch.inference_mode()
-    def leave(self, row: Row) -> None:
-        """Take a row out, and the places that it alone needed."""
-        kept = [number for number, each in enumerate(self.rows) if each is not row]
-        self.rows.remove(row)
+    def leave(self, *gone: Row) -> None:
+        """Take rows out, and the places that they alone needed."""
+        kept = [number for number, row in enumerate(self.rows) if row not in gone]
+        self.rows = [self.rows[number] for number in kept]
         if not self.rows:
             self._cache = DynamicCache()
             return
-        places = max(each.length for each in self.rows)
+        places = max(row.length for row in self.rows)
         layers: Any = self._cache.layers
         for layer in layers:
             layer.keys, layer.values = (
                 states[kept, :, states.shape[2] - places :] for states in (layer.keys, layer.values)
             )
-        self._prompts = merge_prompts([each.prompts for each in self.rows])
+        self._prompts = merge_prompts([row.prompts for row in self.rows])
 
-    def _places(self) -> dict[str, Tensor]:
-        """What tells the decoder of the padding; nothing where there is none."""
-        lengths = [row.length for row in self.rows]
-        longest = max(lengths)
-        if min(lengths) == longest:
-            return {}
-        positions = torch.tensor(lengths, device=self.rows[0].token.device)[:, None]
-        mask = torch.arange(longest + 1, device=positions.device) >= longest - positions
-        return {"attention_mask": mask.long(), "position_ids": positions}
+
+def _padding(lengths: Sequence[int], read: int, *, like: Tensor) -> dict[str, Tensor]:
+    """What tells the decoder of rows' padding on the left; nothing where there is none.
+
+    Args:
+        lengths: tokens of each row, those in the cache counted.
+        read: how many of them, padding counted, are read now.
+    """
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return {}
+    places = (
+        torch.arange(longest, device=like.device)
+        - longest
+        + torch.tensor(lengths, device=like.device)[:, None]
+    )
+    return {"attention_mask": (places >= 0).long(), "position_ids": places[:, -read:].clamp(min=0)}
 
 
 def merge_prompts(several: list[dict[str, Tensor]]) -> dict[str, Tensor]:

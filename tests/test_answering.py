@@ -85,10 +85,13 @@ def test_answers_are_those_to_one_question_at_a_time(model: LlamaAdapter, beams:
 
 
 def test_some_answers_end_by_themselves(model: LlamaAdapter) -> None:
+    """A place that gets free is another question's."""
     for some in (20, 40):
-        said = answer_records(model, RECORDS, features=FEATURES, max_new_tokens=some)
         expected = [answer_alone(model, asked, max_new_tokens=some) for asked in RECORDS]
-        assert said == expected
+        for size in (2, 4, 16):
+            options: dict[str, Any] = {"max_new_tokens": some, "batch_size": size}
+            said = answer_records(model, RECORDS, features=FEATURES, **options)
+            assert said == expected, size
     assert model.tokenizer is not None
     lengths = {len(model.tokenizer.encode(answer)) for answer in said}
     assert min(lengths) < 20, "else this shows nothing"
@@ -133,5 +136,5 @@ def test_an_answer_ends_before_its_end_token_and_before_a_stop_string(
         return torch.cat([ids, torch.tensor(filled)], dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
-    said = answer_records(model, [record("What is it?")] * 3)
+    said = answer_records(model, [record("What is it?")] * 3, beams=2)
     assert said == ["Red.", "Green.", "Grey and bl"]

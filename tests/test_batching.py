@@ -61,10 +61,11 @@ def test_rows_of_every_family_answer_as_alone(family: str) -> None:
     batch = empty(model)
     said: dict[Row, list[int]] = {}
     expected = []
+    asked = []
     for question, name in zip(random_rows(5, 9, 3, 7, 6), ADAPTERS, strict=True):
-        prompts = prompts_of(model, name, 3)
-        expected.append(alone(model, question, prompts, GREEDY, 8))
-        row = batch.join(question[None], prompts, GREEDY)
+        asked.append((question[None], prompts_of(model, name, 3), GREEDY))
+        expected.append(alone(model, question, asked[-1][1], GREEDY, 8))
+    for row in (batch.join(*asked[0]), *batch.join_together(asked[1:4]), batch.join(*asked[4])):
         said[row] = [int(row.token)]
     for _ in range(7):
         batch.step()
@@ -105,12 +106,13 @@ def test_rows_may_come_and_go_whenever_they_like(
     rows: dict[int, Row] = {}
     said: dict[int, list[int]] = {}
     for step in range(6 + 9):
-        for number, (_, _, sampling, joins, _) in enumerate(asked):
-            if joins == step:
-                rows[number] = batch.join(questions[number][None], prompts[number], sampling)
-                said[number] = [int(rows[number].token)]
-        for number in [number for number in rows if len(said[number]) == asked[number][-1]]:
-            batch.leave(rows.pop(number))
+        joining = [number for number, (*_, joins, _) in enumerate(asked) if joins == step]
+        if joining:
+            newcomers = [(questions[number][None], prompts[number], asked[number][2]) for number in joining]
+            for number, row in zip(joining, batch.join_together(newcomers), strict=True):
+                rows[number], said[number] = row, [int(row.token)]
+        ended = [number for number in rows if len(said[number]) == asked[number][-1]]
+        batch.leave(*(rows.pop(number) for number in ended))
         if rows:
             batch.step()
             for number, row in rows.items():

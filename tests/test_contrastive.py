@@ -14,9 +14,9 @@ import torch
 
 import eval.clip
 import train.clip
-from llama_adapter import contrastive
+from llama_adapter import clip_training, contrastive
+from llama_adapter.clip_training import ClipSettings, train_clip
 from llama_adapter.contrastive import (
-    ClipSettings,
     Pair,
     build_clip,
     load_clip,
@@ -24,7 +24,6 @@ from llama_adapter.contrastive import (
     read_pairs,
     retrieval,
     save_clip,
-    train_clip,
     zero_shot,
 )
 from llama_adapter.errors import UsageError
@@ -190,7 +189,7 @@ def test_a_killed_run_goes_on_exactly(
         pass
 
     whole = fit(place, tmp_path / "whole", frozen_blocks=frozen_blocks)
-    draw = contrastive._draw
+    draw = clip_training._draw
     with monkeypatch.context() as patch:
 
         def kill(pairs: Any, now: int, settings: Any) -> Any:
@@ -198,7 +197,7 @@ def test_a_killed_run_goes_on_exactly(
                 raise Killed
             return draw(pairs, now, settings)
 
-        patch.setattr(contrastive, "_draw", kill)
+        patch.setattr(clip_training, "_draw", kill)
         with pytest.raises(Killed):
             fit(place, tmp_path / "killed", frozen_blocks=frozen_blocks)
     resumed = fit(place, tmp_path / "killed", frozen_blocks=frozen_blocks, resume=True)
@@ -210,7 +209,7 @@ def test_a_killed_run_goes_on_exactly(
 def test_ctrl_c_ends_after_the_step_with_a_checkpoint(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = contrastive._draw
+    draw = clip_training._draw
 
     def interrupt(pairs: Any, now: int, settings: Any) -> Any:
         if now == 4:
@@ -218,7 +217,7 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(
         return draw(pairs, now, settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(contrastive, "_draw", interrupt)
+        patch.setattr(clip_training, "_draw", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(place, tmp_path, checkpoint_every=100)
     assert len(losses(tmp_path)) == 5
@@ -234,12 +233,12 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(
 
 def test_a_batch_has_no_two_pictures_with_the_same_texts_if_it_can() -> None:
     pairs = [Pair(Path(str(n)), (f"{n % 5} a", f"{n % 5} b")) for n in range(20)]
-    batches = [contrastive._draw(pairs, step, ClipSettings(batch_size=4)) for step in range(40)]
+    batches = [clip_training._draw(pairs, step, ClipSettings(batch_size=4)) for step in range(40)]
     for drawn in batches:
         assert len({number % 5 for number, _ in drawn}) == 4
         assert all(text in pairs[number].texts for number, text in drawn)
     assert {number for drawn in batches for number, _ in drawn} == set(range(20))
-    drawn = contrastive._draw(pairs, 0, ClipSettings(batch_size=8))
+    drawn = clip_training._draw(pairs, 0, ClipSettings(batch_size=8))
     assert len({number for number, _ in drawn}) == 8 and len({number % 5 for number, _ in drawn}) == 5
 
 
@@ -249,7 +248,7 @@ def test_what_frozen_blocks_give_is_computed_once_and_is_the_same(
 ) -> None:
     clip, pairs = build(place).eval(), read_pairs(str(place / "captions"))
     settings = ClipSettings(**{**vars(SETTINGS), "frozen_blocks": blocks, "crops": 1})
-    with contrastive._Crops(clip, pairs, settings, tmp_path) as crops:
+    with clip_training._Crops(clip, pairs, settings, tmp_path) as crops:
         states = crops._states(5, 0)
         pixels = crops._cut(5, 5)
         with torch.no_grad():
@@ -258,7 +257,7 @@ def test_what_frozen_blocks_give_is_computed_once_and_is_the_same(
         clip.visual.trunk.conv_stem.weight.data.zero_()
         assert torch.equal(crops._states(5, 0), states), "not computed again"
         assert not torch.equal(crops._states(6, 0), states)
-        assert (tmp_path / contrastive.CROPS_FILE).exists()
+        assert (tmp_path / clip_training.CROPS_FILE).exists()
     assert not list(tmp_path.iterdir())
 
 

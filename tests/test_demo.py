@@ -38,8 +38,9 @@ from demo.api import Endpoints
 from demo.checks import MAX_CHARACTERS, MAX_NEW_TOKENS, check_length, read_sampling
 from demo.display import messages, pace, shown, typed
 from demo.experts import describe, load_experts
+from demo.handlers import BUSY, EMPTY, IDLE, Handlers
 from demo.heatmap import draw_heatmap
-from demo.page import BUSY, EMPTY, EXAMPLES, IDLE, Handlers, build_page, offered
+from demo.page import EXAMPLES, build_page, offered
 from demo.pictures import MAX_PICTURES, MAX_SIDE, PICTURE_EXAMPLES, open_given, picture_file
 from demo.science import EXAMPLES as SCIENCE_EXAMPLES
 from demo.science import score, trained_for_it
@@ -237,7 +238,7 @@ def test_a_question_is_taken_at_once_and_its_answer_grows(
     assert _texts(look) == ["Hello?"]
     assert handlers.model.made == 0  # type: ignore[attr-defined]
 
-    monkeypatch.setattr("demo.page.pace", lambda pieces: pace(pieces, seconds=0))
+    monkeypatch.setattr("demo.handlers.pace", lambda pieces: pace(pieces, seconds=0))
     steps = list(handlers.answer(chat))
     lengths = [len(_texts(look)[1]) for _, look in steps]
     assert lengths == sorted(lengths)
@@ -857,7 +858,7 @@ def test_a_bad_history_is_told_to_the_caller(history: Any, client: Client) -> No
 
 
 def test_hostile_text_comes_back_to_a_program_as_it_is() -> None:
-    answer = Endpoints(Engine(build_scripted_model())).answer(HOSTILE, max_new_tokens=1000)
+    *_, answer = Endpoints(Engine(build_scripted_model())).answer(HOSTILE, max_new_tokens=1000)
     assert HOSTILE in answer
 
 
@@ -998,14 +999,14 @@ def test_who_does_not_know_the_password_stays_outside() -> None:
         assert client.predict("Hi", max_new_tokens=3, api_name="/answer")
 
 
-def test_a_caller_who_leaves_stops_the_work() -> None:
+@pytest.mark.parametrize("endpoint", ["answer", "chat"])
+def test_a_caller_who_leaves_stops_the_work(endpoint: str) -> None:
     model = build_scripted_model(delay=0.02)
     with _served(model) as address:
         call = f"{address}gradio_api/call"
-        event = httpx.post(f"{call}/v2/chat", json={"message": "Hi", "max_new_tokens": 1000}).json()[
-            "event_id"
-        ]
-        with httpx.stream("GET", f"{call}/chat/{event}") as stream:
+        asked = {"message": "Hi", "max_new_tokens": 1000}
+        event = httpx.post(f"{call}/v2/{endpoint}", json=asked).json()["event_id"]
+        with httpx.stream("GET", f"{call}/{endpoint}/{event}") as stream:
             for line in stream.iter_lines():
                 if line.startswith("event: generating"):
                     break

@@ -27,6 +27,7 @@ ROWS = (
         "run_folder",
         "training",
         "contrastive",
+        "clip_training",
         "examining",
         "arguments",
     ),

@@ -15,7 +15,6 @@ import torch
 import eval.scienceqa
 import train.scienceqa
 from llama_adapter.answering import answer_likelihoods, answer_records
-from llama_adapter.arguments import DEFAULT_TOWER
 from llama_adapter.checkpoint import load_adapter
 from llama_adapter.errors import UsageError
 from llama_adapter.examining import WAYS, Examination, examine
@@ -25,6 +24,7 @@ from llama_adapter.scienceqa import Problem, answer_text, problem_records, read_
 from tests.science import build_problems, write_official
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import VISION, build_tiny_decoder, build_tiny_model, build_tiny_tower_folder
+from train.options import DEFAULT_TOWER
 
 
 @pytest.fixture(scope="module")

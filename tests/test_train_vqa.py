@@ -18,7 +18,6 @@ import eval.vqa
 import llama_adapter.training
 import train.alpaca
 import train.vqa
-from llama_adapter.arguments import DEFAULT_TOWER
 from llama_adapter.checkpoint import load_adapter
 from llama_adapter.data import IGNORED, Example
 from llama_adapter.errors import UsageError, run_command
@@ -26,6 +25,7 @@ from llama_adapter.model import LlamaAdapter
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder, build_tiny_tower_folder, draw_picture
+from train.options import DEFAULT_TOWER
 
 TEXT = CHECKOUT / "examples" / "instructions.jsonl"
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "grey": (128, 128, 128)}

@@ -5,15 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from llama_adapter.arguments import (
-    Parser,
-    add_model_options,
-    add_training_options,
-    load_model_to_train,
-    positive_int,
-    training_settings,
-)
+from llama_adapter.arguments import Parser, add_model_options, positive_int
 from llama_adapter.errors import run_command
+from train.options import add_training_options, load_model_to_train, training_settings
 
 
 def main() -> None:

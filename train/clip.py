@@ -50,14 +50,13 @@ def main() -> None:
     # Slow to import, and not needed to say that an option is wrong.
     import torch
 
+    from llama_adapter.clip_training import ClipSettings, train_clip
     from llama_adapter.contrastive import (
-        ClipSettings,
         build_clip,
         read_names,
         read_pairs,
         retrieval,
         split_names,
-        train_clip,
         zero_shot,
     )
     from llama_adapter.decoder import choose_device
@@ -67,10 +66,9 @@ def main() -> None:
         **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ClipSettings)}
     )
     pairs = [pair for source in arguments.data for pair in read_pairs(source)]
-    kept = []
-    if arguments.names is not None:
-        kept, rest = split_names(read_names(arguments.names), arguments.kept_names)
-        pairs += rest
+    names = read_names(arguments.names) if arguments.names is not None else []
+    kept, rest = split_names(names, arguments.kept_names) if names else ([], [])
+    pairs += rest
     asked = read_pairs(arguments.retrieval, split="val") if arguments.retrieval is not None else []
     start = locations.resolve(arguments.start, kind="tower", weights=arguments.weights)
     if not Path(start).is_dir():
@@ -93,7 +91,7 @@ def main() -> None:
 
 
 def _add_settings(parser: Parser) -> None:
-    from llama_adapter.contrastive import ClipSettings
+    from llama_adapter.clip_training import ClipSettings
 
     defaults = ClipSettings()
     for name, kind, text in (

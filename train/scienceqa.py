@@ -10,17 +10,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from llama_adapter.arguments import (
-    Parser,
-    add_model_options,
-    add_training_options,
-    add_vision_options,
-    load_model_to_train,
-    positive_float,
-    positive_int,
-    training_settings,
-)
+from llama_adapter.arguments import Parser, add_model_options, positive_float, positive_int
 from llama_adapter.errors import run_command
+from train.options import add_training_options, add_vision_options, load_model_to_train, training_settings
 
 PAPER_EPOCHS = 30  # of the paper's ablations on ScienceQA (section 4.4)
 

@@ -7,19 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_adapter.arguments import (
-    Parser,
-    add_model_options,
-    add_training_options,
-    add_vision_options,
-    load_model_to_train,
-    positive_int,
-    training_settings,
-)
+from llama_adapter.arguments import Parser, add_model_options, positive_int
 from llama_adapter.errors import UsageError, run_command
+from train.options import add_training_options, add_vision_options, load_model_to_train, training_settings
 
 if TYPE_CHECKING:
-    from llama_adapter.data import Example
+    from llama_adapter.data import Example, Record
 
 
 def main() -> None:
@@ -63,15 +56,17 @@ def main() -> None:
     settings = training_settings(arguments)
     processes = running_processes()
     sources = [_weighted(text) for text in arguments.data]
-    train, validation, facts = [], [], []
+    train: list[list[Record]] = []
+    validation: list[list[Record]] = []
+    facts = []
     for source, weight in sources:
         records, summary = read_records(source, image_root=arguments.image_root, split=arguments.split)
         processes.say(summary, file=sys.stderr)
         parts = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
-        if not arguments.images:  # after the split, which is by pictures
-            parts = tuple([dataclasses.replace(record, images=()) for record in part] for part in parts)
-        train.append(parts[0])
-        validation.append(parts[1])
+        for part, whole in zip(parts, (train, validation), strict=True):
+            # Pictures are left out after the split, which is by pictures.
+            seen = part if arguments.images else [dataclasses.replace(row, images=()) for row in part]
+            whole.append(seen)
         facts.append({"source": Path(source).name, "fingerprint": summary.fingerprint, "weight": weight})
 
     model, features = load_model_to_train(
