@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # slow to import
     from llama_adapter.model import LlamaAdapter
     from llama_adapter.scienceqa import Problem
 
-PROBLEMS = 32  # answered in a round
+PROBLEMS = 64  # answered in a round
 ROUNDS = 3  # a round takes up to two minutes
 
 # Words of question, hint and each option of 16 problems of ScienceQA, evenly spaced by length.

@@ -48,11 +48,12 @@ def answer_records(
     template, tokenizer = model.template(adapter), model.tokenizer
     questions = [encode_question(record.turns[:-1], template, tokenizer) for record in records]
     ends, stops = end_token_ids(template, tokenizer), stop_strings(template)
-    # Shortest first, of equal length those with equal pictures side by side (by where they first came up).
+    # Longest first, so that the last ones leave no places empty for long; of equal length those with equal
+    # pictures side by side (by where they first came up).
     first: dict[tuple[PictureFile, ...], int] = {}
     for record in records:
         first.setdefault(record.images, len(first))
-    order = sorted(range(len(records)), key=lambda i: (len(questions[i]), first[records[i].images]))
+    order = sorted(range(len(records)), key=lambda i: (-len(questions[i]), first[records[i].images]))
 
     def prompts_of(some: Sequence[int]) -> list[dict[str, Tensor]]:
         return _prompts(model, adapter, [records[i].images for i in some], features)
@@ -175,10 +176,10 @@ def _by_beams(
 
 
 def _take_alike(waiting: deque[int], questions: Sequence[Sequence[int]], most: int) -> list[int]:
-    """The next questions, shortest first, as many as are read with no more than a quarter of padding."""
+    """The next questions, longest first, as many as are read with no more than a quarter of padding."""
     taken = [waiting.popleft()]
-    shortest = len(questions[taken[0]])
-    while waiting and len(taken) < most and 4 * shortest >= 3 * len(questions[waiting[0]]):
+    longest = len(questions[taken[0]])
+    while waiting and len(taken) < most and 4 * len(questions[waiting[0]]) >= 3 * longest:
         taken.append(waiting.popleft())
     return taken
 
