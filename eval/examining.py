@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # slow to import
     from llama_adapter.scienceqa import Problem
 
 PROBLEMS = 64  # answered in a round
-ROUNDS = 3  # a round takes up to two minutes
+ROUNDS = 3  # a round takes a minute and a half
 
 # Words of question, hint and each option of 16 problems of ScienceQA, evenly spaced by length.
 LENGTHS = (

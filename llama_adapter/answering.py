@@ -119,6 +119,7 @@ def _greedily(
     batch_size: int,
 ) -> Iterator[tuple[int, list[int]]]:
     """The number and the tokens of each question's answer as soon as it ends; others take its place."""
+    greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
     batch, waiting, device = Batch(partial(model, adapter=NO_ADAPTER)), deque(order), model.decoder.device
     rows: dict[int, Row] = {}
     said: dict[int, list[int]] = {}
@@ -127,15 +128,16 @@ def _greedily(
         if waiting and 2 * len(rows) <= batch_size:
             some = _take_alike(waiting, questions, batch_size - len(rows))
             asked = [
-                (torch.tensor([questions[i]], device=device), prompts, Sampling(temperature=0))
+                (torch.tensor([questions[i]], device=device), prompts, greedy)
                 for i, prompts in zip(some, prompts_of(some), strict=True)
             ]
             rows |= zip(some, batch.join_together(asked), strict=True)
         else:
             batch.step()
             some = list(rows)
-        for i in some:
-            said.setdefault(i, []).append(int(rows[i].token))
+        tokens = torch.cat([rows[i].token for i in some]).flatten().tolist()
+        for i, token in zip(some, tokens, strict=True):
+            said.setdefault(i, []).append(token)
         ended = [i for i in some if said[i][-1] in ends or len(said[i]) == max_new_tokens]
         if ended:
             batch.leave(*(rows.pop(i) for i in ended))
@@ -167,6 +169,7 @@ def _by_beams(
             attention_mask=mask.to(model.decoder.device),
             do_sample=False,
             num_beams=beams,
+            repetition_penalty=1.0,  # a base may come with another
             max_new_tokens=max_new_tokens,
             eos_token_id=ends,
             pad_token_id=ends[0],

@@ -97,6 +97,15 @@ def test_some_answers_end_by_themselves(model: LlamaAdapter) -> None:
     assert min(lengths) < 20, "else this shows nothing"
 
 
+def test_a_repetition_penalty_that_a_base_comes_with_does_not_count(model: LlamaAdapter) -> None:
+    for beams in (1, 3):
+        options: dict[str, Any] = {"features": FEATURES, "max_new_tokens": 12, "beams": beams}
+        expected = answer_records(model, RECORDS, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.generation_config, "repetition_penalty", 3.0)
+            assert answer_records(model, RECORDS, **options) == expected
+
+
 def test_without_pictures_any_adapter_and_the_bare_base_answer(model: LlamaAdapter) -> None:
     records = [record("What is it?"), record("Who?"), record("What is he?")]
     for adapter in ("tiny", "none", None):
