@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -24,6 +24,9 @@ from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.packing import answer_losses, split_by_tokens
 from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, encode_question, end_token_ids, stop_strings
+
+# A question's number, its tokens, and its prompts' keys and values, (1, ...) each.
+_Asked = tuple[int, list[int], dict[str, Tensor]]
 
 
 def answer_records(
@@ -53,15 +56,17 @@ def answer_records(
     first: dict[tuple[PictureFile, ...], int] = {}
     for record in records:
         first.setdefault(record.images, len(first))
-    order = sorted(range(len(records)), key=lambda i: (-len(questions[i]), first[records[i].images]))
+    waiting = deque(sorted(range(len(records)), key=lambda i: (-len(questions[i]), first[records[i].images])))
 
-    def prompts_of(some: Sequence[int]) -> list[dict[str, Tensor]]:
-        return _prompts(model, adapter, [records[i].images for i in some], features)
+    def take(most: int) -> list[_Asked]:
+        some = _take_alike(waiting, questions, most)
+        prompts = _prompts(model, adapter, [records[i].images for i in some], features) if some else []
+        return [(i, questions[i], own) for i, own in zip(some, prompts, strict=True)]
 
     if beams == 1:
-        said = _greedily(model, questions, order, prompts_of, ends, max_new_tokens, batch_size)
+        said = _greedily(model, take, ends, max_new_tokens, batch_size)
     else:
-        said = _by_beams(model, questions, order, prompts_of, ends, max_new_tokens, batch_size, beams)
+        said = _by_beams(model, take, ends, max_new_tokens, batch_size, beams)
     answers = [""] * len(records)
     for done, (i, tokens) in enumerate(said, start=1):
         answers[i] = "".join(stream_text(_until(tokens, ends), tokenizer, stops)).strip()
@@ -111,30 +116,31 @@ def answer_likelihoods(
 
 def _greedily(
     model: LlamaAdapter,
-    questions: Sequence[Sequence[int]],
-    order: Iterable[int],
-    prompts_of: Callable[[Sequence[int]], list[dict[str, Tensor]]],
+    take: Callable[[int], list[_Asked]],
     ends: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    """The number and the tokens of each question's answer as soon as it ends; others take its place."""
+    """The number and the tokens of each question's answer as soon as it ends; others take its place.
+
+    Args:
+        take: gives the next questions, so many at most; none where nothing waits any more.
+    """
     greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-    batch, waiting, device = Batch(partial(model, adapter=NO_ADAPTER)), deque(order), model.decoder.device
+    batch, device = Batch(partial(model, adapter=NO_ADAPTER)), model.decoder.device
     rows: dict[int, Row] = {}
     said: dict[int, list[int]] = {}
-    while waiting or rows:
+    while True:
         # Several are read in less time than one by one, so it waits until half of the places are free.
-        if waiting and 2 * len(rows) <= batch_size:
-            some = _take_alike(waiting, questions, batch_size - len(rows))
-            asked = [
-                (torch.tensor([questions[i]], device=device), prompts, greedy)
-                for i, prompts in zip(some, prompts_of(some), strict=True)
-            ]
-            rows |= zip(some, batch.join_together(asked), strict=True)
-        else:
+        if 2 * len(rows) <= batch_size and (asked := take(batch_size - len(rows))):
+            some = [i for i, _, _ in asked]
+            joining = [(torch.tensor([ids], device=device), prompts, greedy) for _, ids, prompts in asked]
+            rows |= zip(some, batch.join_together(joining), strict=True)
+        elif rows:
             batch.step()
             some = list(rows)
+        else:
+            return
         tokens = torch.cat([rows[i].token for i in some]).flatten().tolist()
         for i, token in zip(some, tokens, strict=True):
             said.setdefault(i, []).append(token)
@@ -147,24 +153,22 @@ def _greedily(
 
 def _by_beams(
     model: LlamaAdapter,
-    questions: Sequence[Sequence[int]],
-    order: Iterable[int],
-    prompts_of: Callable[[Sequence[int]], list[dict[str, Tensor]]],
+    take: Callable[[int], list[_Asked]],
     ends: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
     beams: int,
 ) -> Iterator[tuple[int, list[int]]]:
     """As `_greedily`, by transformers' beam search, where a batch ends together."""
-    waiting = deque(order)
-    while waiting:
-        some = _take_alike(waiting, questions, batch_size)
-        longest = max(len(questions[i]) for i in some)
-        padding = [longest - len(questions[i]) for i in some]
-        ids = torch.tensor([[ends[0]] * pad + [*questions[i]] for i, pad in zip(some, padding, strict=True)])
+    while asked := take(batch_size):
+        longest = max(len(ids) for _, ids, _ in asked)
+        padding = [longest - len(ids) for _, ids, _ in asked]
+        padded = torch.tensor(
+            [[ends[0]] * pad + ids for pad, (_, ids, _) in zip(padding, asked, strict=True)]
+        )
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
         output = model.generate(
-            ids.to(model.decoder.device),
+            padded.to(model.decoder.device),
             adapter=NO_ADAPTER,
             attention_mask=mask.to(model.decoder.device),
             do_sample=False,
@@ -173,13 +177,15 @@ def _by_beams(
             max_new_tokens=max_new_tokens,
             eos_token_id=ends,
             pad_token_id=ends[0],
-            **merge_prompts(prompts_of(some)),
+            **merge_prompts([prompts for _, _, prompts in asked]),
         )
-        yield from zip(some, output[:, longest:].tolist(), strict=True)
+        yield from zip((i for i, _, _ in asked), output[:, longest:].tolist(), strict=True)
 
 
 def _take_alike(waiting: deque[int], questions: Sequence[Sequence[int]], most: int) -> list[int]:
     """The next questions, longest first, as many as are read with no more than a quarter of padding."""
+    if not waiting:
+        return []
     taken = [waiting.popleft()]
     longest = len(questions[taken[0]])
     while waiting and len(taken) < most and 4 * len(questions[waiting[0]]) >= 3 * longest:
