@@ -56,6 +56,8 @@ def resolve(name_or_path: str, *, kind: Kind, weights: str | Path | None = None)
     """
     if not name_or_path:
         raise UsageError(f"the {kind} is empty: give a name, a folder or a hub id")
+    if "\0" in name_or_path:  # of "~\0" no user's home can be looked up
+        raise UsageError(f"the {kind} {name_or_path!r} holds a null: give a name, a folder or a hub id")
     path = os.path.abspath(os.path.expanduser(name_or_path))
     if os.path.isdir(path):
         return path

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_adapter import locations
@@ -123,6 +123,7 @@ def test_a_file_is_refused(elsewhere: Path) -> None:
 
 
 @given(name=st.text())
+@example(name="~\0")
 def test_whatever_is_given_is_a_folder_a_hub_id_or_a_mistake(name: str) -> None:
     try:
         found = resolve(name, kind="adapter", weights="/nonexistent")

@@ -227,6 +227,26 @@ def test_the_control_without_pictures_is_an_adapter_for_text(place: Path, tmp_pa
     assert len(losses(tmp_path / "blind")) == 2
 
 
+def test_rows_are_also_shown_without_their_pictures(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers: list[Any] = []
+
+    def stop(self: Any, **_: Any) -> float:
+        trainers.append(self)
+        return 0.0
+
+    monkeypatch.setattr("llama_adapter.training.Trainer.run", stop)
+    run(train.vqa, options(place, tmp_path / "run", "--text-of", f"{place / 'questions'}=2"))
+    (trainer,) = trainers
+    seeing = [example for example in trainer.train_examples if example.images]
+    blind = [example for example in trainer.train_examples if not example.images]
+    assert {e.row for e in seeing} == {e.row for e in blind}, "the same rows are kept back"
+    assert [trainer.occurrences[trainer.train_examples.index(e)] for e in (seeing[0], blind[0])] == [1, 2]
+    assert list(trainer.validation_examples) == ["questions", "questions (text)"]
+    assert [source["images"] for source in trainer.data["sources"]] == [True, False]
+
+
 def test_yes_and_no_are_shown_as_often(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: dict[str, Counter[str]] = {}
     accumulate = llama_adapter.training.accumulate_gradient
@@ -291,6 +311,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(place: Path, tmp_pa
     [
         (["--data", "rows.json=x"], "--data rows.json=x: 'x' is no weight; expected SOURCE=NUMBER"),
         (["--data", "rows.json="], "'' is no weight"),
+        (["--text-of", "rows.json=x"], "--text-of rows.json=x: 'x' is no weight"),
         (["--data", "rows.json=0"], "the weight is 0; expected a number above 0"),
         (["--data", "rows.json=-1"], "the weight is -1"),
         (["--data", "rows.json=nan"], "the weight is nan"),

@@ -27,6 +27,13 @@ def main() -> None:
         "its rows in an epoch, other ones each time, and 2 each row twice",
     )
     parser.add_argument(
+        "--text-of",
+        action="append",
+        default=[],
+        metavar="SOURCE[=WEIGHT]",
+        help="as --data, its rows shown without their pictures: of a few photos, answers are learnt by heart",
+    )
+    parser.add_argument(
         "--output", required=True, type=Path, help="folder of the run and of the best adapter"
     )
     parser.add_argument("--split", default="train", help="of rows that name one (train)")
@@ -55,19 +62,26 @@ def main() -> None:
 
     settings = training_settings(arguments)
     processes = running_processes()
-    sources = [_weighted(text) for text in arguments.data]
+    sources = [(*_weighted("--data", text), arguments.images) for text in arguments.data]
+    sources += [(*_weighted("--text-of", text), False) for text in arguments.text_of]
     train: list[list[Record]] = []
     validation: list[list[Record]] = []
     facts = []
-    for source, weight in sources:
+    for source, weight, images in sources:
         records, summary = read_records(source, image_root=arguments.image_root, split=arguments.split)
         processes.say(summary, file=sys.stderr)
         parts = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
         for part, whole in zip(parts, (train, validation), strict=True):
             # Pictures are left out after the split, which is by pictures.
-            seen = part if arguments.images else [dataclasses.replace(row, images=()) for row in part]
-            whole.append(seen)
-        facts.append({"source": Path(source).name, "fingerprint": summary.fingerprint, "weight": weight})
+            whole.append(part if images else [dataclasses.replace(row, images=()) for row in part])
+        facts.append(
+            {
+                "source": Path(source).name,
+                "fingerprint": summary.fingerprint,
+                "weight": weight,
+                "images": images,
+            }
+        )
 
     model, features = load_model_to_train(
         arguments, [image for part in (*train, *validation) for record in part for image in record.images]
@@ -80,7 +94,7 @@ def main() -> None:
     }
     train_examples: list[Example] = []
     occurrences: list[float] = []
-    for (_, weight), part in zip(sources, train, strict=True):
+    for (_, weight, _), part in zip(sources, train, strict=True):
         examples = encode_records(part, **encode)
         balance = (
             balance_yes_no(examples, model.tokenizer) if arguments.balance_yes_no else [1.0] * len(examples)
@@ -88,8 +102,9 @@ def main() -> None:
         train_examples += examples
         occurrences += [weight * own for own in balance]
     validation_examples: dict[str, list[Example]] = {}
-    for (source, _), part in zip(sources, validation, strict=True):
-        validation_examples.setdefault(Path(source).name, []).extend(encode_records(part, **encode))
+    for (source, _, images), part in zip(sources, validation, strict=True):
+        name = Path(source).name + ("" if images or not arguments.images else " (text)")
+        validation_examples.setdefault(name, []).extend(encode_records(part, **encode))
     trainer = Trainer(
         model,
         "trained",
@@ -110,16 +125,16 @@ def main() -> None:
     processes.say(f"{arguments.output}: best validation loss {best:.4f} nats a token")
 
 
-def _weighted(text: str) -> tuple[str, float]:
+def _weighted(option: str, text: str) -> tuple[str, float]:
     source, mark, number = text.rpartition("=")
     if not mark:
         return text, 1.0
     try:
         weight = float(number)
     except ValueError:
-        raise UsageError(f"--data {text}: {number!r} is no weight; expected SOURCE=NUMBER") from None
+        raise UsageError(f"{option} {text}: {number!r} is no weight; expected SOURCE=NUMBER") from None
     if not 0 < weight < 1000:
-        raise UsageError(f"--data {text}: the weight is {weight:g}; expected a number above 0")
+        raise UsageError(f"{option} {text}: the weight is {weight:g}; expected a number above 0")
     return source, weight
 
 
