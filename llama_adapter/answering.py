@@ -59,8 +59,10 @@ def answer_records(
     waiting = deque(sorted(range(len(records)), key=lambda i: (-len(questions[i]), first[records[i].images])))
 
     def take(most: int) -> list[_Asked]:
+        if not waiting:
+            return []
         some = _take_alike(waiting, questions, most)
-        prompts = _prompts(model, adapter, [records[i].images for i in some], features) if some else []
+        prompts = _prompts(model, adapter, [records[i].images for i in some], features)
         return [(i, questions[i], own) for i, own in zip(some, prompts, strict=True)]
 
     if beams == 1:
@@ -184,8 +186,6 @@ def _by_beams(
 
 def _take_alike(waiting: deque[int], questions: Sequence[Sequence[int]], most: int) -> list[int]:
     """The next questions, longest first, as many as are read with no more than a quarter of padding."""
-    if not waiting:
-        return []
     taken = [waiting.popleft()]
     longest = len(questions[taken[0]])
     while waiting and len(taken) < most and 4 * len(questions[waiting[0]]) >= 3 * longest:
