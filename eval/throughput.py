@@ -1,7 +1,7 @@
 """What the adapter costs and how fast it trains: python -m eval.throughput [--suite NAME]
 
 Contenders do the same work in turn, within one run, so that whatever else the machine does hits them alike.
-Every time is a median over the rounds, every ratio the median of the rounds' ratios.
+Every time is a median over the rounds, and every ratio the median of theirs, but for training's in --json.
 
 decoding: a token, the first token, a forward pass and transformers' generate(), with the adapter and without.
 --json writes {"decode_vs_base", "forward_vs_base", "tokens_per_second"}: the first two are the time with the
@@ -13,7 +13,7 @@ training: an optimiser step on the same rows, packed as train.* does it and padd
 "training_vs_peft_processor", "training_vs_pad512_processor", "loss_difference", "training_memory_vs_peft",
 "training_memory_mb", "checkpointed_memory_vs_peft"}: how many times more rows a second, the same by processor
 time (for a machine that has other work), how far any two losses of a step lay apart, and the peak memory
-above the frozen weights (packed, divided by PEFT's padded to the longest).
+above the frozen weights (packed, divided by PEFT's padded to the longest). Rows a second are of all rounds.
 
 gpu (never part of all): a training step of LLaMA-7B's shape with random weights, on rows of Alpaca's lengths.
 --json writes {"gpu_rows_per_second", "gpu_mfu", "gpu_floor_share", "gpu_peak_gb", "gpu_hours"}.
@@ -294,10 +294,10 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
         )
     figures = {"rows_per_second": rows / sum(times["packed"])}
     if arguments.peers:
-        figures["training_vs_peft"] = ratio(times[PEFT], times["packed"])
-        figures["training_vs_pad512"] = ratio(times[PEFT_512], times["packed"])
-        figures["training_vs_peft_processor"] = ratio(processor[PEFT][1:], processor["packed"][1:])
-        figures["training_vs_pad512_processor"] = ratio(processor[PEFT_512][1:], processor["packed"][1:])
+        # Each round has other rows, of other lengths: an epoch takes the sum of them, which no median shows.
+        for name, peer in (("training_vs_peft", PEFT), ("training_vs_pad512", PEFT_512)):
+            figures[name] = sum(times[peer]) / sum(times["packed"])
+            figures[f"{name}_processor"] = sum(processor[peer][1:]) / sum(processor["packed"][1:])
         figures["loss_difference"] = max(
             abs(value - losses["packed"][number])
             for label in ways
