@@ -1,7 +1,8 @@
 """What the adapter costs and how fast it trains: python -m eval.throughput [--suite NAME]
 
 Contenders do the same work in turn, within one run, so that whatever else the machine does hits them alike.
-Every time is a median over the rounds, and every ratio the median of theirs, but for training's in --json.
+Every time is a median over the rounds, every ratio the median of the rounds' ratios; only training's --json
+gives ratios of all rounds together, as each round has other rows.
 
 decoding: a token, the first token, a forward pass and transformers' generate(), with the adapter and without.
 --json writes {"decode_vs_base", "forward_vs_base", "tokens_per_second"}: the first two are the time with the
@@ -13,7 +14,7 @@ training: an optimiser step on the same rows, packed as train.* does it and padd
 "training_vs_peft_processor", "training_vs_pad512_processor", "loss_difference", "training_memory_vs_peft",
 "training_memory_mb", "checkpointed_memory_vs_peft"}: how many times more rows a second, the same by processor
 time (for a machine that has other work), how far any two losses of a step lay apart, and the peak memory
-above the frozen weights (packed, divided by PEFT's padded to the longest). Rows a second are of all rounds.
+above the frozen weights (packed, divided by PEFT's padded to the longest).
 
 gpu (never part of all): a training step of LLaMA-7B's shape with random weights, on rows of Alpaca's lengths.
 --json writes {"gpu_rows_per_second", "gpu_mfu", "gpu_floor_share", "gpu_peak_gb", "gpu_hours"}.
@@ -283,20 +284,20 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
     ways = ways_to_train(model, peers=arguments.peers)
     times = alternate({label: learner(label, way) for label, way in ways.items()}, rounds=arguments.steps)
     show(f"a training step of {size} rows", times)
-    rows = size * arguments.steps
+    rates = {label: size * arguments.steps / sum(values) for label, values in times.items()}
     print()
-    for label, values in times.items():
+    for label, rate in rates.items():
         apart = max(abs(a - b) for a, b in zip(losses[label], losses["packed"], strict=True))
         seconds = statistics.median(processor[label][1:])
         print(
-            f"  {label:<24} {rows / sum(values):7.3f} rows/s {seconds:8.2f} processor seconds a step   "
+            f"  {label:<24} {rate:7.3f} rows/s {seconds:8.2f} processor seconds a step   "
             f"losses within {apart:.1e} of packed ones"
         )
-    figures = {"rows_per_second": rows / sum(times["packed"])}
+    figures = {"rows_per_second": rates["packed"]}
     if arguments.peers:
-        # Each round has other rows, of other lengths: an epoch takes the sum of them, which no median shows.
+        # Each round has rows of other lengths: an epoch takes the sum of them, which no median shows.
         for name, peer in (("training_vs_peft", PEFT), ("training_vs_pad512", PEFT_512)):
-            figures[name] = sum(times[peer]) / sum(times["packed"])
+            figures[name] = rates["packed"] / rates[peer]
             figures[f"{name}_processor"] = sum(processor[peer][1:]) / sum(processor["packed"][1:])
         figures["loss_difference"] = max(
             abs(value - losses["packed"][number])

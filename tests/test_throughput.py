@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,9 @@ def test_all_suites_and_peers(
     ):
         assert line in printed
     assert printed.count("PEFT") > 4
+    rate = re.search(r"PEFT, padded +([0-9.]+) rows/s", printed)
+    assert rate, "rows a second of all rounds, as the ratio is"
+    assert figures["training_vs_peft"] == pytest.approx(figures["rows_per_second"] / float(rate[1]), rel=0.01)
 
 
 def test_the_gpu_suite_runs_on_a_tiny_shape(
