@@ -13,7 +13,6 @@ from llama_adapter.errors import UsageError, run_command
 def main() -> None:
     parser = Parser(prog="python -m eval.captions", description=__doc__)
     add_picture_scoring_options(parser, default_split="val")
-    parser.add_argument("--beams", type=positive_int, default=1, help="of the search; 1 is greedy (1)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=40, help="tokens of a caption (40)")
     parser.add_argument("--samples", type=int, default=5, help="captions that are shown (5)")
     add_json_option(parser)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # slow to import
 
 
 def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_split: str) -> None:
-    """The rows, the pictures, the model and its adapter."""
+    """The rows, the pictures, the search, the model and its adapter."""
     parser.add_argument(
         "--data",
         required=True,
@@ -50,6 +50,7 @@ def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_spli
         "--seed", type=int, default=0, help="of the rows that are drawn and the shuffled pictures"
     )
     parser.add_argument("--batch-size", type=positive_int, default=16, help="questions answered at once (16)")
+    parser.add_argument("--beams", type=positive_int, default=1, help="of the search; 1 is greedy (1)")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
     )

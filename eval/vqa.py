@@ -43,6 +43,7 @@ def main() -> None:
             list(distinct.values()),
             features=to_score.features,
             max_new_tokens=arguments.max_new_tokens,
+            beams=arguments.beams,
             batch_size=arguments.batch_size,
             progress=RowProgress(name, len(distinct)),
         )
@@ -62,7 +63,7 @@ def main() -> None:
         + "".join(f"{n:>12,}" for n in [len(kinds), *(len(places[k]) for k in sorted(places))])
     )
     low, high = accuracy_interval(sum(right["adapter"]), len(records))
-    print(f"95 % interval of the adapter's accuracy: {low:.1%} to {high:.1%}")
+    print(f"95 % interval of the adapter's accuracy (beams {arguments.beams}): {low:.1%} to {high:.1%}")
     figures = {
         "accuracy": sum(right["adapter"]) / len(records),
         "accuracy_shuffled": sum(right.get("picture of another row", right["adapter"])) / len(records),

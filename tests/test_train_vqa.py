@@ -160,10 +160,12 @@ class Answers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[Any] = []
+        self.beams: set[int] = set()
         monkeypatch.setattr("llama_adapter.answering.answer_records", self)
 
-    def __call__(self, model: Any, records: list[Any], **_: Any) -> list[str]:
+    def __call__(self, model: Any, records: list[Any], *, beams: int, **_: Any) -> list[str]:
         self.asked += records
+        self.beams.add(beams)
         return [f"{r.images[0].name.split('-')[0].title()}." if r.images else "blue" for r in records]
 
 
@@ -181,6 +183,7 @@ def test_the_figures_are_fractions_of_right_answers(
         "rows": 6,
     }
     assert len(answers.asked) == 6 + 6 + 2, "the same question about the same picture is asked once"
+    assert answers.beams == {1}
 
 
 @pytest.mark.parametrize("data", ["questions", "captions"])
@@ -214,7 +217,8 @@ def test_the_rows_that_were_kept_back_are_scored(
     assert learnt[0] == learnt[1]
     answers = Answers(monkeypatch)
     module = {"questions": eval.vqa, "captions": eval.captions}[data]
-    run(module, score(place, trained, *kept, "--split", "train"))
+    run(module, score(place, trained, *kept, "--split", "train", "--beams", "3"))
+    assert answers.beams == {3}
     assert answers.asked and not {record.row for record in answers.asked} & learnt[0]
 
 
