@@ -69,7 +69,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--mean-over",
         default=defaults.mean_over,
-        help=f"tokens: a long answer weighs more than a short one; rows: all alike, "
+        help="tokens: a long answer weighs more than a short one; rows: all alike, "
         f"which makes answers shorter ({defaults.mean_over})",
     )
     training.add_argument(
