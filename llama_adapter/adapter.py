@@ -57,7 +57,8 @@ class Adapter(nn.Module):
     """K prompts for each of the top L layers and one gate a head (paper, section 3.1).
 
     Attributes:
-        prompts: (L, K, D), drawn from N(0, 1); not normalised before the frozen projections.
+        prompts: (L, K, D), drawn from N(0, 1), which `LlamaAdapter.new_adapter` scales to the size of what
+            its base's layers read; nothing normalises them before the frozen projections.
         gates: (L, H), zero at the start, so that an untrained adapter leaves the decoder as it is.
         projection: of pictures, or None for an adapter that knows nothing of them.
     """

@@ -166,6 +166,33 @@ def attention_layers(decoder: PreTrainedModel) -> list[nn.Module]:
     return sorted(found, key=layer_index)
 
 
+@torch.no_grad()
+def input_sizes(decoder: PreTrainedModel) -> list[float]:
+    """Root mean square of what each attention reads, by layer index, from 32 random tokens.
+
+    1 where the weights are only shapes (the meta device).
+    """
+    layers = attention_layers(decoder)
+    if decoder.device.type == "meta":
+        return [1.0] * len(layers)
+    sizes: dict[int, float] = {}
+
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        # The first token is left out: many decoders park attention there, and its states are unlike others.
+        sizes[layer_index(layer)] = float(hidden[:, 1:].float().square().mean().sqrt())
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    vocabulary = decoder.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
+    try:
+        decoder(tokens.to(decoder.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [sizes[layer_index(layer)] for layer in layers]
+
+
 def decoder_shape(config: PreTrainedConfig) -> DecoderShape:
     """The sizes that an adapter has to fit, from a decoder's config."""
     config = config.get_text_config()

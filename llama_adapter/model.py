@@ -31,6 +31,7 @@ from llama_adapter.decoder import (
     choose_device,
     choose_dtype,
     decoder_shape,
+    input_sizes,
     load_decoder,
     load_tokenizer,
     prepare_decoder,
@@ -186,12 +187,16 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
     ) -> Adapter:
         """Add an untrained adapter, which leaves the base's answers as they are, and choose it.
 
+        Its prompts start as noise of the size that each layer's attention reads from tokens. The paper's
+        N(0, 1) is larger where norms make that small (three times in SmolLM2), and the softmax over such keys
+        settles on one prompt, which leaves the others with little gradient.
+
         Args:
             prompt_length: K, prompts in each adapted layer.
             adapted_layers: L, the topmost ones; None takes N - N // 16 of N.
             template: how turns are written for it.
             vision: how it sees; None makes an adapter for text alone.
-            seed: makes the prompts the same every time.
+            seed: makes the prompts the same every time, on one device in one dtype.
         """
         if adapted_layers is None:
             adapted_layers = default_adapted_layers(self.shape.num_layers)
@@ -205,6 +210,9 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         adapter = Adapter(config, generator)
+        with torch.no_grad():
+            sizes = torch.tensor(input_sizes(self.decoder)[-adapted_layers:])
+            adapter.prompts.mul_(sizes[:, None, None])
         self.add_adapter(name, adapter)
         return adapter
 

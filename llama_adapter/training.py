@@ -35,13 +35,12 @@ MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train; the defaults are the paper's (section 4.1 and the authors' script).
+    """How to train; the defaults are the paper's (section 4.1 and the authors' script), which started from
+    larger prompts than `LlamaAdapter.new_adapter` does.
 
     Attributes:
         learning_rate: the peak; None takes the authors' rule, ``base_learning_rate * batch_size / 256``.
-        gate_learning_rate: the gates' own peak; None takes the prompts'. On few rows a high rate for the
-            prompts and a low one for the gates learns faster: the prompts have to leave the noise that they
-            start from, and the gates must not let it in meanwhile.
+        gate_learning_rate: the gates' own peak; None takes the prompts'.
         projection_learning_rate: that of the pictures' projection; None takes the prompts'.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         max_steps: ends the run (and its schedule) early.

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
@@ -74,6 +74,31 @@ def test_adapters_are_chosen_by_name_for_good_or_for_one_call(model: LlamaAdapte
     assert torch.equal(model(ids).logits, first)
     model.set_adapter("none")
     assert torch.equal(model(ids).logits, none)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "olmo2"])
+def test_new_prompts_are_noise_as_large_as_what_their_layers_read(family: str, dtype: torch.dtype) -> None:
+    model = LlamaAdapter(build_tiny_decoder(family, dtype))
+    prompts = model.new_adapter("fresh", prompt_length=7, adapted_layers=2, seed=3).prompts
+    noise = Adapter(model.get_adapter("fresh").config, torch.Generator().manual_seed(3)).prompts
+    assert prompts.dtype == torch.float32
+    tokens = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(0))
+    states = model.decoder.model(tokens, output_hidden_states=True).hidden_states
+    for layer, before, mine, drawn in zip((1, 2), states[1:], prompts, noise, strict=False):
+        # OLMo 2 has its norms behind the attention.
+        read = before if family == "olmo2" else model.decoder.model.layers[layer].input_layernorm(before)
+        size = float(read[:, 1:].float().pow(2).mean() ** 0.5)
+        ratios = mine / drawn
+        assert torch.allclose(ratios, torch.full_like(ratios, size), rtol=1e-5)
+
+
+def test_new_adapters_fit_a_decoder_that_is_partly_offloaded() -> None:
+    whole, partly = build_tiny_decoder(), build_tiny_decoder()
+    cpu_offload(partly.model.layers[2], execution_device=torch.device("cpu"))
+    one, other = (LlamaAdapter(decoder).new_adapter("fresh", seed=3) for decoder in (whole, partly))
+    assert torch.equal(one.prompts, other.prompts)
 
 
 @torch.no_grad()
