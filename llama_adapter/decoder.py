@@ -6,6 +6,8 @@ Shapes: B rows, T tokens, K prompts, d head width, D hidden size.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -175,22 +177,28 @@ def input_sizes(decoder: PreTrainedModel) -> list[float]:
     layers = attention_layers(decoder)
     if decoder.device.type == "meta":
         return [1.0] * len(layers)
-    sizes: dict[int, float] = {}
-
-    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        # The first token is left out: many decoders park attention there, and its states are unlike others.
-        sizes[layer_index(layer)] = float(hidden[:, 1:].float().square().mean().sqrt())
-
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     vocabulary = decoder.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
-    try:
+    with _noting_inputs(layers) as read:
         decoder(tokens.to(decoder.device), use_cache=False)
+    # The first token is left out: many decoders park attention there, and its states are unlike others.
+    return [float(read[layer_index(layer)][:, 1:].float().square().mean().sqrt()) for layer in layers]
+
+
+@contextmanager
+def _noting_inputs(layers: list[nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """What each attention reads in a forward pass within, by layer index."""
+    read: dict[int, Tensor] = {}
+
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read[layer_index(layer)] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        yield read
     finally:
         for hook in hooks:
             hook.remove()
-    return [sizes[layer_index(layer)] for layer in layers]
 
 
 def decoder_shape(config: PreTrainedConfig) -> DecoderShape:
@@ -250,13 +258,10 @@ class _Probe:
     mask = None
     first_layer = 0
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: dict[int, Tensor]) -> None:
         self.calls: Counter[int] = Counter()
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
-        self.hidden: dict[int, Tensor] = {}
-
-    def note_hidden(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.hidden[layer_index(layer)] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self.hidden = hidden
 
     def of_layer(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         index = layer_index(layer)
@@ -273,19 +278,16 @@ class _Probe:
 def _probe(decoder: PreTrainedModel) -> list[str]:
     if decoder.device.type == "meta":
         return []  # nothing to compute with: a shape is being looked at
-    probe = _Probe()
     layers = attention_layers(decoder)
-    hooks = [layer.register_forward_pre_hook(probe.note_hidden, with_kwargs=True) for layer in layers]
     # Not a real token: the one that pads has an embedding of zeros, with which every comparison below holds.
     embeddings: Any = decoder.get_input_embeddings().weight
     token = torch.randn(1, 1, embeddings.shape[-1], generator=torch.Generator().manual_seed(0)).to(embeddings)
-    try:
-        cache = decoder(inputs_embeds=token, prompts=probe, use_cache=True).past_key_values
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
-        return [f"it does not run with prompts ({' '.join(str(error).split())[:120]})"]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with _noting_inputs(layers) as hidden:
+        probe = _Probe(hidden)
+        try:
+            cache = decoder(inputs_embeds=token, prompts=probe, use_cache=True).past_key_values
+        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+            return [f"it does not run with prompts ({' '.join(str(error).split())[:120]})"]
     unseen = [layer_index(layer) for layer in layers if layer_index(layer) not in probe.prompts]
     if unseen:
         return [

@@ -35,8 +35,9 @@ MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train; the defaults are the paper's (section 4.1 and the authors' script), which started from
-    larger prompts than `LlamaAdapter.new_adapter` does.
+    """How to train; the defaults are the paper's (section 4.1 and the authors' script).
+
+    They were chosen for larger prompts than `LlamaAdapter.new_adapter` starts from.
 
     Attributes:
         learning_rate: the peak; None takes the authors' rule, ``base_learning_rate * batch_size / 256``.
