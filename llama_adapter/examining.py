@@ -36,7 +36,7 @@ class Examination:
 
     Attributes:
         way: "generate" reads the model's own words by the official expression; "letter" takes the letter
-            whose " The answer is X." is likeliest, "option" the choice whose own text is.
+            whose "The answer is X." is likeliest, "option" the choice whose own text is.
         format: an official name, such as QCM-A; what follows its "-" counts for "generate" alone.
         caption: put a machine's caption of the picture into the context.
     """
@@ -101,7 +101,7 @@ class Examination:
         chosen = {}
         for problem, likelihoods in zip(problems, found, strict=True):
             best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-            chosen[problem.pid] = (best, self._texts(problem)[best].strip())
+            chosen[problem.pid] = (best, self._texts(problem)[best])
         return chosen
 
     def likelihoods(

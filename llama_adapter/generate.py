@@ -172,8 +172,9 @@ def stream_text(
 ) -> Generator[str, None, None]:
     """The text that each token adds; nothing is sent that a later token could still change or take back.
 
-    A character of several tokens comes when it is whole. A stop string ends the text before it, and the
-    beginning of one is held back until it is clear that it is none.
+    The space before an answer's first word is left out. A character of several tokens comes when it is whole.
+    A stop string ends the text before it, and the beginning of one is held back until it is clear that it is
+    none.
     """
     ids: list[int] = []
     sent = ""
@@ -186,10 +187,11 @@ def stream_text(
         if stops:
             text = text[: min(stops)].rstrip()
             break
-        ready = _settled(text, stop_strings)
+        ready = _settled(text, stop_strings).lstrip()
         if len(ready) > len(sent):
             yield ready[len(sent) :]
             sent = ready
+    text = text.lstrip()
     if len(text) > len(sent):
         yield text[len(sent) :]
 

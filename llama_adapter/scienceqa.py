@@ -36,16 +36,16 @@ _INPUTS = {
 }
 # "AL" has the solution and "AE" the lecture: so it is in the official script. "O" is ours: the option's text.
 _OUTPUTS = {
-    "A": " The answer is {letter}.",
-    "AL": " The answer is {letter}. BECAUSE: {solution}",
-    "AE": " The answer is {letter}. BECAUSE: {lecture}",
-    "ALE": " The answer is {letter}. BECAUSE: {lecture} {solution}",
-    "AEL": " The answer is {letter}. BECAUSE: {solution} {lecture}",
-    "LA": " {lecture} The answer is {letter}.",
-    "EA": " {solution} The answer is {letter}.",
-    "LEA": " {lecture} {solution} The answer is {letter}.",
-    "ELA": " {solution} {lecture} The answer is {letter}.",
-    "O": " {option}",
+    "A": "The answer is {letter}.",
+    "AL": "The answer is {letter}. BECAUSE: {solution}",
+    "AE": "The answer is {letter}. BECAUSE: {lecture}",
+    "ALE": "The answer is {letter}. BECAUSE: {lecture} {solution}",
+    "AEL": "The answer is {letter}. BECAUSE: {solution} {lecture}",
+    "LA": "{lecture} The answer is {letter}.",
+    "EA": "{solution} The answer is {letter}.",
+    "LEA": "{lecture} {solution} The answer is {letter}.",
+    "ELA": "{solution} {lecture} The answer is {letter}.",
+    "O": "{option}",
 }
 
 
@@ -331,14 +331,14 @@ def question_text(problem: Problem, format: str = DEFAULT_FORMAT, *, caption: bo
 
 
 def answer_text(problem: Problem, format: str = DEFAULT_FORMAT, *, choice: int | None = None) -> str:
-    """What follows "Answer:", with the space before it; ``choice``: as if that were the right one."""
+    """What follows "Answer: "; ``choice``: as if that were the right one."""
     check_format(format)
     choice = problem.answer if choice is None else choice
     text = _OUTPUTS[format.partition("-")[2]].format(
         letter=LETTERS[choice], option=problem.choices[choice], **_reasons(problem)
     )
-    whole = f"Answer:{text}".replace("  ", " ").strip()
-    return whole.removesuffix("BECAUSE:").rstrip().removeprefix("Answer:") or " "
+    whole = f"Answer: {text}".replace("  ", " ").strip()  # the official script's spaces
+    return whole.removesuffix("BECAUSE:").rstrip().removeprefix("Answer:").removeprefix(" ")
 
 
 def _reasons(problem: Problem) -> dict[str, str]:

@@ -131,14 +131,14 @@ def _brief_stretches(turns: Sequence[Turn], _: PreTrainedTokenizerBase) -> list[
     for user in turns:
         if user.role == "user":
             text = f"{user.text}\n{user.input}" if user.input else user.text
-            stretches.append(f"Question: {text}\nAnswer:\n")
+            stretches.append(f"Question: {text}\nAnswer:")
     # A line break ends the answer before it, whatever its end token looks like to the decoder.
     return [opening + stretches[0], *(f"\n{text}" for text in stretches[1:])]
 
 
 def _scienceqa_stretches(turns: Sequence[Turn], _: PreTrainedTokenizerBase) -> list[str]:
-    """The official layout: a question with its context and options as one text, then "Answer:". The answer
-    brings the space before it along. Examples before it stand apart by an empty line."""
+    """The official layout: a question with its context and options as one text, then "Answer:". Examples
+    before it stand apart by an empty line."""
     opening = f"{turns[0].text}\n\n" if turns[0].role == "system" and turns[0].text else ""
     texts = [f"{turn.text}\nAnswer:" for turn in turns if turn.role == "user"]
     return [opening + texts[0], *(f"\n\n{text}" for text in texts[1:])]
@@ -188,6 +188,7 @@ class _Template:
     end_token: Callable[[PreTrainedTokenizerBase], str]
     writes_control_tokens: bool  # if not, the tokenizer's own (LLaMA's BOS) are put in front
     stop_strings: tuple[str, ...] = ()
+    before_answer: str = ""  # tokenised with the answer, so that " lamp" is a word and not "l", "amp"
 
 
 _TEMPLATES = {
@@ -202,12 +203,14 @@ _TEMPLATES = {
         end_token=_eos_token,
         writes_control_tokens=False,
         stop_strings=("\nQuestion:",),
+        before_answer=" ",
     ),
     "scienceqa": _Template(
         stretches=_scienceqa_stretches,
         end_token=_eos_token,
         writes_control_tokens=False,
         stop_strings=("\nQuestion:",),
+        before_answer=" ",
     ),
     "chat": _Template(stretches=_chat_stretches, end_token=_chat_end_token, writes_control_tokens=True),
 }
@@ -276,7 +279,7 @@ def _encode(
     for turns in dialogues:
         safe = [Turn(turn.role, cut(turn.text), cut(turn.input)) for turn in turns]
         question = safe[:-1] if safe[-1].role == "assistant" else safe
-        answers = [turn.text for turn in safe if turn.role == "assistant"]
+        answers = [form.before_answer + turn.text for turn in safe if turn.role == "assistant"]
         texts = zip_longest(form.stretches(question, tokenizer), answers)
         segments.append([text.split(_CUT) for pair in texts for text in pair if text is not None])
 

@@ -283,6 +283,7 @@ def test_settings_that_make_no_sense_are_refused(
 # --- scoring ------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_scores_are_what_counting_gives(place: Path) -> None:
     clip = build(place).eval()
     pairs = read_pairs(str(place / "captions"))

@@ -175,6 +175,15 @@ def test_questions_with_and_without_a_picture(write: Write) -> None:
     ]
 
 
+def test_of_a_question_about_a_picture_words_joined_by_underscores_are_read_apart(write: Write) -> None:
+    joined = {"question": "what is on the night_stand?", "answer": "paper_towel_roll, _a, b__c"}
+    records, _ = read_records(write([{**joined, "image": "room.jpg"}, joined]))
+    assert [[turn.text for turn in record.turns] for record in records] == [
+        ["what is on the night stand?", "paper towel roll, _a, b__c"],
+        ["what is on the night_stand?", "paper_towel_roll, _a, b__c"],
+    ]
+
+
 def test_rows_of_a_split_are_read_with_those_that_name_none(write: Write) -> None:
     rows = [{**ASKED, "split": "train"}, {**ASKED, "split": "test"}, ASKED, {**ASKED, "split": None}]
     path = write(rows)

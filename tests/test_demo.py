@@ -578,7 +578,7 @@ def _scored(model: LlamaAdapter, adapter: str, image: Path | None = None) -> lis
     problem = Problem("7", "Which?", ("hen", "cat", "cow"), 1, hint="It lays eggs.", image=image)
     features: Any = {} if image is None else {image: model.encode_images(image, adapter=adapter)[0]}
     records = problem_records([problem])
-    answers = [[f" The answer is {letter}." for letter in "ABC"]]
+    answers = [[f"The answer is {letter}." for letter in "ABC"]]
     (found,) = answer_likelihoods(model, records, answers, features=features, adapter=adapter)
     return torch.tensor(found).softmax(0).tolist()
 
@@ -644,7 +644,7 @@ def test_an_adapter_trained_on_scienceqa_answers_in_its_own_way_and_is_named(mod
         assert trained_for_it(model) == ["two"]
         problem = Problem("7", "Which?", ("a hen", "a cat"), 1, hint="It lays eggs.")
         records = problem_records([problem], "QCM-O")
-        (found,) = answer_likelihoods(model, records, [[" a hen", " a cat"]], adapter="two")
+        (found,) = answer_likelihoods(model, records, [["a hen", "a cat"]], adapter="two")
         shares = score(model, *asked)
         assert shares == pytest.approx(torch.tensor(found).softmax(0).tolist(), rel=1e-4)
         assert shares != pytest.approx(letters, rel=1e-3)

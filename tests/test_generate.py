@@ -322,8 +322,8 @@ def expected_text(ids: list[int], stops: list[str]) -> str:
         text = TOKENIZER.decode(ids[:length], skip_special_tokens=True)
         places = [text.index(stop) for stop in stops if stop in text]
         if places:
-            return text[: min(places)].rstrip()
-    return TOKENIZER.decode(ids, skip_special_tokens=True)
+            return text[: min(places)].strip()
+    return TOKENIZER.decode(ids, skip_special_tokens=True).lstrip()
 
 
 token_ids = st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=20)
@@ -368,6 +368,8 @@ def test_a_character_of_several_tokens_comes_whole_and_at_once(text: str) -> Non
         ("#€# and", ["#€!"], "#€# and"),
         ("one #😀 two", ["#😀"], "one"),
         ("STOP", ["STOP"], ""),
+        (" a space before it", [], "a space before it"),
+        ("\nSTOP", ["\nSTOP"], ""),
         ("ends in space ", [], "ends in space "),
         ("ends in space ", ["x"], "ends in space "),
         ("", ["x"], ""),
@@ -410,4 +412,4 @@ def test_nothing_after_a_stop_string_is_asked_for() -> None:
 
 def test_of_two_stop_strings_in_one_token_the_first_counts() -> None:
     (token,) = TOKENIZER(" the")["input_ids"]
-    assert "".join(stream_text([token], TOKENIZER, ["e", "h"])) == " t"
+    assert "".join(stream_text([token], TOKENIZER, ["e", "h"])) == "t"

@@ -77,9 +77,9 @@ def test_the_default_prompt_is_word_for_word() -> None:
         "Question: Which is the farthest north?\nContext: Look at the map.\n"
         "Options: (A) Rome (B) Oslo (C) Cairo\nAnswer:"
     )
-    assert answer_text(PROBLEM) == " The answer is B."
-    assert answer_text(PROBLEM, choice=2) == " The answer is C."
-    assert answer_text(PROBLEM, "QCM-O") == " Oslo"
+    assert answer_text(PROBLEM) == "The answer is B."
+    assert answer_text(PROBLEM, choice=2) == "The answer is C."
+    assert answer_text(PROBLEM, "QCM-O") == "Oslo"
 
 
 @pytest.mark.parametrize("format", ["QCM-A", "QCM-ALE", "QCML-A", "QCMLE-A", "QCM-LEA"])
@@ -93,7 +93,7 @@ def test_prompts_are_the_official_ones(format: str, changes: dict[str, Any], cap
     words = problem.caption if caption else ""
     assert asked == official_text(problem, format, test=True, caption=words)
     whole = official_text(problem, format, test=False, caption=words)
-    assert (asked + answer_text(problem, format)).rstrip() == whole
+    assert f"{asked} {answer_text(problem, format)}".rstrip() == whole
 
 
 def test_a_caption_is_context() -> None:
@@ -274,7 +274,7 @@ def test_rivals_are_the_other_choices_answers(tmp_path: Path) -> None:
             for choice, answer in zip([problem.answer, *others], [example, *example.rivals], strict=True):
                 said = [token for token in answer.labels if token != IGNORED][:-1]
                 text = encoding["tokenizer"].decode(said)
-                assert text == answer_text(problem, format, choice=choice)
+                assert text == " " + answer_text(problem, format, choice=choice)
                 question = [
                     token
                     for token, label in zip(answer.input_ids, answer.labels, strict=True)
@@ -321,7 +321,8 @@ def test_any_text_makes_a_prompt_with_its_answer_behind_it(
     for format in ("QCM-A", "CQM-LEA", "QCLEM-AEL", "QCM-O"):
         asked = question_text(problem, format)
         assert asked.startswith(("Question:", "Context:")) and not asked.endswith("\n\n")
-        assert answer_text(problem, format).startswith(" ")
+        answer = answer_text(problem, format)
+        assert answer == answer.rstrip() and (format == "QCM-O" or "The answer is A." in answer)
 
 
 def test_pictures_can_be_left_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -99,19 +100,29 @@ def conversations(draw: st.DrawFn) -> list[Turn]:
 def test_brief_is_a_few_words_around_question_and_answer() -> None:
     turns = [Turn("system", "Be kind."), user("What is it?"), assistant("A cat."), user("Where?", "At home")]
     assert dialogue_parts([*turns, assistant("Here.")], "brief") == [
-        (False, "Be kind.\n\nQuestion: What is it?\nAnswer:\n"),
-        (True, "A cat.<|im_end|>"),
-        (False, "\nQuestion: Where?\nAt home\nAnswer:\n"),
-        (True, "Here.<|im_end|>"),
+        (False, "Be kind.\n\nQuestion: What is it?\nAnswer:"),
+        (True, " A cat.<|im_end|>"),
+        (False, "\nQuestion: Where?\nAt home\nAnswer:"),
+        (True, " Here.<|im_end|>"),
     ]
     assert stop_strings("brief") == ("\nQuestion:",)
+
+
+@pytest.mark.parametrize("tokenizer", [TINY, SENTENCEPIECE], ids=["bytes", "sentencepiece"])
+@pytest.mark.parametrize("template", ["brief", "scienceqa"])
+def test_an_answers_first_word_is_the_token_of_running_text(template: str, tokenizer: Any) -> None:
+    asked = "What is it?" if template == "brief" else "Question: What is it?"
+    [(ids, is_answer)] = encode_dialogues([[user(asked), assistant("A cat.")]], template, tokenizer)
+    assert ids[:-1] == tokenizer("Question: What is it?\nAnswer: A cat.")["input_ids"]
+    answer = [token for token, kept in zip(ids, is_answer, strict=True) if kept][:-1]
+    assert tokenizer.convert_ids_to_tokens(answer)[0].startswith(("Ġ", "▁"))
 
 
 # --- alpaca -------------------------------------------------------------------------------------------------
 
 
 def test_scienceqa_is_the_question_as_it_is_and_answer() -> None:
-    turns = [user("Question: ?\nOptions: (A) x"), Turn("assistant", " The answer is A.")]
+    turns = [user("Question: ?\nOptions: (A) x"), Turn("assistant", "The answer is A.")]
     [(ids, is_answer)] = encode_dialogues([turns], "scienceqa", TINY)
     assert TINY.decode(ids) == f"Question: ?\nOptions: (A) x\nAnswer: The answer is A.{TINY.eos_token}"
     answer = [token for token, kept in zip(ids, is_answer, strict=True) if kept]

@@ -85,7 +85,7 @@ def test_likelihoods_are_those_of_each_answer_alone(model: LlamaAdapter, problem
         question = f"{record.turns[0].text}\nAnswer:"
         for text, likelihood in zip(several, found, strict=True):
             ids = tokenizer.encode(question, add_special_tokens=False)
-            answer = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+            answer = [*tokenizer.encode(" " + text, add_special_tokens=False), tokenizer.eos_token_id]
             seen: dict[str, Any] = {}
             if record.images:
                 seen = {"image_features": torch.stack([features[image] for image in record.images])}
