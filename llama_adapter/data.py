@@ -28,6 +28,7 @@ PictureFile = Path | bytes  # its name, or what is in it
 
 IGNORED = -100  # the label that transformers' losses leave out
 _ENCODED_AT_ONCE = 1000  # rows a call of the tokenizer: quick, and its by-products stay small
+# DAQUAR's night_stand: VQA's scores part such words too, and decoders know them apart.
 _WORDS_JOINED = re.compile(r"(?<=[^\W_])_(?=[^\W_])")
 _ROLES = {
     "system": "system",
@@ -165,9 +166,7 @@ def _records(row: Any, number: int, root: Path) -> list[Record]:
         raise UsageError(f"its fields are {found}; expected {expected}")
     if images:  # text rows keep it: to them it is a tag of SVG
         turns = [Turn(turn.role, turn.text.replace("<image>", "").strip(), turn.input) for turn in turns]
-        if (
-            "question" in row
-        ):  # DAQUAR's night_stand: to VQA's scores no other than two words, and they are known
+        if "question" in row:
             turns = [Turn(turn.role, _WORDS_JOINED.sub(" ", turn.text)) for turn in turns]
     while turns and turns[-1].role != "assistant":
         turns.pop()  # a last question that was never answered
