@@ -17,7 +17,7 @@ ROWS = (
         *("pictures", "rows", "scoring", "progress", "processes"),
     ),
     ("adapter", "decoder", "data", "packing", "fetch", "generate", "vision", "features"),
-    ("checkpoint", "scienceqa", "batching"),
+    ("checkpoint", "scienceqa", "batching", "teacher"),
     ("model", "grading"),
     (
         "chat",

@@ -1,0 +1,159 @@
+"""A linear classifier from a question's words, and its picture, to one of the answers of other rows.
+
+Answers to photos differ from person to person: "what is on the desk?" has nearly as many answers as desks.
+What such a classifier holds most likely after all other rows is an answer without that noise, from which an
+adapter learns the same in fewer passes (knowledge distillation, Hinton et al. 2015, arXiv 1503.02531, with
+the most likely answer alone, as in Kim and Rush 2016, arXiv 1606.07947, section 3.2). It is the usual
+baseline of visual question answering besides (Zhou et al. 2015, arXiv 1512.02167).
+
+Shapes: N rows, V words and phrases, A answers, F features of a picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_adapter.data import PictureFile
+from llama_adapter.errors import UsageError
+from llama_adapter.scoring import question_type
+
+_WORD = re.compile(r"\w+")
+_LONGEST_PHRASE = 3
+_LEAST_ROWS = 2  # of a phrase: what one row has tells nothing of others
+_COMPONENTS = 64  # of the features, by their variance over the pictures
+_PICTURE_SCALE = 0.05  # of a component beside the words, which have length 1 together
+_EPOCHS, _BATCH_SIZE, _LEARNING_RATE = 8, 256, 0.03
+
+
+@dataclass(frozen=True)
+class QuestionRow:
+    """A question with its answer; `picture` is None where it has none."""
+
+    question: str
+    answer: str
+    picture: Path | None = None
+
+
+class Teacher:
+    """The classifier, fitted to rows: softmax regression on words and phrases of up to three words, and on
+    the picture's principal components, which weigh differently by the type of the question.
+
+    Args:
+        rows: what to fit to.
+        features: (F,) of each picture that rows here or in `answers` name; may be empty. Their principal
+            components are taken over all of them, also those that no row here names.
+        seed: of the order of the rows.
+
+    Raises UsageError when there are no rows.
+    """
+
+    def __init__(
+        self, rows: Sequence[QuestionRow], features: Mapping[PictureFile, Tensor], *, seed: int = 0
+    ) -> None:
+        if not rows:
+            raise UsageError("there are no rows to fit a classifier to")
+        self._features = _components(features)
+        self._answers = sorted({row.answer for row in rows})
+        self._types = sorted({_type(row) for row in rows})
+        held = Counter(phrase for row in rows for phrase in set(_phrases(row.question)))
+        known = sorted(phrase for phrase, count in held.items() if count >= _LEAST_ROWS)
+        self._places = {phrase: place for place, phrase in enumerate(known)}
+
+        inputs = self._inputs(rows)
+        number = {answer: place for place, answer in enumerate(self._answers)}
+        wanted = torch.tensor([number[row.answer] for row in rows])
+        self._weights = torch.zeros(inputs.shape[1], len(self._answers), requires_grad=True)
+        optimizer = torch.optim.Adam([self._weights], lr=_LEARNING_RATE)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(_EPOCHS):
+            for batch in torch.randperm(len(rows), generator=generator).split(_BATCH_SIZE):
+                optimizer.zero_grad()
+                F.cross_entropy(inputs[batch] @ self._weights, wanted[batch]).backward()
+                optimizer.step()
+
+    @torch.no_grad()
+    def answers(self, rows: Sequence[QuestionRow]) -> list[str]:
+        """The most likely answer to each row's question; its own is not looked at."""
+        if not rows:
+            return []
+        return [self._answers[place] for place in (self._inputs(rows) @ self._weights).argmax(1).tolist()]
+
+    def _inputs(self, rows: Sequence[QuestionRow]) -> Tensor:
+        """(N, V + types * components)"""
+        words = torch.zeros(len(rows), len(self._places))
+        width = next(iter(self._features.values())).shape[0] if self._features else 0
+        pictures = torch.zeros(len(rows), len(self._types), width)
+        for number, row in enumerate(rows):
+            for phrase in _phrases(row.question):
+                if (place := self._places.get(phrase)) is not None:
+                    words[number, place] = 1
+            own = None if row.picture is None else self._features.get(row.picture)
+            if own is not None and _type(row) in self._types:
+                pictures[number, self._types.index(_type(row))] = own
+        return torch.cat([F.normalize(words), _PICTURE_SCALE * pictures.flatten(1)], 1)
+
+
+def answers_from_other_rows(
+    rows: Sequence[QuestionRow],
+    features: Mapping[PictureFile, Tensor],
+    *,
+    folds: int = 8,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """The answer to each row by a `Teacher` that has seen neither the row nor its picture.
+
+    The pictures (of rows without one, the questions) are dealt into `folds` parts by `seed`; each part is
+    answered by what is fitted to the others.
+
+    Raises UsageError for folds below 2 or more than there are pictures.
+    """
+    groups = [row.question if row.picture is None else row.picture for row in rows]
+    distinct = list(dict.fromkeys(groups))
+    if not 2 <= folds <= len(distinct):
+        raise UsageError(f"{len(distinct)} pictures or questions cannot be dealt into {folds} parts")
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
+    part = {distinct[place]: number % folds for number, place in enumerate(order)}
+    answers = [""] * len(rows)
+    done = 0
+    for fold in range(folds):
+        here = [number for number, group in enumerate(groups) if part[group] == fold]
+        others = [row for row, group in zip(rows, groups, strict=True) if part[group] != fold]
+        found = Teacher(others, features, seed=seed).answers([rows[number] for number in here])
+        for number, answer in zip(here, found, strict=True):
+            answers[number] = answer
+        progress(done := done + len(here))
+    return answers
+
+
+def _phrases(question: str) -> list[str]:
+    """Its words, and runs of two and three of them, their beginning and end marked."""
+    words = ["<", *_WORD.findall(question.lower()), ">"]
+    return words[1:-1] + [
+        " ".join(words[start : start + length])
+        for length in range(2, _LONGEST_PHRASE + 1)
+        for start in range(len(words) - length + 1)
+    ]
+
+
+def _type(row: QuestionRow) -> str:
+    return question_type(row.question, "")  # "yes/no" would tell the answer
+
+
+def _components(features: Mapping[PictureFile, Tensor]) -> Mapping[PictureFile, Tensor]:
+    """The features' principal components, each of variance 1 over the pictures."""
+    if not features:
+        return {}
+    stacked = torch.stack([value.float() for value in features.values()])
+    stacked = (stacked - stacked.mean(0)) / (stacked.std(0) + 1e-5)
+    left, sizes, _ = torch.linalg.svd(stacked, full_matrices=False)
+    kept = min(_COMPONENTS, int((sizes > 1e-4 * sizes[0]).sum()))
+    return dict(zip(features, left[:, :kept] * len(features) ** 0.5, strict=True))

@@ -1,0 +1,216 @@
+"""The classifier whose answers are trained on: what it reads, and that no row is answered from itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import train.teacher
+from llama_adapter.data import read_records, split_records
+from llama_adapter.errors import UsageError
+from llama_adapter.teacher import QuestionRow, Teacher, answers_from_other_rows
+from tests.test_train_vqa import COLOURS, refusal, run
+from tests.tiny_models import build_tiny_tower_folder, draw_picture
+from train.options import DEFAULT_TOWER
+
+NO_PICTURES: Mapping[Path, Tensor] = {}
+ANSWERS = {"what is on the desk?": "lamp", "what is on the bed?": "pillow", "how many chairs?": "4"}
+ROWS = [QuestionRow(question, answer) for question, answer in ANSWERS.items() for _ in range(8)]
+
+
+def test_a_question_gets_its_most_frequent_answer() -> None:
+    noise = [QuestionRow("what is on the desk?", f"thing {number}") for number in range(6)]
+    asked = [QuestionRow(question, "?") for question in ANSWERS]
+    assert Teacher([*ROWS, *noise], {}).answers(asked) == list(ANSWERS.values())
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What is standing on the DESK", "lamp"),
+        ("which things lie on the bed, what is on it?", "pillow"),
+        ("how many chairs are there", "4"),
+    ],
+)
+def test_another_question_is_answered_by_its_words(question: str, answer: str) -> None:
+    assert Teacher(ROWS, {}).answers([QuestionRow(question, "?")]) == [answer]
+
+
+def test_words_count_by_their_order() -> None:
+    one, other = "is the red left of the blue?", "is the blue left of the red?"
+    rows = [QuestionRow(one, "yes"), QuestionRow(other, "no")] * 4
+    assert Teacher(rows, {}).answers([QuestionRow(one, "?"), QuestionRow(other, "?")]) == ["yes", "no"]
+
+
+def test_a_picture_tells_what_the_words_do_not_and_by_the_type_of_the_question() -> None:
+    """One direction of the features says red or blue to one question, and 1 or 2 to another."""
+    features, rows = {}, []
+    for number in range(24):
+        file = Path(f"{number}.png")
+        value = torch.randn(5, generator=torch.Generator().manual_seed(number)) * 0.1
+        value[2] += 1.0 if number % 2 else -1.0
+        features[file] = value
+        rows.append(QuestionRow("what is the colour?", "red" if number % 2 else "blue", file))
+        rows.append(QuestionRow("how many?", "1" if number % 2 else "2", file))
+    learnt, held_back = rows[:40], rows[40:]
+    assert Teacher(learnt * 8, features).answers(held_back) == [row.answer for row in held_back]
+    without = Teacher(learnt * 8, {}).answers(held_back)
+    assert len(set(without)) == 2  # one answer a question, whatever the picture
+
+
+def test_the_inputs_are_as_described() -> None:
+    """Against the description: phrases of two rows or more, at length 1; components of variance 1 at 0.05."""
+    pictures = [Path(str(number)) for number in range(6)]
+    features = {
+        file: torch.randn(4, generator=torch.Generator().manual_seed(n)) for n, file in enumerate(pictures)
+    }
+    rows = [QuestionRow("what colour?", "red", file) for file in pictures] + [
+        QuestionRow("how many?", "2")
+    ] * 2
+    inputs = Teacher(rows, features)._inputs(rows)
+    # < what, what colour, colour >, < what colour, what colour >, and the two words; of the other alike.
+    words = inputs[:, : 2 * 7]
+    assert ((words > 0).sum(1) == 7).all()
+    torch.testing.assert_close(words.norm(dim=1), torch.ones(8))
+    stacked = torch.stack(list(features.values())).double()
+    standard = (stacked - stacked.mean(0)) / stacked.std(0)
+    _, directions = torch.linalg.eigh(standard.T @ standard)
+    expected = standard @ directions.flip(1)
+    expected = expected / expected.square().mean(0).sqrt() * 0.05
+    shown = inputs[:6, 2 * 7 :].double()
+    colour, others = (shown[:, :4], shown[:, 4:])
+    torch.testing.assert_close(colour.abs(), expected.abs(), atol=1e-5, rtol=1e-4)
+    assert not others.any() and not inputs[6:, 2 * 7 :].any()
+
+
+@given(
+    texts=st.lists(st.tuples(st.text(max_size=30), st.text(max_size=8)), min_size=2, max_size=12),
+    asked=st.text(max_size=60),
+)
+def test_any_text_gets_an_answer_of_the_rows(texts: list[tuple[str, str]], asked: str) -> None:
+    rows = [QuestionRow(question, answer) for question, answer in texts]
+    assert Teacher(rows, {}).answers([QuestionRow(asked, "")])[0] in {row.answer for row in rows}
+
+
+@pytest.mark.parametrize("with_picture", [True, False])
+def test_no_row_is_answered_from_itself_or_its_picture(with_picture: bool) -> None:
+    rows = [
+        QuestionRow(
+            f"what is it, {number // 2}?",
+            f"answer {number // 2}",
+            Path(str(number // 2)) if with_picture else None,
+        )
+        for number in range(40)
+    ]
+    counted: list[int] = []
+    answers = answers_from_other_rows(rows, {}, folds=5, progress=counted.append)
+    assert len(answers) == 40 and counted[-1] == 40
+    assert not any(answer == row.answer for answer, row in zip(answers, rows, strict=True))
+    assert answers == answers_from_other_rows(rows, {}, folds=5)
+    assert answers != answers_from_other_rows(rows, {}, folds=5, seed=1)
+
+
+def test_others_with_the_same_question_answer_it() -> None:
+    rows = [
+        QuestionRow(question, answer, Path(f"{number}.png"))
+        for number in range(10)
+        for question, answer in ANSWERS.items()
+    ]
+    assert answers_from_other_rows(rows, {}, folds=2) == [row.answer for row in rows]
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    with pytest.raises(UsageError, match="no rows"):
+        Teacher([], {})
+    with pytest.raises(UsageError, match="3 pictures or questions cannot be dealt into 4 parts"):
+        answers_from_other_rows(ROWS, {}, folds=4)
+    with pytest.raises(UsageError, match="dealt into 1"):
+        answers_from_other_rows(ROWS, {}, folds=1)
+
+
+# ---- the command ----
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tower, and questions about pictures of one colour: qa.json beside images/."""
+    folder = tmp_path_factory.mktemp("teacher")
+    build_tiny_tower_folder(folder / "weights" / DEFAULT_TOWER)
+    rows = []
+    for number in range(18):
+        name = list(COLOURS)[number % 3]
+        draw_picture(folder / "images" / f"{number}.png", COLOURS[name])
+        rows.append({"image": f"{number}.png", "question": "What colour is it?", "answer": name})
+        rows.append({"image": f"{number}.png", "question": "Is it drawn?", "answer": "yes"})
+    (folder / "qa.json").write_text(json.dumps(rows))
+    return folder
+
+
+def options(place: Path, output: Path, *more: str) -> list[str]:
+    given: dict[str, Any] = {"--data": place, "--output": output, "--validation-rows": 6, "--folds": 3}
+    given |= {"--weights": place / "weights", "--cache": place / "cache"}
+    return [str(part) for pair in given.items() for part in pair] + list(more)
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(file.read_text())
+    return rows
+
+
+def test_the_command_writes_rows_that_keep_the_same_ones_back(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "taught.json"
+    run(train.teacher, options(place, output, "--no-images"))
+    assert "30 rows to train on: " in (out := capsys.readouterr().out) and "6 rows kept back: " in out
+    taught, given = rows_of(output), rows_of(place / "qa.json")
+    assert [row["question"] for row in taught] == [row["question"] for row in given]
+    assert {row["answer"] for row in taught if row["question"] == "Is it drawn?"} == {"yes"}
+    splits = [split_records(read_records(source)[0], validation_rows=6) for source in (place, output)]
+    for part, other in zip(*splits, strict=True):
+        assert [row.images for row in part] == [row.images for row in other]
+
+
+def test_rows_kept_back_change_no_answer(place: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    (changed / "images").symlink_to(place / "images")
+    rows = rows_of(place / "qa.json")
+    _, kept_back = split_records(read_records(place)[0], validation_rows=6)
+    for record in kept_back:
+        rows[record.row - 1]["answer"] = "purple"
+    (changed / "qa.json").write_text(json.dumps(rows))
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for source, file in zip((place, changed), files, strict=True):
+        run(train.teacher, [*options(place, file), "--data", str(source)])
+    one, two = ([row["answer"] for row in rows_of(file)] for file in files)
+    assert one == two and "purple" not in two
+
+
+def test_pictures_are_looked_at(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three colours, which the question's words do not tell."""
+    shares = []
+    for more in ([], ["--no-images"]):
+        run(train.teacher, options(place, tmp_path / "taught.json", *more))
+        line = next(line for line in capsys.readouterr().out.splitlines() if "to train on" in line)
+        shares.append(float(line.split(": ")[1].split("%")[0]))
+    assert shares[0] > shares[1]
+
+
+def test_what_the_command_refuses(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "taught.json"
+    assert "--tower" in refusal(train.teacher, options(place, output, "--no-images", "--tower", "x"))
+    assert "dealt into 1" in refusal(train.teacher, [*options(place, output), "--folds", "1"])
+    talk = {"messages": [{"role": role, "content": "Hi."} for role in ("user", "assistant") * 2]}
+    (tmp_path / "talk.json").write_text(json.dumps([talk] * 20))
+    said = refusal(train.teacher, [*options(place, output), "--data", str(tmp_path / "talk.json")])
+    assert "row 1 is no question with one answer" in said
+    assert not output.exists()
