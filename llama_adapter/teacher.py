@@ -1,12 +1,12 @@
 """A linear classifier from a question's words, and its picture, to one of the answers of other rows.
 
-Answers to photos differ from person to person: "what is on the desk?" has nearly as many answers as desks.
-What such a classifier holds most likely after all other rows is an answer without that noise, from which an
-adapter learns the same in fewer passes (knowledge distillation, Hinton et al. 2015, arXiv 1503.02531, with
-the most likely answer alone, as in Kim and Rush 2016, arXiv 1606.07947, section 3.2). It is the usual
-baseline of visual question answering besides (Zhou et al. 2015, arXiv 1512.02167).
+People answer a question about a photo in many ways: "what is on the desk?" has nearly as many answers as
+desks. What such a classifier holds most likely after all other rows is an answer without that noise, to learn
+from (knowledge distillation, Hinton et al. 2015, arXiv 1503.02531, with the most likely answer alone, as in
+Kim and Rush 2016, arXiv 1606.07947, section 3.2). It is the usual baseline of visual question answering
+besides (Zhou et al. 2015, arXiv 1512.02167).
 
-Shapes: N rows, V words and phrases, A answers, F features of a picture.
+Shapes: N rows, V words and phrases, A answers, F features of a picture, C components of them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from llama_adapter.scoring import question_type
 _WORD = re.compile(r"\w+")
 _LONGEST_PHRASE = 3
 _LEAST_ROWS = 2  # of a phrase: what one row has tells nothing of others
-_COMPONENTS = 64  # of the features, by their variance over the pictures
+_MOST_PHRASES = 20_000  # with as many answers as below: a gigabyte, with the optimiser's moments
+_MOST_ANSWERS = 3000  # as is usual for VQA v2
+_COMPONENTS = 64
 _PICTURE_SCALE = 0.05  # of a component beside the words, which have length 1 together
+_CONSTANT = 0.05  # little: it is for questions of which nothing is known
 _EPOCHS, _BATCH_SIZE, _LEARNING_RATE = 8, 256, 0.03
 
 
@@ -44,66 +47,76 @@ class QuestionRow:
 
 class Teacher:
     """The classifier, fitted to rows: softmax regression on words and phrases of up to three words, and on
-    the picture's principal components, which weigh differently by the type of the question.
+    the picture's components, which weigh differently by the type of the question.
+
+    It knows the 20,000 most frequent phrases and gives one of the 3,000 most frequent answers; a question
+    of which it knows nothing gets the most frequent answer of all.
 
     Args:
         rows: what to fit to.
-        features: (F,) of each picture that rows here or in `answers` name; may be empty. Their principal
-            components are taken over all of them, also those that no row here names.
+        components: (C,) of each picture that rows here or in `answers` name (`principal_components`); may
+            be empty, and a picture that has none in it counts as none.
         seed: of the order of the rows.
 
     Raises UsageError when there are no rows.
     """
 
     def __init__(
-        self, rows: Sequence[QuestionRow], features: Mapping[PictureFile, Tensor], *, seed: int = 0
+        self, rows: Sequence[QuestionRow], components: Mapping[PictureFile, Tensor], *, seed: int = 0
     ) -> None:
         if not rows:
             raise UsageError("there are no rows to fit a classifier to")
-        self._features = _components(features)
-        self._answers = sorted({row.answer for row in rows})
+        self._components = components
+        self._width = next((len(value) for value in components.values()), 0)
         self._types = sorted({_type(row) for row in rows})
         held = Counter(phrase for row in rows for phrase in set(_phrases(row.question)))
-        known = sorted(phrase for phrase, count in held.items() if count >= _LEAST_ROWS)
+        known = [phrase for phrase, count in held.most_common(_MOST_PHRASES) if count >= _LEAST_ROWS]
         self._places = {phrase: place for place, phrase in enumerate(known)}
-
-        inputs = self._inputs(rows)
+        self._answers = [
+            answer for answer, _ in Counter(row.answer for row in rows).most_common(_MOST_ANSWERS)
+        ]
         number = {answer: place for place, answer in enumerate(self._answers)}
-        wanted = torch.tensor([number[row.answer] for row in rows])
-        self._weights = torch.zeros(inputs.shape[1], len(self._answers), requires_grad=True)
+        rows = [row for row in rows if row.answer in number]
+
+        inputs = len(known) + len(self._types) * self._width + 1
+        self._weights = torch.zeros(inputs, len(self._answers), requires_grad=True)
         optimizer = torch.optim.Adam([self._weights], lr=_LEARNING_RATE)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(_EPOCHS):
             for batch in torch.randperm(len(rows), generator=generator).split(_BATCH_SIZE):
+                shown = [rows[place] for place in batch.tolist()]
+                wanted = torch.tensor([number[row.answer] for row in shown])
                 optimizer.zero_grad()
-                F.cross_entropy(inputs[batch] @ self._weights, wanted[batch]).backward()
+                F.cross_entropy(self._inputs(shown) @ self._weights, wanted).backward()
                 optimizer.step()
 
     @torch.no_grad()
     def answers(self, rows: Sequence[QuestionRow]) -> list[str]:
         """The most likely answer to each row's question; its own is not looked at."""
-        if not rows:
-            return []
-        return [self._answers[place] for place in (self._inputs(rows) @ self._weights).argmax(1).tolist()]
+        found: list[str] = []
+        for start in range(0, len(rows), _BATCH_SIZE):
+            scores = self._inputs(rows[start : start + _BATCH_SIZE]) @ self._weights
+            found += [self._answers[place] for place in scores.argmax(1).tolist()]
+        return found
 
     def _inputs(self, rows: Sequence[QuestionRow]) -> Tensor:
-        """(N, V + types * components)"""
+        """(N, V + types * C + 1): words and phrases, at length 1 together; components; a constant."""
         words = torch.zeros(len(rows), len(self._places))
-        width = next(iter(self._features.values())).shape[0] if self._features else 0
-        pictures = torch.zeros(len(rows), len(self._types), width)
+        pictures = torch.zeros(len(rows), len(self._types), self._width)
         for number, row in enumerate(rows):
             for phrase in _phrases(row.question):
                 if (place := self._places.get(phrase)) is not None:
                     words[number, place] = 1
-            own = None if row.picture is None else self._features.get(row.picture)
+            own = None if row.picture is None else self._components.get(row.picture)
             if own is not None and _type(row) in self._types:
                 pictures[number, self._types.index(_type(row))] = own
-        return torch.cat([F.normalize(words), _PICTURE_SCALE * pictures.flatten(1)], 1)
+        constant = torch.full((len(rows), 1), _CONSTANT)
+        return torch.cat([F.normalize(words), _PICTURE_SCALE * pictures.flatten(1), constant], 1)
 
 
 def answers_from_other_rows(
     rows: Sequence[QuestionRow],
-    features: Mapping[PictureFile, Tensor],
+    components: Mapping[PictureFile, Tensor],
     *,
     folds: int = 8,
     seed: int = 0,
@@ -127,7 +140,7 @@ def answers_from_other_rows(
     for fold in range(folds):
         here = [number for number, group in enumerate(groups) if part[group] == fold]
         others = [row for row, group in zip(rows, groups, strict=True) if part[group] != fold]
-        found = Teacher(others, features, seed=seed).answers([rows[number] for number in here])
+        found = Teacher(others, components, seed=seed).answers([rows[number] for number in here])
         for number, answer in zip(here, found, strict=True):
             answers[number] = answer
         progress(done := done + len(here))
@@ -148,12 +161,15 @@ def _type(row: QuestionRow) -> str:
     return question_type(row.question, "")  # "yes/no" would tell the answer
 
 
-def _components(features: Mapping[PictureFile, Tensor]) -> Mapping[PictureFile, Tensor]:
-    """The features' principal components, each of variance 1 over the pictures."""
+def principal_components(features: Mapping[PictureFile, Tensor]) -> dict[PictureFile, Tensor]:
+    """(C,) of each picture's (F,) features, C at most 64, each of variance 1 over the pictures.
+
+    Features that are the same in all pictures, and a single picture, have no components: C is 0 then.
+    """
     if not features:
         return {}
     stacked = torch.stack([value.float() for value in features.values()])
-    stacked = (stacked - stacked.mean(0)) / (stacked.std(0) + 1e-5)
+    stacked = (stacked - stacked.mean(0)) / (stacked.std(0, correction=0) + 1e-5)
     left, sizes, _ = torch.linalg.svd(stacked, full_matrices=False)
-    kept = min(_COMPONENTS, int((sizes > 1e-4 * sizes[0]).sum()))
+    kept = min(_COMPONENTS, int((sizes > max(1e-3, 1e-4 * float(sizes[0]))).sum()))
     return dict(zip(features, left[:, :kept] * len(features) ** 0.5, strict=True))

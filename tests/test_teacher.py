@@ -16,7 +16,7 @@ from torch import Tensor
 import train.teacher
 from llama_adapter.data import read_records, split_records
 from llama_adapter.errors import UsageError
-from llama_adapter.teacher import QuestionRow, Teacher, answers_from_other_rows
+from llama_adapter.teacher import QuestionRow, Teacher, answers_from_other_rows, principal_components
 from tests.test_train_vqa import COLOURS, refusal, run
 from tests.tiny_models import build_tiny_tower_folder, draw_picture
 from train.options import DEFAULT_TOWER
@@ -61,13 +61,14 @@ def test_a_picture_tells_what_the_words_do_not_and_by_the_type_of_the_question()
         rows.append(QuestionRow("what is the colour?", "red" if number % 2 else "blue", file))
         rows.append(QuestionRow("how many?", "1" if number % 2 else "2", file))
     learnt, held_back = rows[:40], rows[40:]
-    assert Teacher(learnt * 8, features).answers(held_back) == [row.answer for row in held_back]
+    components = principal_components(features)
+    assert Teacher(learnt * 8, components).answers(held_back) == [row.answer for row in held_back]
     without = Teacher(learnt * 8, {}).answers(held_back)
     assert len(set(without)) == 2  # one answer a question, whatever the picture
 
 
 def test_the_inputs_are_as_described() -> None:
-    """Against the description: phrases of two rows or more, at length 1; components of variance 1 at 0.05."""
+    """Phrases of two rows or more, at length 1 together; components of variance 1 times 0.05; a constant."""
     pictures = [Path(str(number)) for number in range(6)]
     features = {
         file: torch.randn(4, generator=torch.Generator().manual_seed(n)) for n, file in enumerate(pictures)
@@ -75,20 +76,36 @@ def test_the_inputs_are_as_described() -> None:
     rows = [QuestionRow("what colour?", "red", file) for file in pictures] + [
         QuestionRow("how many?", "2")
     ] * 2
-    inputs = Teacher(rows, features)._inputs(rows)
+    inputs = Teacher(rows, principal_components(features))._inputs(rows)
     # < what, what colour, colour >, < what colour, what colour >, and the two words; of the other alike.
     words = inputs[:, : 2 * 7]
     assert ((words > 0).sum(1) == 7).all()
     torch.testing.assert_close(words.norm(dim=1), torch.ones(8))
     stacked = torch.stack(list(features.values())).double()
-    standard = (stacked - stacked.mean(0)) / stacked.std(0)
+    standard = (stacked - stacked.mean(0)) / stacked.std(0, correction=0)
     _, directions = torch.linalg.eigh(standard.T @ standard)
     expected = standard @ directions.flip(1)
     expected = expected / expected.square().mean(0).sqrt() * 0.05
-    shown = inputs[:6, 2 * 7 :].double()
+    shown = inputs[:6, 2 * 7 : -1].double()
     colour, others = (shown[:, :4], shown[:, 4:])
     torch.testing.assert_close(colour.abs(), expected.abs(), atol=1e-5, rtol=1e-4)
-    assert not others.any() and not inputs[6:, 2 * 7 :].any()
+    assert not others.any() and not inputs[6:, 2 * 7 : -1].any()
+    assert (inputs[:, -1] == 0.05).all()
+
+
+def test_a_question_of_unknown_words_gets_the_most_frequent_answer() -> None:
+    rows = [QuestionRow("what animal?", "zebra")] * 30 + [QuestionRow("which bird?", "ant")] * 6
+    assert Teacher(rows, {}).answers([QuestionRow("où est-il", "?")]) == ["zebra"]
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 3])
+def test_pictures_that_do_not_differ_have_no_components(pictures: int) -> None:
+    features = {Path(str(number)): torch.ones(4) for number in range(pictures)}
+    components = principal_components(features)
+    assert list(components) == list(features)
+    assert all(value.shape == (0,) for value in components.values())
+    rows = [QuestionRow("what is it?", "one", file) for file in features] + ROWS
+    assert Teacher(rows, components).answers(ROWS[:1]) == ["lamp"]
 
 
 @given(
@@ -179,6 +196,22 @@ def test_the_command_writes_rows_that_keep_the_same_ones_back(
         assert [row.images for row in part] == [row.images for row in other]
 
 
+def test_captions_are_rows_each(tmp_path: Path) -> None:
+    """A row of captions makes several records: each is written, and kept back with its picture."""
+    rows = []
+    for number in range(12):
+        draw_picture(tmp_path / "images" / f"{number}.png", (20 * number, 0, 0))
+        rows.append({"image": f"{number}.png", "captions": ["A dark square .", "Something red ."]})
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    output = tmp_path / "taught.json"
+    given = {"--data": tmp_path, "--output": output, "--validation-rows": 4, "--folds": 2}
+    run(train.teacher, [*(str(part) for pair in given.items() for part in pair), "--no-images"])
+    assert len(rows_of(output)) == 24
+    splits = [split_records(read_records(source)[0], validation_rows=4) for source in (tmp_path, output)]
+    for part, other in zip(*splits, strict=True):
+        assert [row.images for row in part] == [row.images for row in other]
+
+
 def test_rows_kept_back_change_no_answer(place: Path, tmp_path: Path) -> None:
     changed = tmp_path / "changed"
     changed.mkdir()
@@ -201,16 +234,23 @@ def test_pictures_are_looked_at(place: Path, tmp_path: Path, capsys: pytest.Capt
     for more in ([], ["--no-images"]):
         run(train.teacher, options(place, tmp_path / "taught.json", *more))
         line = next(line for line in capsys.readouterr().out.splitlines() if "to train on" in line)
-        shares.append(float(line.split(": ")[1].split("%")[0]))
+        shares.append(float(line.split(" answer to ")[1].split("%")[0]))
     assert shares[0] > shares[1]
 
 
 def test_what_the_command_refuses(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "taught.json"
     assert "--tower" in refusal(train.teacher, options(place, output, "--no-images", "--tower", "x"))
-    assert "dealt into 1" in refusal(train.teacher, [*options(place, output), "--folds", "1"])
-    talk = {"messages": [{"role": role, "content": "Hi."} for role in ("user", "assistant") * 2]}
-    (tmp_path / "talk.json").write_text(json.dumps([talk] * 20))
+    assert "2 or more" in refusal(train.teacher, [*options(place, output), "--folds", "1"])
+    roles = ("user", "assistant") * 2
+    talk = [{"messages": [{"role": role, "content": f"Hi {row}."} for role in roles]} for row in range(20)]
+    (tmp_path / "talk.json").write_text(json.dumps(talk))
     said = refusal(train.teacher, [*options(place, output), "--data", str(tmp_path / "talk.json")])
-    assert "row 1 is no question with one answer" in said
+    assert "row " in said and "more than a question with an answer" in said
+    hint = [{"instruction": "Name it.", "input": f"{number}", "output": "x"} for number in range(20)]
+    (tmp_path / "hint.json").write_text(json.dumps(hint))
+    said = refusal(train.teacher, [*options(place, output), "--data", str(tmp_path / "hint.json")])
+    assert "row " in said and "more than a question" in said
+    assert "make it" in refusal(train.teacher, options(place, tmp_path / "nowhere" / "taught.json"))
+    assert "would be lost" in refusal(train.teacher, options(place, place / "qa.json"))
     assert not output.exists()

@@ -2,8 +2,9 @@
 --data SOURCE --output FILE.json
 
 A linear classifier of a question's words and its picture is fitted to other rows, and its answer takes the
-place of the row's own. It is never fitted to the rows that train.vqa keeps back with the same
---validation-rows; these get its answers as well, for the validation loss. Score by the true ones: eval.vqa.
+place of the row's own. The rows that train.vqa keeps back from FILE.json with the same --validation-rows are
+not among those it is fitted to. Their answers are its own too, so the validation loss tells how well it is
+followed; eval.vqa on SOURCE tells how often people's answers are met.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_adapter.arguments import Parser, add_weights_option, picture_features, positive_int
+from llama_adapter.arguments import (
+    Parser,
+    add_weights_option,
+    picture_features,
+    positive_int,
+    quieten_libraries,
+)
 from llama_adapter.errors import UsageError, run_command
 from train.options import DEFAULT_TOWER
 
@@ -25,7 +32,9 @@ if TYPE_CHECKING:
 
 def main() -> None:
     parser = Parser(prog="python -m train.teacher", description=__doc__)
-    parser.add_argument("--data", required=True, metavar="SOURCE", help="rows of {image, question, answer}")
+    parser.add_argument(
+        "--data", required=True, metavar="SOURCE", help="rows of {image, question, answer}, or without image"
+    )
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write, for train.vqa --data")
     parser.add_argument("--split", default="train", help="of rows that name one (train)")
     parser.add_argument(
@@ -50,44 +59,62 @@ def main() -> None:
     if arguments.no_images and arguments.tower:
         raise UsageError("--tower is for pictures, which --no-images leaves out; give one of the two")
 
+    if arguments.folds < 2:
+        raise UsageError(f"--folds is {arguments.folds}; expected 2 or more: no row is fitted to itself")
+    if not arguments.output.absolute().parent.is_dir():
+        raise UsageError(
+            f"--output {arguments.output}: there is no folder {arguments.output.parent}; make it"
+        )
+    source = Path(arguments.data).resolve()
+    if arguments.output.resolve() in (source, source / "qa.json"):
+        raise UsageError(
+            f"--output {arguments.output} is --data; people's answers would be lost: name another"
+        )
+    quieten_libraries()
+
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.data import read_records, split_records
     from llama_adapter.files import write_json
     from llama_adapter.progress import RowProgress
-    from llama_adapter.scoring import is_right
-    from llama_adapter.teacher import Teacher, answers_from_other_rows
+    from llama_adapter.scoring import accuracy_interval, is_right
+    from llama_adapter.teacher import Teacher, answers_from_other_rows, principal_components
     from llama_adapter.vision import load_tower
 
     records, summary = read_records(arguments.data, image_root=arguments.image_root, split=arguments.split)
     print(summary, file=sys.stderr)
-    rows = {record.row: _question_row(record, arguments.data) for record in records}
     parts = split_records(records, validation_rows=arguments.validation_rows)
-    asked, kept_back = ([rows[record.row] for record in part] for part in parts)
+    asked, kept_back = ([_question_row(record, arguments.data) for record in part] for part in parts)
 
-    pictures = [] if arguments.no_images else [row.picture for row in rows.values() if row.picture]
-    features: dict[PictureFile, Tensor] = {}
+    pictures = [] if arguments.no_images else [row.picture for row in asked + kept_back if row.picture]
+    components: dict[PictureFile, Tensor] = {}
     if pictures:
         tower = load_tower(arguments.tower or DEFAULT_TOWER, weights=arguments.weights)
-        features = picture_features(tower, arguments.cache, pictures)
+        components = principal_components(picture_features(tower, arguments.cache, pictures))
     progress = RowProgress("rows", len(asked))
     answers = answers_from_other_rows(
-        asked, features, folds=arguments.folds, seed=arguments.seed, progress=progress
+        asked, components, folds=arguments.folds, seed=arguments.seed, progress=progress
     )
-    theirs = Teacher(asked, features, seed=arguments.seed).answers(kept_back)
+    theirs = Teacher(asked, components, seed=arguments.seed).answers(kept_back)
     for name, part, given in (("to train on", asked, answers), ("kept back", kept_back, theirs)):
         right = sum(is_right(answer, row.answer) for row, answer in zip(part, given, strict=True))
-        print(f"{len(part):,} rows {name}: {right / len(part):.1%} answered, from others, as they are")
+        low, high = accuracy_interval(right, len(part))
+        print(
+            f"{len(part):,} rows {name}: the classifier gives their own answer to {right / len(part):.1%} "
+            f"(95 % interval {low:.1%} to {high:.1%})"
+        )
 
-    taught = dict(zip((record.row for part in parts for record in part), [*answers, *theirs], strict=True))
+    taught = {
+        id(record): answer for record, answer in zip([*parts[0], *parts[1]], [*answers, *theirs], strict=True)
+    }
     write_json(
         arguments.output,
         [
             {
-                "image": str(row.picture.absolute()) if row.picture else None,
-                "question": row.question,
-                "answer": taught[number],
+                "image": str(Path(str(record.images[0])).absolute()) if record.images else None,
+                "question": record.turns[0].text,
+                "answer": taught[id(record)],
             }
-            for number, row in rows.items()  # in their order, so that train.vqa keeps the same ones back
+            for record in records  # in their order, so that train.vqa keeps the same ones back
         ],
     )
 
@@ -96,13 +123,13 @@ def _question_row(record: Record, source: str) -> QuestionRow:
     from llama_adapter.teacher import QuestionRow
 
     picture = next(iter(record.images), None)
-    if len(record.turns) != 2 or len(record.images) > 1 or isinstance(picture, bytes):
+    alone = len(record.turns) == 2 and not record.turns[0].input and len(record.images) <= 1
+    if not alone or isinstance(picture, bytes):
         raise UsageError(
-            f"{source}: row {record.row} is no question with one answer about one picture file; "
+            f"{source}: row {record.row} is more than a question with an answer about one picture file; "
             "expected rows of {image, question, answer}"
         )
-    question, answer = record.turns
-    return QuestionRow(question.text, answer.text, picture)
+    return QuestionRow(record.turns[0].text, record.turns[1].text, picture)
 
 
 if __name__ == "__main__":
