@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -44,6 +45,21 @@ class QuestionRow:
     answer: str
     picture: Path | None = None
 
+    @cached_property  # each is asked for in every pass of every fit
+    def phrases(self) -> list[str]:
+        """The question's words, and runs of two and three of them, its beginning and end marked."""
+        words = ["<", *_WORD.findall(self.question.lower()), ">"]
+        return words[1:-1] + [
+            " ".join(words[start : start + length])
+            for length in range(2, _LONGEST_PHRASE + 1)
+            for start in range(len(words) - length + 1)
+        ]
+
+    @cached_property
+    def type(self) -> str:
+        """What kind of answer the question wants; never "yes/no", which would tell it."""
+        return question_type(self.question, "")
+
 
 class Teacher:
     """The classifier, fitted to rows: softmax regression on words and phrases of up to three words, and on
@@ -68,8 +84,8 @@ class Teacher:
             raise UsageError("there are no rows to fit a classifier to")
         self._components = components
         self._width = next((len(value) for value in components.values()), 0)
-        self._types = sorted({_type(row) for row in rows})
-        held = Counter(phrase for row in rows for phrase in set(_phrases(row.question)))
+        self._types = sorted({row.type for row in rows})
+        held = Counter(phrase for row in rows for phrase in set(row.phrases))
         known = [phrase for phrase, count in held.most_common(_MOST_PHRASES) if count >= _LEAST_ROWS]
         self._places = {phrase: place for place, phrase in enumerate(known)}
         self._answers = [
@@ -104,12 +120,12 @@ class Teacher:
         words = torch.zeros(len(rows), len(self._places))
         pictures = torch.zeros(len(rows), len(self._types), self._width)
         for number, row in enumerate(rows):
-            for phrase in _phrases(row.question):
+            for phrase in row.phrases:
                 if (place := self._places.get(phrase)) is not None:
                     words[number, place] = 1
             own = None if row.picture is None else self._components.get(row.picture)
-            if own is not None and _type(row) in self._types:
-                pictures[number, self._types.index(_type(row))] = own
+            if own is not None and row.type in self._types:
+                pictures[number, self._types.index(row.type)] = own
         constant = torch.full((len(rows), 1), _CONSTANT)
         return torch.cat([F.normalize(words), _PICTURE_SCALE * pictures.flatten(1), constant], 1)
 
@@ -145,20 +161,6 @@ def answers_from_other_rows(
             answers[number] = answer
         progress(done := done + len(here))
     return answers
-
-
-def _phrases(question: str) -> list[str]:
-    """Its words, and runs of two and three of them, their beginning and end marked."""
-    words = ["<", *_WORD.findall(question.lower()), ">"]
-    return words[1:-1] + [
-        " ".join(words[start : start + length])
-        for length in range(2, _LONGEST_PHRASE + 1)
-        for start in range(len(words) - length + 1)
-    ]
-
-
-def _type(row: QuestionRow) -> str:
-    return question_type(row.question, "")  # "yes/no" would tell the answer
 
 
 def principal_components(features: Mapping[PictureFile, Tensor]) -> dict[PictureFile, Tensor]:

@@ -104,17 +104,20 @@ def main() -> None:
         )
 
     taught = {
-        id(record): answer for record, answer in zip([*parts[0], *parts[1]], [*answers, *theirs], strict=True)
+        id(record): (row, answer)
+        for record, row, answer in zip(
+            [*parts[0], *parts[1]], asked + kept_back, answers + theirs, strict=True
+        )
     }
     write_json(
         arguments.output,
         [
             {
-                "image": str(Path(str(record.images[0])).absolute()) if record.images else None,
-                "question": record.turns[0].text,
-                "answer": taught[id(record)],
+                "image": str(row.picture.absolute()) if row.picture else None,
+                "question": row.question,
+                "answer": answer,
             }
-            for record in records  # in their order, so that train.vqa keeps the same ones back
+            for row, answer in (taught[id(record)] for record in records)  # so train.vqa splits them alike
         ],
     )
 
