@@ -18,6 +18,7 @@ from llama_adapter.arguments import (
     load_model,
     positive_int,
     report,
+    seed_number,
 )
 from llama_adapter.errors import UsageError, run_command
 
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
     parser.add_argument("--samples", type=int, default=10, help="answers shown side by side (10)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=96, help="length of an answer (96)")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows that are drawn")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the rows that are drawn")
     add_adapter_option(parser)
     add_model_options(parser)
     add_json_option(parser)

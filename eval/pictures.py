@@ -14,6 +14,7 @@ from llama_adapter.arguments import (
     load_model,
     picture_features,
     positive_int,
+    seed_number,
 )
 from llama_adapter.errors import UsageError
 
@@ -47,7 +48,7 @@ def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_spli
     parser.set_defaults(default_split=default_split)
     parser.add_argument("--limit", type=positive_int, help="so many pictures, drawn by --seed (default: all)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the rows that are drawn and the shuffled pictures"
+        "--seed", type=seed_number, default=0, help="of the rows that are drawn and the shuffled pictures"
     )
     parser.add_argument("--batch-size", type=positive_int, default=16, help="questions answered at once (16)")
     parser.add_argument("--beams", type=positive_int, default=1, help="of the search; 1 is greedy (1)")

@@ -21,6 +21,7 @@ from llama_adapter.arguments import (
     picture_features,
     positive_int,
     report,
+    seed_number,
 )
 from llama_adapter.errors import UsageError, run_command
 
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--controls", action="store_true", help="what is reached without pictures, and the like"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn (0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of whatever is drawn (0)")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
     )

@@ -67,6 +67,17 @@ def positive_float(text: str) -> float:
 positive_float.__name__ = "number above 0"
 
 
+def seed_number(text: str) -> int:
+    """An option's type: what random numbers start from."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise ValueError
+    return number
+
+
+seed_number.__name__ = "seed of 0 to 2**32 - 1"
+
+
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
     """--weights, the folder of names."""
     parser.add_argument("--weights", metavar="DIR", help="folder in which names are looked for")

@@ -242,6 +242,7 @@ def test_what_the_command_refuses(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "taught.json"
     assert "--tower" in refusal(train.teacher, options(place, output, "--no-images", "--tower", "x"))
     assert "2 or more" in refusal(train.teacher, [*options(place, output), "--folds", "1"])
+    assert "seed" in refusal(train.teacher, options(place, output, "--seed", "9" * 30))
     roles = ("user", "assistant") * 2
     talk = [{"messages": [{"role": role, "content": f"Hi {row}."} for role in roles]} for row in range(20)]
     (tmp_path / "talk.json").write_text(json.dumps(talk))

@@ -101,6 +101,8 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(base: Path, tmp
         (["--limit", "0"], "--limit"),
         (["--limit", "3"], "cannot be split"),
         (["--learning-rate", "nan"], "learning-rate is nan"),
+        (["--seed", "-1"], "seed of 0 to"),
+        (["--seed", str(2**32)], "seed of 0 to"),
         (["--mean-over", "words"], "mean-over is 'words'; expected tokens or rows"),
         (["--adapted-layers", "9"], "adapted layers: 9 given"),
         (["--template", "poem"], "no template 'poem'"),

@@ -12,6 +12,7 @@ from llama_adapter.arguments import (
     add_weights_option,
     positive_int,
     quieten_libraries,
+    seed_number,
 )
 from llama_adapter.errors import UsageError, run_command
 
@@ -106,7 +107,7 @@ def _add_settings(parser: Parser) -> None:
         ("crops", int, "crops of each picture, where blocks are frozen and give the same each time"),
         ("max_steps", int, "end the run, and its schedule, after so many steps"),
         ("checkpoint_every", int, "steps between checkpoints"),
-        ("seed", int, "of the order of the pairs, the texts, the crops and the first weights"),
+        ("seed", seed_number, "of the order of the pairs, the texts, the crops and the first weights"),
     ):
         default = getattr(defaults, name)
         shown = "" if default is None else f" ({default:g})"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_adapter.arguments import load_model, picture_features
+from llama_adapter.arguments import load_model, picture_features, seed_number
 from llama_adapter.errors import UsageError
 
 if TYPE_CHECKING:  # slow to import: --help and a mistyped option are answered without torch
@@ -61,7 +61,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
             int,
             "tokens through the decoder at once, in each process; gradients of a larger batch accumulate",
         ),
-        ("seed", int, "of the order of the rows and the first prompts"),
+        ("seed", seed_number, "of the order of the rows and the first prompts"),
     ):
         default = getattr(defaults, name)
         shown = "" if default is None else f" ({default:g})"

@@ -19,6 +19,7 @@ from llama_adapter.arguments import (
     picture_features,
     positive_int,
     quieten_libraries,
+    seed_number,
 )
 from llama_adapter.errors import UsageError, run_command
 from train.options import DEFAULT_TOWER
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the parts and the order of the rows")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the parts and the order of the rows")
     add_weights_option(parser)
     arguments = parser.parse_args()
     if arguments.no_images and arguments.tower:
