@@ -1,21 +1,22 @@
-"""A linear classifier from a question's words, and its picture, to one of the answers of other rows.
+"""A classifier of a question's words, together with its picture, that answers it as other rows were answered.
 
 People answer a question about a photo in many ways: "what is on the desk?" has nearly as many answers as
 desks. What such a classifier holds most likely after all other rows is an answer without that noise, to learn
 from (knowledge distillation, Hinton et al. 2015, arXiv 1503.02531, with the most likely answer alone, as in
-Kim and Rush 2016, arXiv 1606.07947, section 3.2). It is the usual baseline of visual question answering
-besides (Zhou et al. 2015, arXiv 1512.02167).
+Kim and Rush 2016, arXiv 1606.07947, section 3.2). It is a baseline of visual question answering besides.
 
-Shapes: N rows, V words and phrases, A answers, F features of a picture, C components of them.
+Shapes: N rows fitted to, M rows asked, V phrases, A answers, F features of a picture.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -24,17 +25,13 @@ from torch import Tensor
 
 from llama_adapter.data import PictureFile
 from llama_adapter.errors import UsageError
-from llama_adapter.scoring import question_type
 
 _WORD = re.compile(r"\w+")
 _LONGEST_PHRASE = 3
-_LEAST_ROWS = 2  # of a phrase: what one row has tells nothing of others
-_MOST_PHRASES = 20_000  # with as many answers as below: a gigabyte, with the optimiser's moments
+_MOST_ROWS = 20_000  # their similarities to each other take 1.6 GB, and solving for them minutes
 _MOST_ANSWERS = 3000  # as is usual for VQA v2
-_COMPONENTS = 64
-_PICTURE_SCALE = 0.05  # of a component beside the words, which have length 1 together
-_CONSTANT = 0.05  # little: it is for questions of which nothing is known
-_EPOCHS, _BATCH_SIZE, _LEARNING_RATE = 8, 256, 0.03
+_RIDGE = 1.0
+_AT_ONCE = 1000  # rows, whose phrases are held as a dense matrix
 
 
 @dataclass(frozen=True)
@@ -45,94 +42,97 @@ class QuestionRow:
     answer: str
     picture: Path | None = None
 
-    @cached_property  # each is asked for in every pass of every fit
-    def phrases(self) -> list[str]:
-        """The question's words, and runs of two and three of them, its beginning and end marked."""
+    @cached_property  # each is asked for in every fit
+    def phrases(self) -> tuple[str, ...]:
+        """The question's distinct words, and runs of two and three of them, its beginning and end marked."""
         words = ["<", *_WORD.findall(self.question.lower()), ">"]
-        return words[1:-1] + [
+        runs = (
             " ".join(words[start : start + length])
             for length in range(2, _LONGEST_PHRASE + 1)
             for start in range(len(words) - length + 1)
-        ]
-
-    @cached_property
-    def type(self) -> str:
-        """What kind of answer the question wants; never "yes/no", which would tell it."""
-        return question_type(self.question, "")
+        )
+        return tuple(dict.fromkeys((*words[1:-1], *runs)))
 
 
 class Teacher:
-    """The classifier, fitted to rows: softmax regression on words and phrases of up to three words, and on
-    the picture's components, which weigh differently by the type of the question.
+    """Kernel ridge regression (Saunders et al. 1998) to answers as one-hot vectors, the ridge 1.
 
-    It knows the 20,000 most frequent phrases and gives one of the 3,000 most frequent answers; a question
-    of which it knows nothing gets the most frequent answer of all.
+    Two rows are as similar as k = (words · words') (1 + picture · picture'): `words` marks a question's
+    phrases of up to three words and has length 1, `picture` is of `directions` and has length 1, or 0 where a
+    row has none. So a row about a picture like this one counts more, and what a picture tells may differ by
+    what is asked.
+
+    It gives one of the 3,000 most frequent answers; a question of which it knows no word gets the most
+    frequent of all. Of more than 20,000 rows it is fitted to so many, drawn by `seed`.
 
     Args:
         rows: what to fit to.
-        components: (C,) of each picture that rows here or in `answers` name (`principal_components`); may
-            be empty, and a picture that has none in it counts as none.
-        seed: of the order of the rows.
+        pictures: (F,) of each picture that rows here or in `answers` name (`directions`); may be empty, and a
+            picture that is not in it counts as none.
 
     Raises UsageError when there are no rows.
     """
 
     def __init__(
-        self, rows: Sequence[QuestionRow], components: Mapping[PictureFile, Tensor], *, seed: int = 0
+        self, rows: Sequence[QuestionRow], pictures: Mapping[PictureFile, Tensor], *, seed: int = 0
     ) -> None:
         if not rows:
             raise UsageError("there are no rows to fit a classifier to")
-        self._components = components
-        self._width = next((len(value) for value in components.values()), 0)
-        self._types = sorted({row.type for row in rows})
-        held = Counter(phrase for row in rows for phrase in set(row.phrases))
-        known = [phrase for phrase, count in held.most_common(_MOST_PHRASES) if count >= _LEAST_ROWS]
+        if len(rows) > _MOST_ROWS:
+            rows = random.Random(seed).sample(rows, _MOST_ROWS)
+        self._pictures = pictures
+        self._features = next((len(value) for value in pictures.values()), 0)
+        known = dict.fromkeys(phrase for row in rows for phrase in row.phrases)
         self._places = {phrase: place for place, phrase in enumerate(known)}
-        self._answers = [
-            answer for answer, _ in Counter(row.answer for row in rows).most_common(_MOST_ANSWERS)
-        ]
+        counts = Counter(row.answer for row in rows)
+        self._answers = [answer for answer, _ in counts.most_common(_MOST_ANSWERS)]
         number = {answer: place for place, answer in enumerate(self._answers)}
-        rows = [row for row in rows if row.answer in number]
+        wanted = torch.zeros(len(rows), len(self._answers))
+        for place, row in enumerate(rows):
+            if row.answer in number:
+                wanted[place, number[row.answer]] = 1
 
-        inputs = len(known) + len(self._types) * self._width + 1
-        self._weights = torch.zeros(inputs, len(self._answers), requires_grad=True)
-        optimizer = torch.optim.Adam([self._weights], lr=_LEARNING_RATE)
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(_EPOCHS):
-            for batch in torch.randperm(len(rows), generator=generator).split(_BATCH_SIZE):
-                shown = [rows[place] for place in batch.tolist()]
-                wanted = torch.tensor([number[row.answer] for row in shown])
-                optimizer.zero_grad()
-                F.cross_entropy(self._inputs(shown) @ self._weights, wanted).backward()
-                optimizer.step()
+        self._words, self._seen = self._vectors(rows)
+        similarity = torch.cat([self._similarity(part) for part in _parts(rows)])
+        similarity.diagonal().add_(_RIDGE)
+        self._weights = torch.cholesky_solve(wanted, torch.linalg.cholesky(similarity))  # (N, A)
 
-    @torch.no_grad()
     def answers(self, rows: Sequence[QuestionRow]) -> list[str]:
         """The most likely answer to each row's question; its own is not looked at."""
         found: list[str] = []
-        for start in range(0, len(rows), _BATCH_SIZE):
-            scores = self._inputs(rows[start : start + _BATCH_SIZE]) @ self._weights
+        for part in _parts(rows):
+            scores = self._similarity(part) @ self._weights
             found += [self._answers[place] for place in scores.argmax(1).tolist()]
         return found
 
-    def _inputs(self, rows: Sequence[QuestionRow]) -> Tensor:
-        """(N, V + types * C + 1): words and phrases, at length 1 together; components; a constant."""
-        words = torch.zeros(len(rows), len(self._places))
-        pictures = torch.zeros(len(rows), len(self._types), self._width)
-        for number, row in enumerate(rows):
-            for phrase in row.phrases:
-                if (place := self._places.get(phrase)) is not None:
-                    words[number, place] = 1
-            own = None if row.picture is None else self._components.get(row.picture)
-            if own is not None and row.type in self._types:
-                pictures[number, self._types.index(row.type)] = own
-        constant = torch.full((len(rows), 1), _CONSTANT)
-        return torch.cat([F.normalize(words), _PICTURE_SCALE * pictures.flatten(1), constant], 1)
+    def _vectors(self, rows: Sequence[QuestionRow]) -> tuple[Tensor, Tensor]:
+        """Of M rows: (M, V) words, sparse, phrases that are not known left out; (M, F) pictures."""
+        places = [[self._places[phrase] for phrase in row.phrases if phrase in self._places] for row in rows]
+        numbers = [number for number, known in enumerate(places) for _ in known]
+        values = torch.tensor([len(places[number]) ** -0.5 for number in numbers])
+        indices = torch.tensor([numbers, list(chain.from_iterable(places))], dtype=torch.long)
+        words = torch.sparse_coo_tensor(
+            indices, values, (len(rows), len(self._places)), check_invariants=True
+        )
+        nothing = torch.zeros(self._features)
+        pictures = [self._pictures.get(row.picture, nothing) if row.picture else nothing for row in rows]
+        return words, torch.stack(pictures)
+
+    def _similarity(self, rows: Sequence[QuestionRow]) -> Tensor:
+        """(M, N) of M rows to those fitted to."""
+        words, pictures = self._vectors(rows)
+        alike = torch.sparse.mm(self._words, words.to_dense().t()).t()
+        return alike * (1 + pictures @ self._seen.t())
+
+
+def _parts(rows: Sequence[QuestionRow]) -> Iterator[Sequence[QuestionRow]]:
+    for start in range(0, len(rows), _AT_ONCE):
+        yield rows[start : start + _AT_ONCE]
 
 
 def answers_from_other_rows(
     rows: Sequence[QuestionRow],
-    components: Mapping[PictureFile, Tensor],
+    pictures: Mapping[PictureFile, Tensor],
     *,
     folds: int = 8,
     seed: int = 0,
@@ -156,22 +156,19 @@ def answers_from_other_rows(
     for fold in range(folds):
         here = [number for number, group in enumerate(groups) if part[group] == fold]
         others = [row for row, group in zip(rows, groups, strict=True) if part[group] != fold]
-        found = Teacher(others, components, seed=seed).answers([rows[number] for number in here])
+        found = Teacher(others, pictures, seed=seed).answers([rows[number] for number in here])
         for number, answer in zip(here, found, strict=True):
             answers[number] = answer
         progress(done := done + len(here))
     return answers
 
 
-def principal_components(features: Mapping[PictureFile, Tensor]) -> dict[PictureFile, Tensor]:
-    """(C,) of each picture's (F,) features, C at most 64, each of variance 1 over the pictures.
-
-    Features that are the same in all pictures, and a single picture, have no components: C is 0 then.
+def directions(features: Mapping[PictureFile, Tensor]) -> dict[PictureFile, Tensor]:
+    """(F,) of each picture's (F,) features, less their mean over the pictures, in standard deviations, at
+    length 1; of zeros where all pictures are the same.
     """
     if not features:
         return {}
     stacked = torch.stack([value.float() for value in features.values()])
     stacked = (stacked - stacked.mean(0)) / (stacked.std(0, correction=0) + 1e-5)
-    left, sizes, _ = torch.linalg.svd(stacked, full_matrices=False)
-    kept = min(_COMPONENTS, int((sizes > max(1e-3, 1e-4 * float(sizes[0]))).sum()))
-    return dict(zip(features, left[:, :kept] * len(features) ** 0.5, strict=True))
+    return dict(zip(features, F.normalize(stacked), strict=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 import train.teacher
 from llama_adapter.data import read_records, split_records
 from llama_adapter.errors import UsageError
-from llama_adapter.teacher import QuestionRow, Teacher, answers_from_other_rows, principal_components
+from llama_adapter.teacher import QuestionRow, Teacher, answers_from_other_rows, directions
 from tests.test_train_vqa import COLOURS, refusal, run
 from tests.tiny_models import build_tiny_tower_folder, draw_picture
 from train.options import DEFAULT_TOWER
@@ -61,36 +61,57 @@ def test_a_picture_tells_what_the_words_do_not_and_by_the_type_of_the_question()
         rows.append(QuestionRow("what is the colour?", "red" if number % 2 else "blue", file))
         rows.append(QuestionRow("how many?", "1" if number % 2 else "2", file))
     learnt, held_back = rows[:40], rows[40:]
-    components = principal_components(features)
-    assert Teacher(learnt * 8, components).answers(held_back) == [row.answer for row in held_back]
+    assert Teacher(learnt * 8, directions(features)).answers(held_back) == [row.answer for row in held_back]
     without = Teacher(learnt * 8, {}).answers(held_back)
     assert len(set(without)) == 2  # one answer a question, whatever the picture
 
 
-def test_the_inputs_are_as_described() -> None:
-    """Phrases of two rows or more, at length 1 together; components of variance 1 times 0.05; a constant."""
-    pictures = [Path(str(number)) for number in range(6)]
-    features = {
-        file: torch.randn(4, generator=torch.Generator().manual_seed(n)) for n, file in enumerate(pictures)
-    }
-    rows = [QuestionRow("what colour?", "red", file) for file in pictures] + [
-        QuestionRow("how many?", "2")
-    ] * 2
-    inputs = Teacher(rows, principal_components(features))._inputs(rows)
-    # < what, what colour, colour >, < what colour, what colour >, and the two words; of the other alike.
-    words = inputs[:, : 2 * 7]
-    assert ((words > 0).sum(1) == 7).all()
-    torch.testing.assert_close(words.norm(dim=1), torch.ones(8))
+def test_it_is_kernel_ridge_regression() -> None:
+    """Against the equation in double precision, phrase by phrase."""
+    draw = torch.Generator().manual_seed(0)
+    files = [Path(str(number)) for number in range(5)]
+    features = {file: torch.randn(4, generator=draw) * 3 + 1 for file in files}
+    questions = ["what is on the desk?", "how many desks?", "is the lamp on the desk?", "what is it?"]
+    rows = [
+        QuestionRow(questions[number % 4], f"{number % 3}", [*files, None][number % 6])
+        for number in range(24)
+    ]
+    asked = [QuestionRow("what is on it?", "", file) for file in (*files, None, Path("unknown"))]
+
     stacked = torch.stack(list(features.values())).double()
     standard = (stacked - stacked.mean(0)) / stacked.std(0, correction=0)
-    _, directions = torch.linalg.eigh(standard.T @ standard)
-    expected = standard @ directions.flip(1)
-    expected = expected / expected.square().mean(0).sqrt() * 0.05
-    shown = inputs[:6, 2 * 7 : -1].double()
-    colour, others = (shown[:, :4], shown[:, 4:])
-    torch.testing.assert_close(colour.abs(), expected.abs(), atol=1e-5, rtol=1e-4)
-    assert not others.any() and not inputs[6:, 2 * 7 : -1].any()
-    assert (inputs[:, -1] == 0.05).all()
+    pictures = dict(zip(features, standard / standard.norm(dim=1, keepdim=True), strict=True))
+
+    def phrases(question: str) -> set[str]:
+        words = ["<", *question.rstrip("?").lower().split(), ">"]
+        marked = {" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)}
+        return marked - {"<", ">"}
+
+    known = set().union(*(phrases(row.question) for row in rows))
+
+    def similar(one: QuestionRow, other: QuestionRow) -> float:
+        left, right = phrases(one.question) & known, phrases(other.question) & known
+        words = len(left & right) / (len(left) * len(right)) ** 0.5
+        both = [pictures.get(row.picture) if row.picture else None for row in (one, other)]
+        seen = 0.0 if both[0] is None or both[1] is None else float(both[0] @ both[1])
+        return words * (1 + seen)
+
+    kernel = torch.tensor([[similar(one, other) for other in rows] for one in rows]).double()
+    wanted = torch.eye(3).double()[[number % 3 for number in range(24)]]
+    weights = torch.linalg.solve(kernel + torch.eye(24), wanted)
+    scores = torch.tensor([[similar(one, other) for other in rows] for one in asked]).double() @ weights
+    teacher = Teacher(rows, directions(features))
+    assert teacher.answers(asked) == [str(answer) for answer in scores.argmax(1).tolist()]
+    order = [teacher._answers.index(str(answer)) for answer in range(3)]
+    torch.testing.assert_close(teacher._weights.double()[:, order], weights, atol=1e-5, rtol=1e-4)
+
+
+def test_of_many_rows_some_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_adapter.teacher._MOST_ROWS", 5)
+    rows = [QuestionRow("what is it?", f"thing {number}") for number in range(50)]
+    drawn = [set(Teacher(rows, {}, seed=seed)._answers) for seed in (0, 0, 1)]
+    assert [len(answers) for answers in drawn] == [5, 5, 5]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_a_question_of_unknown_words_gets_the_most_frequent_answer() -> None:
@@ -99,13 +120,13 @@ def test_a_question_of_unknown_words_gets_the_most_frequent_answer() -> None:
 
 
 @pytest.mark.parametrize("pictures", [0, 1, 3])
-def test_pictures_that_do_not_differ_have_no_components(pictures: int) -> None:
+def test_pictures_that_do_not_differ_tell_nothing(pictures: int) -> None:
     features = {Path(str(number)): torch.ones(4) for number in range(pictures)}
-    components = principal_components(features)
-    assert list(components) == list(features)
-    assert all(value.shape == (0,) for value in components.values())
+    directed = directions(features)
+    assert list(directed) == list(features)
+    assert not any(value.any() for value in directed.values())
     rows = [QuestionRow("what is it?", "one", file) for file in features] + ROWS
-    assert Teacher(rows, components).answers(ROWS[:1]) == ["lamp"]
+    assert Teacher(rows, directed).answers(ROWS[:1]) == ["lamp"]
 
 
 @given(

@@ -1,7 +1,7 @@
 """Write the likeliest answers to questions, to train on in place of single people's: python -m train.teacher
 --data SOURCE --output FILE.json
 
-A linear classifier of a question's words and its picture is fitted to other rows, and its answer takes the
+A classifier of a question's words together with its picture is fitted to other rows, and its answer takes the
 place of the row's own. The rows that train.vqa keeps back from FILE.json with the same --validation-rows are
 not among those it is fitted to. Their answers are its own too, so the validation loss tells how well it is
 followed; eval.vqa on SOURCE tells how often people's answers are met.
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
     )
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the parts and the order of the rows")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the parts")
     add_weights_option(parser)
     arguments = parser.parse_args()
     if arguments.no_images and arguments.tower:
@@ -78,7 +78,7 @@ def main() -> None:
     from llama_adapter.files import write_json
     from llama_adapter.progress import RowProgress
     from llama_adapter.scoring import accuracy_interval, is_right
-    from llama_adapter.teacher import Teacher, answers_from_other_rows, principal_components
+    from llama_adapter.teacher import Teacher, answers_from_other_rows, directions
     from llama_adapter.vision import load_tower
 
     records, summary = read_records(arguments.data, image_root=arguments.image_root, split=arguments.split)
@@ -87,15 +87,15 @@ def main() -> None:
     asked, kept_back = ([_question_row(record, arguments.data) for record in part] for part in parts)
 
     pictures = [] if arguments.no_images else [row.picture for row in asked + kept_back if row.picture]
-    components: dict[PictureFile, Tensor] = {}
+    directed: dict[PictureFile, Tensor] = {}
     if pictures:
         tower = load_tower(arguments.tower or DEFAULT_TOWER, weights=arguments.weights)
-        components = principal_components(picture_features(tower, arguments.cache, pictures))
+        directed = directions(picture_features(tower, arguments.cache, pictures))
     progress = RowProgress("rows", len(asked))
     answers = answers_from_other_rows(
-        asked, components, folds=arguments.folds, seed=arguments.seed, progress=progress
+        asked, directed, folds=arguments.folds, seed=arguments.seed, progress=progress
     )
-    theirs = Teacher(asked, components, seed=arguments.seed).answers(kept_back)
+    theirs = Teacher(asked, directed, seed=arguments.seed).answers(kept_back)
     for name, part, given in (("to train on", asked, answers), ("kept back", kept_back, theirs)):
         right = sum(is_right(answer, row.answer) for row, answer in zip(part, given, strict=True))
         low, high = accuracy_interval(right, len(part))
