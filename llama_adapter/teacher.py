@@ -28,9 +28,9 @@ from llama_adapter.errors import UsageError
 
 _WORD = re.compile(r"\w+")
 _LONGEST_PHRASE = 3
-_MOST_ROWS = 20_000  # their similarities to each other take 1.6 GB, and solving for them minutes
+MOST_ROWS = 10_000  # to fit to
 _MOST_ANSWERS = 3000  # as is usual for VQA v2
-_RIDGE = 1.0
+_RIDGE = 2.0
 _AT_ONCE = 1000  # rows, whose phrases are held as a dense matrix
 
 
@@ -55,7 +55,7 @@ class QuestionRow:
 
 
 class Teacher:
-    """Kernel ridge regression (Saunders et al. 1998) to answers as one-hot vectors, the ridge 1.
+    """Kernel ridge regression (Saunders et al. 1998) to answers as one-hot vectors, the ridge 2.
 
     Two rows are as similar as k = (words · words') (1 + picture · picture'): `words` marks a question's
     phrases of up to three words and has length 1, `picture` is of `directions` and has length 1, or 0 where a
@@ -63,7 +63,7 @@ class Teacher:
     what is asked.
 
     It gives one of the 3,000 most frequent answers; a question of which it knows no word gets the most
-    frequent of all. Of more than 20,000 rows it is fitted to so many, drawn by `seed`.
+    frequent of all. It takes memory as N^2 and time as N^3: for `MOST_ROWS` some gigabytes and minutes.
 
     Args:
         rows: what to fit to.
@@ -73,13 +73,9 @@ class Teacher:
     Raises UsageError when there are no rows.
     """
 
-    def __init__(
-        self, rows: Sequence[QuestionRow], pictures: Mapping[PictureFile, Tensor], *, seed: int = 0
-    ) -> None:
+    def __init__(self, rows: Sequence[QuestionRow], pictures: Mapping[PictureFile, Tensor]) -> None:
         if not rows:
             raise UsageError("there are no rows to fit a classifier to")
-        if len(rows) > _MOST_ROWS:
-            rows = random.Random(seed).sample(rows, _MOST_ROWS)
         self._pictures = pictures
         self._features = next((len(value) for value in pictures.values()), 0)
         known = dict.fromkeys(phrase for row in rows for phrase in row.phrases)
@@ -87,34 +83,48 @@ class Teacher:
         counts = Counter(row.answer for row in rows)
         self._answers = [answer for answer, _ in counts.most_common(_MOST_ANSWERS)]
         number = {answer: place for place, answer in enumerate(self._answers)}
-        wanted = torch.zeros(len(rows), len(self._answers))
+        self._wanted = torch.zeros(len(rows), len(self._answers), dtype=torch.double)
         for place, row in enumerate(rows):
             if row.answer in number:
-                wanted[place, number[row.answer]] = 1
+                self._wanted[place, number[row.answer]] = 1
 
         self._words, self._seen = self._vectors(rows)
         similarity = torch.cat([self._similarity(part) for part in _parts(rows)])
         similarity.diagonal().add_(_RIDGE)
-        self._weights = torch.cholesky_solve(wanted, torch.linalg.cholesky(similarity))  # (N, A)
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(similarity))  # (N, N)
+        self._weights = self._inverse @ self._wanted  # (N, A)
 
     def answers(self, rows: Sequence[QuestionRow]) -> list[str]:
         """The most likely answer to each row's question; its own is not looked at."""
         found: list[str] = []
         for part in _parts(rows):
-            scores = self._similarity(part) @ self._weights
-            found += [self._answers[place] for place in scores.argmax(1).tolist()]
+            found += self._most_likely(self._similarity(part) @ self._weights)
         return found
+
+    def answers_without(self, group: Sequence[int]) -> list[str]:
+        """What fitting to all rows but those of these numbers would answer to them.
+
+        That follows from the fit to all: with H the inverse of the similarity with its ridge, y the answers
+        and g the group, its scores are y_g - (H_gg)^-1 (H y)_g (Pahikkala et al. 2006).
+        """
+        rows = torch.tensor(group)
+        left_out = torch.linalg.solve(self._inverse[rows][:, rows], self._weights[rows])
+        return self._most_likely(self._wanted[rows] - left_out)
+
+    def _most_likely(self, scores: Tensor) -> list[str]:
+        # Rounded, so that of answers that are as likely the most frequent is taken, which stands first.
+        return [self._answers[place] for place in scores.round(decimals=6).argmax(1).tolist()]
 
     def _vectors(self, rows: Sequence[QuestionRow]) -> tuple[Tensor, Tensor]:
         """Of M rows: (M, V) words, sparse, phrases that are not known left out; (M, F) pictures."""
         places = [[self._places[phrase] for phrase in row.phrases if phrase in self._places] for row in rows]
         numbers = [number for number, known in enumerate(places) for _ in known]
-        values = torch.tensor([len(places[number]) ** -0.5 for number in numbers])
+        values = torch.tensor([len(places[number]) ** -0.5 for number in numbers], dtype=torch.double)
         indices = torch.tensor([numbers, list(chain.from_iterable(places))], dtype=torch.long)
         words = torch.sparse_coo_tensor(
             indices, values, (len(rows), len(self._places)), check_invariants=True
         )
-        nothing = torch.zeros(self._features)
+        nothing = torch.zeros(self._features, dtype=torch.double)
         pictures = [self._pictures.get(row.picture, nothing) if row.picture else nothing for row in rows]
         return words, torch.stack(pictures)
 
@@ -134,32 +144,38 @@ def answers_from_other_rows(
     rows: Sequence[QuestionRow],
     pictures: Mapping[PictureFile, Tensor],
     *,
-    folds: int = 8,
-    seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """The answer to each row by a `Teacher` that has seen neither the row nor its picture.
 
-    The pictures (of rows without one, the questions) are dealt into `folds` parts by `seed`; each part is
-    answered by what is fitted to the others.
+    A row without a picture is answered by those of other questions. Of many rows, some `MOST_ROWS` at
+    a time are answered by each other.
 
-    Raises UsageError for folds below 2 or more than there are pictures.
+    Raises UsageError for fewer than two pictures or questions.
     """
-    groups = [row.question if row.picture is None else row.picture for row in rows]
-    distinct = list(dict.fromkeys(groups))
-    if not 2 <= folds <= len(distinct):
-        raise UsageError(f"{len(distinct)} pictures or questions cannot be dealt into {folds} parts")
-    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
-    part = {distinct[place]: number % folds for number, place in enumerate(order)}
+    groups: dict[str | PictureFile, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(row.question if row.picture is None else row.picture, []).append(number)
+    if len(groups) < 2:
+        raise UsageError(
+            f"{len(groups)} pictures or questions; expected 2 or more: none is answered by itself"
+        )
+    dealt = list(groups.values())
+    random.Random(0).shuffle(dealt)
+    parts = min(-(-len(rows) // MOST_ROWS), len(groups) // 2)
     answers = [""] * len(rows)
     done = 0
-    for fold in range(folds):
-        here = [number for number, group in enumerate(groups) if part[group] == fold]
-        others = [row for row, group in zip(rows, groups, strict=True) if part[group] != fold]
-        found = Teacher(others, pictures, seed=seed).answers([rows[number] for number in here])
-        for number, answer in zip(here, found, strict=True):
-            answers[number] = answer
-        progress(done := done + len(here))
+    for part in range(parts):
+        here = dealt[part::parts]
+        teacher = Teacher([rows[number] for group in here for number in group], pictures)
+        start = 0
+        for group in here:
+            for number, answer in zip(
+                group, teacher.answers_without(range(start, start + len(group))), strict=True
+            ):
+                answers[number] = answer
+            start += len(group)
+        progress(done := done + start)
     return answers
 
 
@@ -169,6 +185,6 @@ def directions(features: Mapping[PictureFile, Tensor]) -> dict[PictureFile, Tens
     """
     if not features:
         return {}
-    stacked = torch.stack([value.float() for value in features.values()])
+    stacked = torch.stack([value.double() for value in features.values()])
     stacked = (stacked - stacked.mean(0)) / (stacked.std(0, correction=0) + 1e-5)
     return dict(zip(features, F.normalize(stacked), strict=True))

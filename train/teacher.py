@@ -9,6 +9,7 @@ followed; eval.vqa on SOURCE tells how often people's answers are met.
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,6 @@ from llama_adapter.arguments import (
     picture_features,
     positive_int,
     quieten_libraries,
-    seed_number,
 )
 from llama_adapter.errors import UsageError, run_command
 from train.options import DEFAULT_TOWER
@@ -49,19 +49,13 @@ def main() -> None:
     )
     parser.add_argument("--no-images", action="store_true", help="go by the questions' words alone")
     parser.add_argument(
-        "--folds", type=positive_int, default=8, help="parts that the rows are dealt into (8)"
-    )
-    parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
     )
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the parts")
     add_weights_option(parser)
     arguments = parser.parse_args()
     if arguments.no_images and arguments.tower:
         raise UsageError("--tower is for pictures, which --no-images leaves out; give one of the two")
 
-    if arguments.folds < 2:
-        raise UsageError(f"--folds is {arguments.folds}; expected 2 or more: no row is fitted to itself")
     if not arguments.output.absolute().parent.is_dir():
         raise UsageError(
             f"--output {arguments.output}: there is no folder {arguments.output.parent}; make it"
@@ -78,7 +72,7 @@ def main() -> None:
     from llama_adapter.files import write_json
     from llama_adapter.progress import RowProgress
     from llama_adapter.scoring import accuracy_interval, is_right
-    from llama_adapter.teacher import Teacher, answers_from_other_rows, directions
+    from llama_adapter.teacher import MOST_ROWS, Teacher, answers_from_other_rows, directions
     from llama_adapter.vision import load_tower
 
     records, summary = read_records(arguments.data, image_root=arguments.image_root, split=arguments.split)
@@ -92,10 +86,9 @@ def main() -> None:
         tower = load_tower(arguments.tower or DEFAULT_TOWER, weights=arguments.weights)
         directed = directions(picture_features(tower, arguments.cache, pictures))
     progress = RowProgress("rows", len(asked))
-    answers = answers_from_other_rows(
-        asked, directed, folds=arguments.folds, seed=arguments.seed, progress=progress
-    )
-    theirs = Teacher(asked, directed, seed=arguments.seed).answers(kept_back)
+    answers = answers_from_other_rows(asked, directed, progress=progress)
+    drawn = random.Random(0).sample(asked, min(len(asked), MOST_ROWS))
+    theirs = Teacher(drawn, directed).answers(kept_back)
     for name, part, given in (("to train on", asked, answers), ("kept back", kept_back, theirs)):
         right = sum(is_right(answer, row.answer) for row, answer in zip(part, given, strict=True))
         low, high = accuracy_interval(right, len(part))
