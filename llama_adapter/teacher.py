@@ -28,7 +28,7 @@ from llama_adapter.errors import UsageError
 
 _WORD = re.compile(r"\w+")
 _LONGEST_PHRASE = 3
-MOST_ROWS = 10_000  # to fit to
+MOST_ROWS = 10_000  # to fit to at once
 _MOST_ANSWERS = 3000  # as is usual for VQA v2
 _RIDGE = 2.0
 _AT_ONCE = 1000  # rows, whose phrases are held as a dense matrix
@@ -144,12 +144,14 @@ def answers_from_other_rows(
     rows: Sequence[QuestionRow],
     pictures: Mapping[PictureFile, Tensor],
     *,
+    kept_back: Sequence[QuestionRow] = (),
     progress: Callable[[int], None] = lambda done: None,
-) -> list[str]:
-    """The answer to each row by a `Teacher` that has seen neither the row nor its picture.
+) -> tuple[list[str], list[str]]:
+    """The answers to `rows`, each by a `Teacher` that has seen neither the row nor its picture, and those to
+    `kept_back`, of which it has seen none.
 
     A row without a picture is answered by those of other questions. Of many rows, some `MOST_ROWS` at
-    a time are answered by each other.
+    a time are answered by each other, and the first of them answer those kept back.
 
     Raises UsageError for fewer than two pictures or questions.
     """
@@ -164,19 +166,21 @@ def answers_from_other_rows(
     random.Random(0).shuffle(dealt)
     parts = min(-(-len(rows) // MOST_ROWS), len(groups) // 2)
     answers = [""] * len(rows)
+    theirs: list[str] = []
     done = 0
     for part in range(parts):
         here = dealt[part::parts]
         teacher = Teacher([rows[number] for group in here for number in group], pictures)
+        if part == 0:
+            theirs = teacher.answers(kept_back)
         start = 0
         for group in here:
-            for number, answer in zip(
-                group, teacher.answers_without(range(start, start + len(group))), strict=True
-            ):
+            found = teacher.answers_without(range(start, start + len(group)))
+            for number, answer in zip(group, found, strict=True):
                 answers[number] = answer
             start += len(group)
         progress(done := done + start)
-    return answers
+    return answers, theirs
 
 
 def directions(features: Mapping[PictureFile, Tensor]) -> dict[PictureFile, Tensor]:

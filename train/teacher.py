@@ -9,7 +9,6 @@ followed; eval.vqa on SOURCE tells how often people's answers are met.
 
 from __future__ import annotations
 
-import random
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +71,7 @@ def main() -> None:
     from llama_adapter.files import write_json
     from llama_adapter.progress import RowProgress
     from llama_adapter.scoring import accuracy_interval, is_right
-    from llama_adapter.teacher import MOST_ROWS, Teacher, answers_from_other_rows, directions
+    from llama_adapter.teacher import answers_from_other_rows, directions
     from llama_adapter.vision import load_tower
 
     records, summary = read_records(arguments.data, image_root=arguments.image_root, split=arguments.split)
@@ -86,9 +85,7 @@ def main() -> None:
         tower = load_tower(arguments.tower or DEFAULT_TOWER, weights=arguments.weights)
         directed = directions(picture_features(tower, arguments.cache, pictures))
     progress = RowProgress("rows", len(asked))
-    answers = answers_from_other_rows(asked, directed, progress=progress)
-    drawn = random.Random(0).sample(asked, min(len(asked), MOST_ROWS))
-    theirs = Teacher(drawn, directed).answers(kept_back)
+    answers, theirs = answers_from_other_rows(asked, directed, kept_back=kept_back, progress=progress)
     for name, part, given in (("to train on", asked, answers), ("kept back", kept_back, theirs)):
         right = sum(is_right(answer, row.answer) for row, answer in zip(part, given, strict=True))
         low, high = accuracy_interval(right, len(part))
