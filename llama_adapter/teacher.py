@@ -14,7 +14,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -101,15 +101,24 @@ class Teacher:
             found += self._most_likely(self._similarity(part) @ self._weights)
         return found
 
-    def answers_without(self, group: Sequence[int]) -> list[str]:
-        """What fitting to all rows but those of these numbers would answer to them.
+    def answers_without(
+        self, rows: Sequence[QuestionRow], left_out: Sequence[Sequence[int]]
+    ) -> Iterator[str]:
+        """What fitting to all rows but those of some numbers, `left_out` of each row, would answer to it.
 
-        That follows from the fit to all: with H the inverse of the similarity with its ridge, y the answers
-        and g the group, its scores are y_g - (H_gg)^-1 (H y)_g (Pahikkala et al. 2006).
+        That follows from the fit to all: with H the inverse of the similarity with its ridge, W = H y the
+        weights and g the rows left out, theirs are W - H_g (H_gg)^-1 W_g (the inverse of a block matrix).
         """
-        rows = torch.tensor(group)
-        left_out = torch.linalg.solve(self._inverse[rows][:, rows], self._weights[rows])
-        return self._most_likely(self._wanted[rows] - left_out)
+        groups = iter(left_out)
+        for part in _parts(rows):
+            similarity = self._similarity(part)
+            scores = similarity @ self._weights
+            for similar, score, group in zip(similarity, scores, groups, strict=False):  # groups go on
+                gone = torch.tensor(group)
+                inverse = self._inverse[gone]
+                weights = torch.linalg.solve(inverse[:, gone], self._weights[gone])
+                score -= (inverse @ similar) @ weights
+            yield from self._most_likely(scores)
 
     def _most_likely(self, scores: Tensor) -> list[str]:
         # Rounded, so that of answers that are as likely the most frequent is taken, which stands first.
@@ -140,47 +149,74 @@ def _parts(rows: Sequence[QuestionRow]) -> Iterator[Sequence[QuestionRow]]:
         yield rows[start : start + _AT_ONCE]
 
 
-def answers_from_other_rows(
+def answer_from_other_rows(
     rows: Sequence[QuestionRow],
     pictures: Mapping[PictureFile, Tensor],
     *,
     kept_back: Sequence[QuestionRow] = (),
+    more_pictures: int = 0,
     progress: Callable[[int], None] = lambda done: None,
-) -> tuple[list[str], list[str]]:
-    """The answers to `rows`, each by a `Teacher` that has seen neither the row nor its picture, and those to
-    `kept_back`, of which it has seen none.
+) -> tuple[list[QuestionRow], list[QuestionRow]]:
+    """`rows` with answers of a `Teacher` that has seen neither the row nor its picture, and after them each
+    question about a picture asked of `more_pictures` others of `rows`, drawn at random, answered by one that
+    has seen neither picture; and `kept_back`, answered by one that has seen none of these.
 
     A row without a picture is answered by those of other questions. Of many rows, some `MOST_ROWS` at
     a time are answered by each other, and the first of them answer those kept back.
 
-    Raises UsageError for fewer than two pictures or questions.
+    Raises UsageError for fewer than two pictures or questions, or than two more than `more_pictures`.
     """
-    groups: dict[str | PictureFile, list[int]] = {}
+    groups: dict[str | Path, list[int]] = {}
     for number, row in enumerate(rows):
         groups.setdefault(row.question if row.picture is None else row.picture, []).append(number)
     if len(groups) < 2:
         raise UsageError(
             f"{len(groups)} pictures or questions; expected 2 or more: none is answered by itself"
         )
-    dealt = list(groups.values())
-    random.Random(0).shuffle(dealt)
+    draw = random.Random(0)
+    dealt = list(groups)
+    draw.shuffle(dealt)
     parts = min(-(-len(rows) // MOST_ROWS), len(groups) // 2)
-    answers = [""] * len(rows)
-    theirs: list[str] = []
+    answered = list(rows)
+    more: list[QuestionRow] = []
+    theirs: list[QuestionRow] = []
     done = 0
     for part in range(parts):
         here = dealt[part::parts]
-        teacher = Teacher([rows[number] for group in here for number in group], pictures)
+        numbers = [number for subject in here for number in groups[subject]]
+        teacher = Teacher([rows[number] for number in numbers], pictures)
         if part == 0:
-            theirs = teacher.answers(kept_back)
-        start = 0
-        for group in here:
-            found = teacher.answers_without(range(start, start + len(group)))
-            for number, answer in zip(group, found, strict=True):
-                answers[number] = answer
-            start += len(group)
-        progress(done := done + start)
-    return answers, theirs
+            answers = teacher.answers(kept_back)
+            theirs = [replace(row, answer=answer) for row, answer in zip(kept_back, answers, strict=True)]
+
+        # Each row to ask, with the pictures or question whose rows are left out for it.
+        asked = [(rows[number], [subject]) for subject in here for number in groups[subject]]
+        if more_pictures:
+            seen = [subject for subject in here if isinstance(subject, Path)]
+            if len(seen) < more_pictures + 2:
+                raise UsageError(
+                    f"{len(seen)} pictures; expected {more_pictures + 2} or more to ask each question of "
+                    f"{more_pictures} other pictures"
+                )
+            asked += [
+                (replace(row, picture=other), [own, other])
+                for row, [own] in asked
+                if row.picture is not None
+                for other in draw.sample([subject for subject in seen if subject != own], more_pictures)
+            ]
+        places = {number: place for place, number in enumerate(numbers)}
+        left_out = [
+            [places[number] for subject in subjects for number in groups[subject]] for _, subjects in asked
+        ]
+        given: list[QuestionRow] = []
+        questions = [row for row, _ in asked]
+        for row, answer in zip(questions, teacher.answers_without(questions, left_out), strict=True):
+            given.append(replace(row, answer=answer))
+            progress(done := done + 1)
+        for number, row in zip(numbers, given, strict=False):
+            answered[number] = row
+        more += given[len(numbers) :]
+    return answered + more, theirs
 
 
 def directions(features: Mapping[PictureFile, Tensor]) -> dict[PictureFile, Tensor]:

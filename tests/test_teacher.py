@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import train.teacher
 from llama_adapter.data import read_records, split_records
 from llama_adapter.errors import UsageError
-from llama_adapter.teacher import QuestionRow, Teacher, answers_from_other_rows, directions
+from llama_adapter.teacher import QuestionRow, Teacher, answer_from_other_rows, directions
 from tests.test_train_vqa import COLOURS, refusal, run
 from tests.tiny_models import build_tiny_tower_folder, draw_picture
 from train.options import DEFAULT_TOWER
@@ -151,30 +152,58 @@ def assert_among_the_likeliest(answer: str, teacher: Teacher, row: QuestionRow) 
 
 
 @settings(deadline=None, max_examples=50)  # a fit for each row
-@given(rows=SOME_ROWS)
-def test_a_row_is_answered_as_if_it_and_its_picture_were_not_there(rows: list[QuestionRow]) -> None:
+@given(rows=SOME_ROWS, more_pictures=st.integers(0, 2))
+def test_a_row_is_answered_as_if_it_and_its_pictures_were_not_there(
+    rows: list[QuestionRow], more_pictures: int
+) -> None:
     """Against fitting to the others, for each."""
     features = {
         Path(str(number)): torch.randn(3, generator=torch.Generator().manual_seed(number))
         for number in range(4)
     }
     pictures = directions(features)
-    keys = [row.picture or row.question for row in rows]
-    if len(set(keys)) < 2:
-        with pytest.raises(UsageError, match="expected 2 or more"):
-            answers_from_other_rows(rows, pictures)
-        return
+    # Every question about a picture is another, so that it is known again with another picture.
+    rows = [
+        replace(row, question=f"{row.question} {number}") if row.picture else row
+        for number, row in enumerate(rows)
+    ]
+    own = {row.question: row.picture for row in rows}
+    seen = set(own.values()) - {None}
+    kept_back = [QuestionRow("a b", "", Path("0")), QuestionRow("b", "")]
     counted: list[int] = []
-    asked = [QuestionRow("a b", "", Path("0")), QuestionRow("b", "")]
-    found, theirs = answers_from_other_rows(rows, pictures, kept_back=asked, progress=counted.append)
-    for row, answer in zip(asked, theirs, strict=True):
-        assert_among_the_likeliest(answer, Teacher(rows, pictures), row)
-    assert counted[-1] == len(rows)
+    options: dict[str, Any] = {"kept_back": kept_back, "more_pictures": more_pictures}
+    if len({row.picture or row.question for row in rows}) < 2 or 0 < more_pictures > len(seen) - 2:
+        with pytest.raises(UsageError, match="or more"):
+            answer_from_other_rows(rows, pictures, **options)
+        return
+    found, theirs = answer_from_other_rows(rows, pictures, progress=counted.append, **options)
+
+    for row in theirs:
+        assert_among_the_likeliest(row.answer, Teacher(rows, pictures), row)
+    assert [replace(row, answer="") for row in theirs] == kept_back
     known = {row.answer for row in rows}
-    for row, key, answer in zip(rows, keys, found, strict=True):
-        others = Teacher([other for other, its in zip(rows, keys, strict=True) if its != key], pictures)
-        assert answer in known
-        assert_among_the_likeliest(answer, others, row)
+    for row in found:
+        others = [
+            other
+            for other in rows
+            if (
+                other.picture not in (row.picture, own[row.question])
+                if row.picture
+                else other.question != row.question
+            )
+        ]
+        assert row.answer in known
+        assert_among_the_likeliest(row.answer, Teacher(others, pictures), row)
+    assert counted[-1] == len(found)
+    assert [(row.question, row.picture) for row in found[: len(rows)]] == [
+        (row.question, row.picture) for row in rows
+    ]
+    asked = Counter((row.question, row.picture) for row in found if row.picture)
+    assert set(asked.values()) <= {1}
+    for question, picture in own.items():
+        assert sum(row.question == question for row in found if row.picture) == (
+            1 + more_pictures if picture else 0
+        )
 
 
 def test_many_rows_are_answered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,16 +214,19 @@ def test_many_rows_are_answered_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
         for question, answer in ANSWERS.items()
     ]
     counted: list[int] = []
-    answers, theirs = answers_from_other_rows(rows, {}, kept_back=ROWS, progress=counted.append)
-    assert answers == [row.answer for row in rows] and theirs == [row.answer for row in ROWS]
-    assert len(counted) == 6 and counted[-1] == 60 and max(b - a for a, b in pairwise([0, *counted])) <= 12
+    answered, theirs = answer_from_other_rows(rows, {}, kept_back=ROWS, progress=counted.append)
+    assert answered == rows and theirs == ROWS
+    assert counted == list(range(1, 61))
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(UsageError, match="no rows"):
         Teacher([], {})
     with pytest.raises(UsageError, match="1 pictures or questions; expected 2 or more"):
-        answers_from_other_rows(ROWS[:3], {})
+        answer_from_other_rows(ROWS[:3], {})
+    two = [replace(ROWS[0], picture=Path(name)) for name in "ab"]
+    with pytest.raises(UsageError, match="2 pictures; expected 3 or more to ask each question of 1 other"):
+        answer_from_other_rows([*two, *ROWS], {}, more_pictures=1)
 
 
 # ---- the command ----
@@ -238,6 +270,23 @@ def test_the_command_writes_rows_that_keep_the_same_ones_back(
     splits = [split_records(read_records(source)[0], validation_rows=6) for source in (place, output)]
     for part, other in zip(*splits, strict=True):
         assert [row.images for row in part] == [row.images for row in other]
+
+
+def test_more_pictures_are_of_those_trained_on_and_keep_the_same_rows_back(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "one.json", tmp_path / "more.json"]
+    for file, more in zip(files, ([], ["--more-pictures", "3"]), strict=True):
+        run(train.teacher, options(place, file, *more))
+        assert "30 rows to train on: " in capsys.readouterr().out  # those asked once more tell nothing there
+    one, more_rows = map(rows_of, files)
+    assert more_rows[:36] == one and len(more_rows) == 36 + 3 * 30
+    splits = [split_records(read_records(file)[0], validation_rows=6) for file in files]
+    assert splits[0][1] == splits[1][1]
+    asked = Counter((row["question"], row["image"]) for row in more_rows)
+    kept_back = {str(record.images[0]) for record in splits[0][1]}
+    assert not any(row["image"] in kept_back for row in more_rows[36:])
+    assert sum(asked.values()) == 126 and max(asked.values()) > 1  # alike questions meet by chance
 
 
 def test_captions_are_rows_each(tmp_path: Path) -> None:
@@ -285,6 +334,10 @@ def test_pictures_are_looked_at(place: Path, tmp_path: Path, capsys: pytest.Capt
 def test_what_the_command_refuses(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "taught.json"
     assert "--tower" in refusal(train.teacher, options(place, output, "--no-images", "--tower", "x"))
+    said = refusal(train.teacher, options(place, output, "--no-images", "--more-pictures", "2"))
+    assert "--more-pictures" in said
+    said = refusal(train.teacher, options(place, output, "--more-pictures", "14"))
+    assert "15 pictures; expected 16 or more" in said
     roles = ("user", "assistant") * 2
     talk = [{"messages": [{"role": role, "content": f"Hi {row}."} for role in roles]} for row in range(20)]
     (tmp_path / "talk.json").write_text(json.dumps(talk))

@@ -2,9 +2,10 @@
 --data SOURCE --output FILE.json
 
 A classifier of a question's words together with its picture is fitted to other rows, and its answer takes the
-place of the row's own. The rows that train.vqa keeps back from FILE.json with the same --validation-rows are
-not among those it is fitted to. Their answers are its own too, so the validation loss tells how well it is
-followed; eval.vqa on SOURCE tells how often people's answers are met.
+place of the row's own. With --more-pictures it is asked about other pictures too: of few pictures, what they
+have to do with the answer is else learnt by heart. The rows that train.vqa keeps back from FILE.json with the
+same --validation-rows are not among those it is fitted to. Their answers are its own too, so the validation
+loss tells how well it is followed; eval.vqa on SOURCE tells how often people's answers are met.
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ def main() -> None:
     parser.add_argument(
         "--tower", help=f"name, folder, hub id or MODEL:TAG of an open_clip model ({DEFAULT_TOWER})"
     )
+    parser.add_argument(
+        "--more-pictures",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="ask each question to train on of N other pictures to train on too, drawn at random, and write "
+        "those rows last (none)",
+    )
     parser.add_argument("--no-images", action="store_true", help="go by the questions' words alone")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
@@ -54,6 +63,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.no_images and arguments.tower:
         raise UsageError("--tower is for pictures, which --no-images leaves out; give one of the two")
+
+    if arguments.no_images and arguments.more_pictures:
+        raise UsageError("--more-pictures is of pictures, which --no-images leaves out; give one of the two")
 
     if not arguments.output.absolute().parent.is_dir():
         raise UsageError(
@@ -71,7 +83,7 @@ def main() -> None:
     from llama_adapter.files import write_json
     from llama_adapter.progress import RowProgress
     from llama_adapter.scoring import accuracy_interval, is_right
-    from llama_adapter.teacher import answers_from_other_rows, directions
+    from llama_adapter.teacher import answer_from_other_rows, directions
     from llama_adapter.vision import load_tower
 
     records, summary = read_records(arguments.data, image_root=arguments.image_root, split=arguments.split)
@@ -84,10 +96,17 @@ def main() -> None:
     if pictures:
         tower = load_tower(arguments.tower or DEFAULT_TOWER, weights=arguments.weights)
         directed = directions(picture_features(tower, arguments.cache, pictures))
-    progress = RowProgress("rows", len(asked))
-    answers, theirs = answers_from_other_rows(asked, directed, kept_back=kept_back, progress=progress)
-    for name, part, given in (("to train on", asked, answers), ("kept back", kept_back, theirs)):
-        right = sum(is_right(answer, row.answer) for row, answer in zip(part, given, strict=True))
+    more_pictures = arguments.more_pictures
+    with_pictures = sum(row.picture is not None for row in asked)
+    progress = RowProgress("rows", len(asked) + more_pictures * with_pictures)
+    answered, theirs = answer_from_other_rows(
+        asked, directed, kept_back=kept_back, more_pictures=more_pictures, progress=progress
+    )
+    for name, part, given in (
+        ("to train on", asked, answered[: len(asked)]),
+        ("kept back", kept_back, theirs),
+    ):
+        right = sum(is_right(own.answer, row.answer) for row, own in zip(part, given, strict=True))
         low, high = accuracy_interval(right, len(part))
         print(
             f"{len(part):,} rows {name}: the classifier gives their own answer to {right / len(part):.1%} "
@@ -95,20 +114,20 @@ def main() -> None:
         )
 
     taught = {
-        id(record): (row, answer)
-        for record, row, answer in zip(
-            [*parts[0], *parts[1]], asked + kept_back, answers + theirs, strict=True
-        )
+        id(record): row
+        for record, row in zip([*parts[0], *parts[1]], answered[: len(asked)] + theirs, strict=True)
     }
+    # In the old order, those of more pictures, none of them kept back, last: train.vqa keeps back the same.
+    rows = [*(taught[id(record)] for record in records), *answered[len(asked) :]]
     write_json(
         arguments.output,
         [
             {
                 "image": str(row.picture.absolute()) if row.picture else None,
                 "question": row.question,
-                "answer": answer,
+                "answer": row.answer,
             }
-            for row, answer in (taught[id(record)] for record in records)  # so train.vqa splits them alike
+            for row in rows
         ],
     )
 
