@@ -83,16 +83,16 @@ class Teacher:
         counts = Counter(row.answer for row in rows)
         self._answers = [answer for answer, _ in counts.most_common(_MOST_ANSWERS)]
         number = {answer: place for place, answer in enumerate(self._answers)}
-        self._wanted = torch.zeros(len(rows), len(self._answers), dtype=torch.double)
+        wanted = torch.zeros(len(rows), len(self._answers), dtype=torch.double)
         for place, row in enumerate(rows):
             if row.answer in number:
-                self._wanted[place, number[row.answer]] = 1
+                wanted[place, number[row.answer]] = 1
 
         self._words, self._seen = self._vectors(rows)
         similarity = torch.cat([self._similarity(part) for part in _parts(rows)])
         similarity.diagonal().add_(_RIDGE)
         self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(similarity))  # (N, N)
-        self._weights = self._inverse @ self._wanted  # (N, A)
+        self._weights = self._inverse @ wanted  # (N, A)
 
     def answers(self, rows: Sequence[QuestionRow]) -> list[str]:
         """The most likely answer to each row's question; its own is not looked at."""
@@ -156,10 +156,10 @@ def answer_from_other_rows(
     kept_back: Sequence[QuestionRow] = (),
     more_pictures: int = 0,
     progress: Callable[[int], None] = lambda done: None,
-) -> tuple[list[QuestionRow], list[QuestionRow]]:
-    """`rows` with answers of a `Teacher` that has seen neither the row nor its picture, and after them each
-    question about a picture asked of `more_pictures` others of `rows`, drawn at random, answered by one that
-    has seen neither picture; and `kept_back`, answered by one that has seen none of these.
+) -> tuple[list[QuestionRow], list[QuestionRow], list[QuestionRow]]:
+    """`rows` with answers of a `Teacher` that has seen neither the row nor its picture; each question about a
+    picture asked of `more_pictures` others of `rows`, drawn at random, answered by one that has seen neither
+    picture; and `kept_back`, answered by one that has seen none of these.
 
     A row without a picture is answered by those of other questions. Of many rows, some `MOST_ROWS` at
     a time are answered by each other, and the first of them answer those kept back.
@@ -190,20 +190,11 @@ def answer_from_other_rows(
             theirs = [replace(row, answer=answer) for row, answer in zip(kept_back, answers, strict=True)]
 
         # Each row to ask, with the pictures or question whose rows are left out for it.
-        asked = [(rows[number], [subject]) for subject in here for number in groups[subject]]
+        asked: list[tuple[QuestionRow, list[str | Path]]] = [
+            (rows[number], [subject]) for subject in here for number in groups[subject]
+        ]
         if more_pictures:
-            seen = [subject for subject in here if isinstance(subject, Path)]
-            if len(seen) < more_pictures + 2:
-                raise UsageError(
-                    f"{len(seen)} pictures; expected {more_pictures + 2} or more to ask each question of "
-                    f"{more_pictures} other pictures"
-                )
-            asked += [
-                (replace(row, picture=other), [own, other])
-                for row, [own] in asked
-                if row.picture is not None
-                for other in draw.sample([subject for subject in seen if subject != own], more_pictures)
-            ]
+            asked += _of_other_pictures(asked, more_pictures, draw)
         places = {number: place for place, number in enumerate(numbers)}
         left_out = [
             [places[number] for subject in subjects for number in groups[subject]] for _, subjects in asked
@@ -216,7 +207,26 @@ def answer_from_other_rows(
         for number, row in zip(numbers, given, strict=False):
             answered[number] = row
         more += given[len(numbers) :]
-    return answered + more, theirs
+    return answered, more, theirs
+
+
+def _of_other_pictures(
+    asked: Sequence[tuple[QuestionRow, list[str | Path]]], count: int, draw: random.Random
+) -> list[tuple[QuestionRow, list[str | Path]]]:
+    """Each row about a picture asked of `count` others, with both pictures."""
+    seen = list(dict.fromkeys(row.picture for row, _ in asked if row.picture is not None))
+    if len(seen) < count + 2:
+        raise UsageError(
+            f"{len(seen)} pictures; expected {count + 2} or more to ask each question of {count} other "
+            "pictures"
+        )
+    more: list[tuple[QuestionRow, list[str | Path]]] = []
+    for row, _ in asked:
+        if row.picture is not None:
+            # One more is drawn, as the row's own may be among them.
+            others = [picture for picture in draw.sample(seen, count + 1) if picture != row.picture]
+            more += [(replace(row, picture=other), [row.picture, other]) for other in others[:count]]
+    return more
 
 
 def directions(features: Mapping[PictureFile, Tensor]) -> dict[PictureFile, Tensor]:

@@ -61,11 +61,9 @@ def main() -> None:
     )
     add_weights_option(parser)
     arguments = parser.parse_args()
-    if arguments.no_images and arguments.tower:
-        raise UsageError("--tower is for pictures, which --no-images leaves out; give one of the two")
-
-    if arguments.no_images and arguments.more_pictures:
-        raise UsageError("--more-pictures is of pictures, which --no-images leaves out; give one of the two")
+    for option, given in (("--tower", arguments.tower), ("--more-pictures", arguments.more_pictures)):
+        if arguments.no_images and given:
+            raise UsageError(f"{option} is for pictures, which --no-images leaves out; give one of the two")
 
     if not arguments.output.absolute().parent.is_dir():
         raise UsageError(
@@ -99,26 +97,20 @@ def main() -> None:
     more_pictures = arguments.more_pictures
     with_pictures = sum(row.picture is not None for row in asked)
     progress = RowProgress("rows", len(asked) + more_pictures * with_pictures)
-    answered, theirs = answer_from_other_rows(
+    answered, more, theirs = answer_from_other_rows(
         asked, directed, kept_back=kept_back, more_pictures=more_pictures, progress=progress
     )
-    for name, part, given in (
-        ("to train on", asked, answered[: len(asked)]),
-        ("kept back", kept_back, theirs),
-    ):
-        right = sum(is_right(own.answer, row.answer) for row, own in zip(part, given, strict=True))
+    for name, part, given in (("to train on", asked, answered), ("kept back", kept_back, theirs)):
+        right = sum(is_right(new.answer, row.answer) for row, new in zip(part, given, strict=True))
         low, high = accuracy_interval(right, len(part))
         print(
             f"{len(part):,} rows {name}: the classifier gives their own answer to {right / len(part):.1%} "
             f"(95 % interval {low:.1%} to {high:.1%})"
         )
 
-    taught = {
-        id(record): row
-        for record, row in zip([*parts[0], *parts[1]], answered[: len(asked)] + theirs, strict=True)
-    }
+    taught = {id(record): row for record, row in zip([*parts[0], *parts[1]], answered + theirs, strict=True)}
     # In the old order, those of more pictures, none of them kept back, last: train.vqa keeps back the same.
-    rows = [*(taught[id(record)] for record in records), *answered[len(asked) :]]
+    rows = [*(taught[id(record)] for record in records), *more]
     write_json(
         arguments.output,
         [
