@@ -168,7 +168,7 @@ def answer_from_other_rows(
     """
     groups: dict[str | Path, list[int]] = {}
     for number, row in enumerate(rows):
-        groups.setdefault(row.question if row.picture is None else row.picture, []).append(number)
+        groups.setdefault(_subject(row), []).append(number)
     if len(groups) < 2:
         raise UsageError(
             f"{len(groups)} pictures or questions; expected 2 or more: none is answered by itself"
@@ -184,17 +184,16 @@ def answer_from_other_rows(
     for part in range(parts):
         here = dealt[part::parts]
         numbers = [number for subject in here for number in groups[subject]]
-        teacher = Teacher([rows[number] for number in numbers], pictures)
+        own = [rows[number] for number in numbers]
+        teacher = Teacher(own, pictures)
         if part == 0:
             answers = teacher.answers(kept_back)
             theirs = [replace(row, answer=answer) for row, answer in zip(kept_back, answers, strict=True)]
 
         # Each row to ask, with the pictures or question whose rows are left out for it.
-        asked: list[tuple[QuestionRow, list[str | Path]]] = [
-            (rows[number], [subject]) for subject in here for number in groups[subject]
-        ]
+        asked = [(row, [_subject(row)]) for row in own]
         if more_pictures:
-            asked += _of_other_pictures(asked, more_pictures, draw)
+            asked += _of_other_pictures(own, more_pictures, draw)
         places = {number: place for place, number in enumerate(numbers)}
         left_out = [
             [places[number] for subject in subjects for number in groups[subject]] for _, subjects in asked
@@ -210,18 +209,23 @@ def answer_from_other_rows(
     return answered, more, theirs
 
 
+def _subject(row: QuestionRow) -> str | Path:
+    """What a row is about: no row about the same answers it."""
+    return row.question if row.picture is None else row.picture
+
+
 def _of_other_pictures(
-    asked: Sequence[tuple[QuestionRow, list[str | Path]]], count: int, draw: random.Random
+    rows: Sequence[QuestionRow], count: int, draw: random.Random
 ) -> list[tuple[QuestionRow, list[str | Path]]]:
     """Each row about a picture asked of `count` others, with both pictures."""
-    seen = list(dict.fromkeys(row.picture for row, _ in asked if row.picture is not None))
+    seen = list(dict.fromkeys(row.picture for row in rows if row.picture is not None))
     if len(seen) < count + 2:
         raise UsageError(
             f"{len(seen)} pictures; expected {count + 2} or more to ask each question of {count} other "
             "pictures"
         )
     more: list[tuple[QuestionRow, list[str | Path]]] = []
-    for row, _ in asked:
+    for row in rows:
         if row.picture is not None:
             # One more is drawn, as the row's own may be among them.
             others = [picture for picture in draw.sample(seen, count + 1) if picture != row.picture]
