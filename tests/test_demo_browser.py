@@ -7,7 +7,6 @@ The README's picture is made by the one test here that needs the real base and i
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
 import socket
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from PIL import Image
 
 from demo.experts import load_experts
 from demo.page import EXAMPLES, PEOPLE, build_page
@@ -27,6 +25,7 @@ from demo.pictures import PICTURE_EXAMPLES
 from demo.server import serve
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from tests.conftest import CHECKOUT
+from tests.drawn import png
 from tests.scripted import ScriptedModel, build_scripted_model
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: i
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.usefixtures("uploads"),
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
 ]
 
@@ -56,14 +56,6 @@ def _served(model: LlamaAdapter, experts: dict[str, str]) -> Iterator[str]:
         yield serve(page, host="127.0.0.1", port=port)
     finally:
         page.close(verbose=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A folder for uploads of this module's own: other pages clear theirs away when they close."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +146,6 @@ def _choose(page: Page, adapter: str) -> None:
 def _stop(page: Page) -> None:
     page.get_by_role("button", name="Stop").click()
     _send(page).wait_for()
-
-
-def _png(colour: str) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (320, 240), colour).save(content, "PNG")
-    return content.getvalue()
 
 
 def _attach(page: Page, name: str, content: bytes, mime: str = "image/png") -> None:
@@ -337,7 +323,7 @@ def test_dots_move_until_the_first_word(page: Page, model: ScriptedModel) -> Non
 def test_a_picture_is_shown_above_its_question_and_known_afterwards(page: Page) -> None:
     _choose(page, "eyes")
     _shorten(page)
-    _attach(page, "<img src=x onerror=document.title='owned'>.png", _png("#204060"))
+    _attach(page, "<img src=x onerror=document.title='owned'>.png", png("#204060", (320, 240)))
     _thumbnails(page).wait_for()
     page.get_by_placeholder("Ask something").fill("What is it?")
     _shoot(page, "picture-attached")
@@ -377,9 +363,9 @@ def test_a_picture_is_shown_above_its_question_and_known_afterwards(page: Page) 
 
 def test_a_picture_can_be_dropped_pasted_and_taken(page: Page) -> None:
     _choose(page, "eyes")
-    _drop(page, "drop", _png("#ff0000"))
+    _drop(page, "drop", png("#ff0000", (320, 240)))
     playwright.expect(_thumbnails(page)).to_have_count(1)
-    _drop(page, "paste", _png("#0000ff"))
+    _drop(page, "paste", png("#0000ff", (320, 240)))
     playwright.expect(_thumbnails(page)).to_have_count(2)
     page.get_by_role("button", name="Take a photo").click()
     page.get_by_text("Click to Access Webcam").click()
@@ -411,7 +397,7 @@ def test_an_example_with_a_picture_is_answered_at_the_first_click(page: Page) ->
 @pytest.mark.parametrize(
     ("adapter", "name", "content", "told"),
     [
-        ("one", "red.png", _png("red"), "adapter 'one' knows nothing of pictures"),
+        ("one", "red.png", png("red", (320, 240)), "adapter 'one' knows nothing of pictures"),
         ("eyes", "text.png", b"some text", "text.png: not a picture"),
         ("eyes", "drawn.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG is drawn"),
     ],
@@ -432,7 +418,7 @@ def test_a_picture_that_is_of_no_use_is_told_and_stays_in_the_box(
 def test_side_by_side_the_base_is_not_shown_the_picture(page: Page) -> None:
     _choose(page, "eyes")
     page.get_by_role("tab", name="Side by side").click()
-    _attach(page, "green.png", _png("#00ff00"))
+    _attach(page, "green.png", png("#00ff00", (320, 240)))
     _thumbnails(page).wait_for()
     _ask(page, "What is it?", "Ask both the same")
     playwright.expect(_answer(page, 1)).to_contain_text("saw: #00ff00")
