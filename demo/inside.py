@@ -19,7 +19,8 @@ GATES = (
 )
 ANSWER = (
     "How far each layer's prompts moved each token of the answer: the length of what the layer read from its "
-    "prompts, gated, as a share of the length of what it read from the text."
+    "prompts, gated, as a share of the length of what it read from the text. What the scales and biases of "
+    "an adapter with such did is not in it."
 )
 
 

@@ -1,6 +1,7 @@
-"""The only trainable module: adaptation prompts, gates, and the projection of pictures.
+"""The only trainable module: adaptation prompts, gates, the projection of pictures, scales and biases.
 
-Shapes: L adapted layers, K prompts, D hidden size, H heads; N pictures, F features of one; R rows.
+Shapes: L adapted layers, K prompts, D hidden size, H heads, S scales and biases of a layer; N pictures, F
+features of one; R rows.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Adapter(nn.Module):
             its base's layers read; nothing normalises them before the frozen projections.
         gates: (L, H), zero at the start, so that an untrained adapter leaves the decoder as it is.
         projection: of pictures, or None for an adapter that knows nothing of them.
+        tuning: (L, S) scales and biases, zero at the start (`llama_adapter.tuning`), or None without.
     """
 
     def __init__(self, config: AdapterConfig, generator: torch.Generator | None = None) -> None:
@@ -70,6 +72,9 @@ class Adapter(nn.Module):
         prompts = torch.randn(layers, config.prompt_length, shape.hidden_size, generator=generator)
         self.prompts = nn.Parameter(prompts)
         self.gates = nn.Parameter(torch.zeros(layers, shape.num_heads))
+        self.tuning: nn.Parameter | None = None
+        if config.tuning_width:
+            self.tuning = nn.Parameter(torch.zeros(layers, config.tuning_width))
         self.projection: Projection | None = None
         if config.vision is not None:
             self.projection = Projection(config.vision, shape.hidden_size, generator)

@@ -13,13 +13,14 @@ What a forward pass tells its layers travels as one keyword argument through the
 modules: two threads, beams, mixed batches and recomputation in backward would break on state.
 
 Shapes: B rows, T tokens, L adapted layers, H heads, G key-value heads, K prompts, R sets of prompts,
-d head width, D hidden size.
+d head width, D hidden size; of a key, S places of the cache, else S scales and biases of a layer.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -34,10 +35,13 @@ from llama_adapter.errors import UsageError
 
 PREFIX = "llama_adapter_"  # no "flash" and no "/" in it: transformers reads meaning into both
 STOCK = ("sdpa", "eager")  # the implementations that can be wrapped
+# The scales and biases of the layer that is computing, (1 or B, 1, width) each; see `llama_adapter.tuning`.
+TUNING: ContextVar[tuple[Tensor, ...] | None] = ContextVar("tuning", default=None)
 
 
 class Prompts(Protocol):
-    """What an adapted layer asks for: its prompts' keys and values, the gate already in the values."""
+    """What an adapted layer asks for: its prompts' keys and values, the gate already in the values; and its
+    projections' scales and biases."""
 
     @property
     def first_layer(self) -> int:
@@ -54,6 +58,10 @@ class Prompts(Protocol):
         tokens read the same prompts, else B, or in a packed sequence what its segments count to."""
         ...
 
+    def tuning_of_layer(self, index: int) -> Tensor | None:
+        """The scales and biases of the decoder's layer of this index, (1 or B, S); None: it has none."""
+        ...
+
 
 @dataclass(frozen=True)
 class LivePrompts:
@@ -66,6 +74,7 @@ class LivePrompts:
     gates: Tensor  # (L, H), before tanh
     first_layer: int
     mask: Tensor | None = None
+    tuning: Tensor | None = None  # (L, S)
 
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         index = layer_index(attention) - self.first_layer
@@ -77,6 +86,15 @@ class LivePrompts:
         """Both cut once: a cut a layer would have a gradient as large as all layers together, each."""
         return self.prompts.unbind(1), self.gates.unbind(0)
 
+    def tuning_of_layer(self, index: int) -> Tensor | None:
+        below = self.tuning is None or index < self.first_layer
+        return None if below else self._tuning_of_all_layers[index - self.first_layer]
+
+    @cached_property
+    def _tuning_of_all_layers(self) -> tuple[Tensor, ...]:
+        assert self.tuning is not None
+        return self.tuning[:, None].unbind(0)
+
 
 @dataclass(frozen=True)
 class ProjectedPrompts:
@@ -86,10 +104,16 @@ class ProjectedPrompts:
     values: Tensor  # (R, L, H, K, d), times tanh(gate)
     first_layer: int
     mask: Tensor | None = None  # (R, K)
+    tuning: Tensor | None = None  # (R, L, S)
 
     def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
         index = layer_index(attention) - self.first_layer
         return self.keys[:, index], self.values[:, index]
+
+    def tuning_of_layer(self, index: int) -> Tensor | None:
+        if self.tuning is None or index < self.first_layer:
+            return None
+        return self.tuning[:, index - self.first_layer]
 
 
 @dataclass(frozen=True)
@@ -134,8 +158,12 @@ def project_prompts(attention: nn.Module, prompts: Tensor, gate: Tensor) -> tupl
     k_proj, v_proj = attention.k_proj, attention.v_proj
     head_dim = int(attention.head_dim)  # type: ignore[arg-type]
     prompts = prompts.to(compute_dtype(attention))
-    keys = k_proj(prompts)  # type: ignore[operator]
-    values = v_proj(prompts)  # type: ignore[operator]
+    tuning = TUNING.set(None)
+    try:
+        keys = k_proj(prompts)  # type: ignore[operator]
+        values = v_proj(prompts)  # type: ignore[operator]
+    finally:
+        TUNING.reset(tuning)
     norm: Any = getattr(attention, "k_norm", None)
     whole = norm is not None and norm.weight.ndim == 1 and norm.weight.shape[0] != head_dim
     if whole:  # OLMo 2 normalises all heads together, the others head by head

@@ -5,7 +5,7 @@ padded on the left, which the mask hides, so that every row ends at the batch's 
 weights are read from memory once for a token of all rows, which is what takes the time with one row as well.
 
 Shapes: B rows, T tokens of a question, S places of the cache, L adapted layers, H heads, K prompts, d head
-width, V vocabulary.
+width, V vocabulary; of tuning, S scales and biases of a layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Row:
 
     Attributes:
         choose: its tokens' chooser.
-        prompts: ``prompt_keys`` and ``prompt_values`` (1, L, H, K, d), as `LlamaAdapter.project` gives them.
+        prompts: what `LlamaAdapter.project` gives, of one row.
         length: how many tokens the cache holds: all but the latest.
         token: (1, 1), the latest.
     """
@@ -141,11 +141,12 @@ def merge_prompts(several: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     have more or fewer prompts, a mask keeps the fill out of the softmax.
 
     Args:
-        several: each ``prompt_keys`` and ``prompt_values`` (1, L, H, K, d), or nothing for the bare base.
+        several: each ``prompt_keys`` and ``prompt_values`` (1, L, H, K, d), and perhaps ``tuning`` (1, L, S);
+            or nothing for the bare base.
 
     Returns:
-        ``prompt_keys`` and ``prompt_values`` (B, L, H, K, d) and, where they differ in K, ``prompt_mask``
-        (B, K); empty where all are bare.
+        ``prompt_keys`` and ``prompt_values`` (B, L, H, K, d); where they differ in K ``prompt_mask`` (B, K);
+        where any has one ``tuning`` (B, L, S). Empty where all are bare.
     """
     shapes = {tuple(prompts["prompt_keys"].shape[1:]) for prompts in several if prompts}
     if not shapes:
@@ -162,6 +163,11 @@ def merge_prompts(several: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         name: torch.cat([filled(prompts[name]) if prompts else empty for prompts in several])
         for name in ("prompt_keys", "prompt_values")
     }
+    tuned = next((prompts["tuning"] for prompts in several if "tuning" in prompts), None)
+    if tuned is not None:
+        nothing = tuned[:, :0]
+        own = [prompts.get("tuning", nothing) for prompts in several]
+        merged["tuning"] = torch.cat([F.pad(rows, (0, 0, layers - rows.shape[1], 0)) for rows in own])
     if len({shape[2] for shape in shapes}) > 1:
         # A bare row keeps all of its zeros: a softmax over nothing is no number.
         counts = [prompts["prompt_keys"].shape[3] if prompts else longest for prompts in several]

@@ -176,6 +176,8 @@ def export_pth(adapter: Adapter, path: str | Path) -> None:
         raise UsageError(
             f"the authors' layout has 10 prompts a layer; this adapter has {config.prompt_length}"
         )
+    if adapter.tuning is not None:
+        raise UsageError("the authors' layout has no room for scales and biases, which this adapter has")
     state = {"adapter_query.weight": adapter.prompts.detach().flatten(0, 1).float().cpu().contiguous()}
     for layer in range(config.shape.num_layers):
         index = layer - config.first_layer

@@ -291,6 +291,7 @@ def _info(arguments: argparse.Namespace) -> None:
         "shape": config.shape,
         "fingerprint": config.shape.fingerprint(),
         "prompts": f"K = {config.prompt_length} in each of the top L = {config.adapted_layers} layers",
+        "tuning": f"{config.tuning_width:,} scales and biases a layer" if config.tuning_width else "none",
         "parameters": f"{sum(parameter.numel() for parameter in adapter.parameters()):,} trainable",
         "size": f"{size / 2**20:.2f} MiB",
         "template": config.template,

@@ -80,6 +80,7 @@ class AdapterConfig:
     prompt_length: int = 10  # K
     template: str = "alpaca"  # how turns were written when it was trained
     vision: VisionConfig | None = None  # None: it knows nothing of pictures
+    tuning_width: int = 0  # S, scales and biases of each adapted layer (LLaMA-Adapter V2); 0: none
     format_version: int = FORMAT_VERSION
     training: dict[str, Any] = field(default_factory=dict)  # how it was made; shown, never interpreted
 
@@ -91,6 +92,8 @@ class AdapterConfig:
             )
         if self.prompt_length < 1:
             raise UsageError(f"prompt length: {self.prompt_length} given; choose 1 or more (the paper: 10)")
+        if self.tuning_width < 0:
+            raise UsageError(f"tuning width: {self.tuning_width} given; choose 0 or more")
         if self.vision is not None and self.vision.image_tokens not in (1, self.prompt_length):
             raise UsageError(
                 f"image tokens: {self.vision.image_tokens} given; choose 1, or one for each of the "
@@ -107,6 +110,8 @@ class AdapterConfig:
         values = {**dataclasses.asdict(self), "base_fingerprint": self.shape.fingerprint()}
         if self.vision is not None:
             values["vision"]["depths"] = list(self.vision.depths)  # JSON has no tuples
+        if not self.tuning_width:
+            del values["tuning_width"]  # what adapters without were always stored as
         return values
 
     @classmethod

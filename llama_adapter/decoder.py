@@ -273,6 +273,9 @@ class _Probe:
         self.prompts[index] = keys, values
         return keys, torch.zeros_like(values)
 
+    def tuning_of_layer(self, index: int) -> None:
+        return None
+
 
 @torch.no_grad()
 def _probe(decoder: PreTrainedModel) -> list[str]:

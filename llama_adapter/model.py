@@ -41,10 +41,12 @@ from llama_adapter.generate import Answer, Request, stream_tokens
 from llama_adapter.pictures import Picture, open_picture
 from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, encode_question, end_token_ids, question_turn, stop_strings
+from llama_adapter.tuning import listen, tuning_width
 
 if TYPE_CHECKING:  # slow to import, and text alone does without
     from llama_adapter.vision import VisionTower
 
+_PROJECTED = ("prompt_keys", "prompt_values", "tuning")  # what `LlamaAdapter.project` gives
 NO_ADAPTER = "none"  # the name that stands for the bare base
 _LOADING_A_TOWER = threading.Lock()  # no model's own: a model can be copied and pickled
 _NOT_NAMES = {NO_ADAPTER, "", *dir(nn.ModuleDict())}  # what torch's container of modules calls its own
@@ -183,6 +185,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         adapted_layers: int | None = None,
         template: str = "alpaca",
         vision: VisionConfig | None = None,
+        bias_tuning: bool = False,
         seed: int | None = None,
     ) -> Adapter:
         """Add an untrained adapter, which leaves the base's answers as they are, and choose it.
@@ -196,6 +199,8 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             adapted_layers: L, the topmost ones; None takes N - N // 16 of N.
             template: how turns are written for it.
             vision: how it sees; None makes an adapter for text alone.
+            bias_tuning: train a scale and a bias of each linear projection as well (LLaMA-Adapter V2, see
+                `llama_adapter.tuning`).
             seed: makes the prompts the same every time, on one device in one dtype.
         """
         if adapted_layers is None:
@@ -207,6 +212,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             prompt_length=prompt_length,
             template=template,
             vision=vision,
+            tuning_width=tuning_width(self.decoder) if bias_tuning else 0,
         )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         adapter = Adapter(config, generator)
@@ -231,6 +237,13 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
                 f"adapter {name!r} was trained for base {adapter.config.base!r} ({adapter.config.shape}); "
                 f"{self.base!r} is {self.shape}; give its own base"
             )
+        if adapter.tuning is not None:
+            if adapter.config.tuning_width != (width := tuning_width(self.decoder)):
+                raise UsageError(
+                    f"adapter {name!r} has {adapter.config.tuning_width} scales and biases a layer; "
+                    f"{self.base!r} has room for {width}; give its own base"
+                )
+            listen(self.decoder)
         self.adapters[name] = adapter.to(self.decoder.device)
         self.active_adapter = name
 
@@ -284,6 +297,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         prompt_keys: Tensor | None = None,
         prompt_values: Tensor | None = None,
         prompt_mask: Tensor | None = None,
+        tuning: Tensor | None = None,
         image_features: Tensor | None = None,
         image_owners: Tensor | None = None,
         segments: tuple[Segment, ...] | None = None,
@@ -299,6 +313,8 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             adapter: the adapter's name; None takes the active one.
             prompt_keys, prompt_values: (B or 1, L, H, K, d) from `project`, in place of ``adapter``.
             prompt_mask: (B, K), False where a row has fewer prompts than others; None: all have as many.
+            tuning: (B or 1, L, S) from `project`, of an adapter with scales and biases, beside its keys.
+                In a packed sequence (1, L, S): all rows have the same.
             image_features: (I, F) from `encode_images`, of the pictures of all rows; None: there are none.
             image_owners: (I,) the row (in a packed sequence the set of prompts) that each belongs to; None
                 gives every row one.
@@ -320,8 +336,10 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.decoder.device)
         prompts: Prompts | None
         if prompt_keys is not None and prompt_values is not None:
+            if segments is not None and tuning is not None and len(tuning) > 1:
+                raise UsageError(f"{len(tuning)} sets of scales and biases for a packed sequence; give one")
             first = self.shape.num_layers - prompt_keys.shape[1]
-            prompts = ProjectedPrompts(prompt_keys, prompt_values, first, prompt_mask)
+            prompts = ProjectedPrompts(prompt_keys, prompt_values, first, prompt_mask, tuning)
         else:
             tokens = input_ids if input_ids is not None else inputs_embeds
             assert tokens is not None
@@ -358,7 +376,8 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             features = features.to(self.decoder.device)
             owners = (torch.arange(sets) if owners is None else owners).to(features.device)
         adapter = self.get_adapter(name)
-        return LivePrompts(adapter(features, owners, sets), adapter.gates, adapter.config.first_layer)
+        prompts = adapter(features, owners, sets)
+        return LivePrompts(prompts, adapter.gates, adapter.config.first_layer, tuning=adapter.tuning)
 
     @torch.no_grad()
     def project(
@@ -378,8 +397,8 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             rows: B, of the forward passes; it counts only where there are pictures.
 
         Returns:
-            ``prompt_keys`` and ``prompt_values``, each (1, L, H, K, d), with pictures (B, ...), for
-            `forward`; empty for the base.
+            ``prompt_keys`` and ``prompt_values``, each (1, L, H, K, d), with pictures (B, ...), and
+            ``tuning``, (1 or B, L, S), of an adapter that has one, for `forward`; empty for the base.
         """
         live = self._prompts(adapter, image_features, image_owners, rows)
         if live is None:
@@ -387,7 +406,10 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         layers = attention_layers(self.decoder)[live.first_layer :]
         pairs = [live.of_layer(layer) for layer in layers]
         keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*pairs, strict=True))
-        return {"prompt_keys": keys, "prompt_values": values}
+        projected = {"prompt_keys": keys, "prompt_values": values}
+        if live.tuning is not None:
+            projected["tuning"] = live.tuning.to(keys.dtype, copy=True).expand(len(keys), *live.tuning.shape)
+        return projected
 
     # --- pictures -------------------------------------------------------------------------------------------
 
@@ -465,7 +487,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         # One copy a row: beams and returned sequences are multiplied and reordered along the first dimension.
         if "prompt_keys" not in kwargs:
             kwargs |= self.project(name, image_features=image_features, image_owners=image_owners, rows=rows)
-        for key in {"prompt_keys", "prompt_values"} & set(kwargs):
+        for key in set(_PROJECTED) & set(kwargs):
             kwargs[key] = kwargs[key].expand(rows, *kwargs[key].shape[1:])
         return super().generate(inputs, *args, adapter=name, **kwargs)
 
@@ -473,7 +495,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         self, *, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
         # An assistant model guesses ahead without our prompts: it has another shape, or does not know them.
-        ours = ("adapter", "prompt_keys", "prompt_values")
+        ours = ("adapter", *_PROJECTED)
         theirs = {name: value for name, value in model_kwargs.items() if name not in ours}
         return super()._get_candidate_generator(model_kwargs=theirs, **kwargs)
 

@@ -43,6 +43,7 @@ class TrainingSettings:
         learning_rate: the peak; None takes the authors' rule, ``base_learning_rate * batch_size / 256``.
         gate_learning_rate: the gates' own peak; None takes the prompts'.
         projection_learning_rate: that of the pictures' projection; None takes the prompts'.
+        tuning_learning_rate: that of scales and biases; None takes the prompts'.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         max_steps: ends the run (and its schedule) early.
         validate_every, checkpoint_every: in steps. None validates ten times, at least once an epoch.
@@ -59,6 +60,7 @@ class TrainingSettings:
     learning_rate: float | None = None
     gate_learning_rate: float | None = None
     projection_learning_rate: float | None = None
+    tuning_learning_rate: float | None = None
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float | None = None
@@ -170,7 +172,8 @@ class Trainer:
         )
         if not self._order(0):
             raise UsageError("the weights of the data leave no row to train on in an epoch; raise them")
-        made_of = dataclasses.asdict(dataclasses.replace(adapter.config, training={}))
+        made_of = dataclasses.replace(adapter.config, training={}).to_dict()
+        del made_of["base_fingerprint"]  # follows from the shape
         rows = {"train_rows": len(self.train_examples), "validation_rows": self._validation_rows}
         description = {
             "settings": dataclasses.asdict(self.settings),
@@ -207,6 +210,8 @@ class Trainer:
         if adapter.projection is not None:
             own = settings.projection_learning_rate or peak
             groups.append((list(adapter.projection.parameters()), own))
+        if adapter.tuning is not None:
+            groups.append(([adapter.tuning], settings.tuning_learning_rate or peak))
         return [{"params": parameters, "peak": rate} for parameters, rate in groups]
 
     def _steps(

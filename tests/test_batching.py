@@ -18,15 +18,18 @@ from llama_adapter.sampling import Sampling
 from tests.tiny_models import FAMILIES, VISION, build_tiny_model, random_rows
 
 GREEDY = Sampling(temperature=0)
-ADAPTERS = ("one", "two", "many", "eyes", NO_ADAPTER)
+ADAPTERS = ("one", "two", "many", "eyes", "tuned", NO_ADAPTER)
 
 
 def build(family: str = "llama") -> LlamaAdapter:
-    """Two adapters of one shape, one with more prompts in more layers, and one that sees."""
+    """Two adapters of one shape, one with more prompts in more layers, one that sees, one with tuning."""
     model = build_tiny_model(family, names=("one", "two"), eos_token_id=None)
     model.new_adapter("many", prompt_length=5, adapted_layers=3, seed=7)
     model.new_adapter("eyes", prompt_length=3, adapted_layers=1, vision=VISION, seed=8)
-    for seed, name in enumerate(("many", "eyes")):
+    tuned = model.new_adapter("tuned", prompt_length=3, adapted_layers=2, bias_tuning=True, seed=9)
+    assert tuned.tuning is not None
+    torch.nn.init.normal_(tuned.tuning, std=0.3, generator=torch.Generator().manual_seed(9))
+    for seed, name in enumerate(("many", "eyes", "tuned")):
         torch.nn.init.normal_(model.get_adapter(name).gates, generator=torch.Generator().manual_seed(seed))
     return model
 
@@ -62,10 +65,10 @@ def test_rows_of_every_family_answer_as_alone(family: str) -> None:
     said: dict[Row, list[int]] = {}
     expected = []
     asked = []
-    for question, name in zip(random_rows(5, 9, 3, 7, 6), ADAPTERS, strict=True):
+    for question, name in zip(random_rows(5, 9, 3, 7, 4, 6), ADAPTERS, strict=True):
         asked.append((question[None], prompts_of(model, name, 3), GREEDY))
         expected.append(alone(model, question, asked[-1][1], GREEDY, 8))
-    for row in (batch.join(*asked[0]), *batch.join_together(asked[1:4]), batch.join(*asked[4])):
+    for row in (batch.join(*asked[0]), *batch.join_together(asked[1:5]), batch.join(*asked[5])):
         said[row] = [int(row.token)]
     for _ in range(7):
         batch.step()

@@ -30,7 +30,13 @@ from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, question_turn
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder, build_tiny_tower_folder, draw_picture, sight_of
+from tests.tiny_models import (
+    build_tiny_decoder,
+    build_tiny_model,
+    build_tiny_tower_folder,
+    draw_picture,
+    sight_of,
+)
 
 BASE, ADAPTER, BETTER = "smollm2-135m-instruct", "smollm2-135m-alpaca", "smollm2-135m-vision"
 SEEING = "seeing"  # an adapter's name that is none of the shipped ones
@@ -557,7 +563,14 @@ def test_info_tells_what_an_adapter_is(weights: Path, tmp_path: Path) -> None:
     assert facts["parameters"] == f"{2 * 10 * 32 + 2 * 4:,} trainable" and facts["size"].endswith(" MiB")
     assert "3 layers" in facts["shape"] and facts["source"] == "data.json" and facts["settings"] == "epochs 5"
     assert "\x1b" not in out
-    assert facts["pictures"] == "none: text alone"
+    assert facts["pictures"] == "none: text alone" and facts["tuning"] == "none"
+
+
+def test_info_tells_of_scales_and_biases(tmp_path: Path) -> None:
+    adapter = build_tiny_model().new_adapter("tuned", adapted_layers=2, bias_tuning=True)
+    save_adapter(adapter, tmp_path / "tuned")
+    out = invoke("info", str(tmp_path / "tuned"), "--weights", str(tmp_path)).out
+    assert "tuning       448 scales and biases a layer\n" in out
 
 
 def test_info_tells_how_an_adapter_sees(weights: Path) -> None:

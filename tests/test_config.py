@@ -51,6 +51,13 @@ def test_what_is_stored_is_exactly_this() -> None:
     assert AdapterConfig.from_dict(json.loads(json.dumps(stored)), "file") == config
 
 
+def test_tuning_is_stored_where_there_is_any() -> None:
+    config = dataclasses.replace(CONFIG, tuning_width=12)
+    stored = config.to_dict()
+    assert stored == {**CONFIG.to_dict(), "tuning_width": 12}
+    assert AdapterConfig.from_dict(stored, "file") == config
+
+
 def test_how_it_sees_is_stored_as_this() -> None:
     stored = SEEING.to_dict()
     assert stored["vision"] == {

@@ -16,7 +16,7 @@ ROWS = (
         *("errors", "files", "catalogue", "locations", "config", "sampling", "template", "attention"),
         *("pictures", "rows", "scoring", "progress", "processes"),
     ),
-    ("adapter", "decoder", "data", "packing", "fetch", "generate", "vision", "features"),
+    ("adapter", "decoder", "data", "tuning", "packing", "fetch", "generate", "vision", "features"),
     ("checkpoint", "scienceqa", "batching", "teacher"),
     ("model", "grading"),
     (

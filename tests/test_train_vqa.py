@@ -285,6 +285,27 @@ def test_training_starts_from_an_adapter(place: Path, trained: Path, tmp_path: P
     assert losses(tmp_path / "on")[0] < 0.8 * losses(trained)[0]
 
 
+def test_an_adapter_is_trained_on_with_scales_and_biases_which_it_keeps(
+    place: Path, trained: Path, tmp_path: Path
+) -> None:
+    def on(output: Path, start: Path, *more: str) -> list[str]:
+        settled = {"--template", "--bottleneck", "--prompt-length"}
+        words = options(place, output, "--start-from", str(start), "--max-steps", "2")
+        pairs = zip(words[::2], words[1::2], strict=True)
+        return [word for pair in pairs if pair[0] not in settled for word in pair] + list(more)
+
+    run(train.vqa, on(tmp_path / "tuned", trained, "--tuning-learning-rate", "0.01", "--bias-tuning"))
+    tuned = load_adapter(tmp_path / "tuned")
+    assert tuned.tuning is not None and tuned.tuning.abs().max() > 1e-3
+    run(train.vqa, on(tmp_path / "again", tmp_path / "tuned", "--tuning-learning-rate", "1e-9"))
+    again = load_adapter(tmp_path / "again")
+    assert again.tuning is not None and (again.tuning - tuned.tuning).abs().max() < 1e-6
+    run(
+        eval.vqa,
+        score(place, tmp_path / "again", "--data", str(place / "questions"), "--max-new-tokens", "4"),
+    )
+
+
 def test_an_adapter_for_text_learns_to_see(place: Path, tmp_path: Path) -> None:
     text = ["--output", str(tmp_path / "text"), "--data", str(TEXT), "--base", "tiny-base", "--weights"]
     text += [str(place / "weights"), "--validation-rows", "4", "--max-steps", "2", "--prompt-length", "3"]
@@ -329,6 +350,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(place: Path, tmp_pa
         (["--image-tokens", "2"], "image tokens: 2 given; choose 1, or one for each of the 3 prompts"),
         (["--bottleneck", "0"], "bottleneck: 0 given; choose 1 or more"),
         (["--projection-learning-rate", "0"], "projection-learning-rate is 0"),
+        (["--tuning-learning-rate", "-1"], "tuning-learning-rate is -1"),
         (["--image-root", "/nowhere"], "/nowhere/red-0.png: there is no such file"),
         (["--start-from", "nothing"], "no adapter 'nothing'"),
         (["--resume"], "no run to resume"),
@@ -338,6 +360,11 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(place: Path, tmp_pa
 def test_mistakes_are_told_and_leave_nothing(more: list[str], told: str, place: Path, tmp_path: Path) -> None:
     assert told in refusal(train.vqa, options(place, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rate_for_scales_and_biases_that_are_not_trained_is_refused(place: Path, tmp_path: Path) -> None:
+    words = options(place, tmp_path / "run", "--tuning-learning-rate", "0.1")
+    assert "give --bias-tuning as well" in refusal(train.vqa, words)
 
 
 def test_what_start_from_settles_cannot_be_given(place: Path, trained: Path, tmp_path: Path) -> None:

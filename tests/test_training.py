@@ -91,6 +91,18 @@ def test_the_gates_can_have_a_rate_of_their_own(tmp_path: Path) -> None:
     assert (after["prompts"] - before["prompts"]).abs().max() > 1e-3
 
 
+def test_scales_and_biases_can_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    small = trainer(tmp_path, max_steps=1, tuning_learning_rate=1e-9)
+    model = build_tiny_model(names=())
+    before = model.new_adapter("tiny", prompt_length=3, adapted_layers=2, bias_tuning=True, seed=1)
+    torch.nn.init.normal_(before.gates, generator=torch.Generator().manual_seed(1))
+    first = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    dataclasses.replace(small, model=model).run()
+    after = weights(tmp_path)
+    assert 0 < after["tuning"].abs().max() < 1e-6
+    assert (after["prompts"] - first["prompts"]).abs().max() > 1e-3
+
+
 def test_steps_are_counted_in_whole_epochs_unless_cut() -> None:
     assert SETTINGS.total_steps(9) == 15
     assert dataclasses.replace(SETTINGS, max_steps=7).total_steps(9) == 7

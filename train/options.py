@@ -39,6 +39,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--adapted-layers", type=int, metavar="L", help="topmost layers (default: N - N // 16)"
     )
     adapter.add_argument(
+        "--bias-tuning",
+        action="store_true",
+        help="train scales and biases of the layers' projections as well (LLaMA-Adapter V2); an adapter of "
+        "--start-from that has them keeps them",
+    )
+    adapter.add_argument(
         "--template",
         help="text format: alpaca, brief, chat or scienceqa (default: alpaca, or that of --start-from)",
     )
@@ -51,6 +57,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         ("learning_rate", float, "the peak itself, in place of that rule"),
         ("gate_learning_rate", float, "the gates' own peak (default: the prompts')"),
         ("projection_learning_rate", float, "that of the pictures' projection (default: the prompts')"),
+        ("tuning_learning_rate", float, "that of --bias-tuning (default: the prompts')"),
         ("weight_decay", float, "AdamW's"),
         ("max_grad_norm", float, "scale gradients down to this norm"),
         ("max_steps", int, "end the run, and its schedule, after so many steps"),
@@ -133,7 +140,7 @@ def load_model_to_train(
         # The whole of it may fit no accelerator: it goes there by shards, when the training begins.
         arguments = argparse.Namespace(**{**vars(arguments), "device": "cpu"})
     sizes = _given(arguments, "prompt_length", "adapted_layers")
-    settings = {**sizes, **_given(arguments, "template")}
+    settings = {**sizes, **_given(arguments, "template"), "bias_tuning": arguments.bias_tuning}
     sight = _given(arguments, "tower", "depths", "bottleneck", "image_tokens")
     images = list(dict.fromkeys(images))
     if sight and not arguments.images:
@@ -151,6 +158,9 @@ def load_model_to_train(
             raise UsageError(f"--{option} is settled by --start-from {arguments.start_from}; leave it out")
         inherited = {name: getattr(config, name) for name in ("prompt_length", "adapted_layers", "template")}
         settings = {**inherited, "vision": config.vision, **settings}
+        settings["bias_tuning"] |= bool(config.tuning_width)
+    if arguments.tuning_learning_rate is not None and not settings["bias_tuning"]:
+        raise UsageError("--tuning-learning-rate is for scales and biases; give --bias-tuning as well")
     features: dict[PictureFile, Tensor] = {}
     if images:
         if settings.get("vision") is None:
