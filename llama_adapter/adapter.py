@@ -19,18 +19,23 @@ from llama_adapter.config import AdapterConfig, VisionConfig
 class Projection(nn.Module):
     """A tower's features -> image tokens (paper, eq. 9): a bottleneck MLP on standardised features.
 
+    The hidden layer and each token are normalised, as in the authors' code, and each layer scales what it
+    adds to its prompts: without it a rate at which drawings are learnt sends the tokens of photos far off.
+
     Attributes:
         mean, scale: (F,), what `fit` found; not trained.
+        sizes: (L, D), what a layer multiplies the tokens by; None: they are not normalised.
     """
 
     mean: Tensor
     scale: Tensor
 
     def __init__(
-        self, vision: VisionConfig, hidden_size: int, generator: torch.Generator | None = None
+        self, vision: VisionConfig, layers: int, hidden_size: int, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         self.tokens = vision.image_tokens
+        self.sizes = nn.Parameter(torch.ones(layers, hidden_size)) if vision.normalised else None
         self.register_buffer("mean", torch.zeros(vision.feature_width))
         self.register_buffer("scale", torch.ones(vision.feature_width))
         self.down = nn.Linear(vision.feature_width, vision.bottleneck)
@@ -48,10 +53,17 @@ class Projection(nn.Module):
         self.scale.copy_(1 / features.std(0, correction=0).clamp_min(1e-2))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (N, F) -> image tokens (N, 1 or K, D)."""
-        hidden = F.gelu(self.down((features.to(self.mean) - self.mean) * self.scale))
-        tokens: Tensor = self.up(hidden).unflatten(-1, (self.tokens, -1))
-        return tokens
+        """Features (N, F) -> image tokens (N, 1 or K, D), the same for all layers."""
+        hidden = self._normalise(self.down((features.to(self.mean) - self.mean) * self.scale))
+        tokens: Tensor = self.up(F.gelu(hidden)).unflatten(-1, (self.tokens, -1))
+        return self._normalise(tokens)
+
+    def _normalise(self, values: Tensor) -> Tensor:
+        return values if self.sizes is None else F.layer_norm(values, values.shape[-1:])
+
+    def for_layers(self, tokens: Tensor) -> Tensor:
+        """Tokens (R, 1 or K, D) -> what each layer adds to its prompts, (R, 1 or L, 1 or K, D)."""
+        return tokens[:, None] if self.sizes is None else tokens[:, None] * self.sizes[:, None]
 
 
 class Adapter(nn.Module):
@@ -77,7 +89,7 @@ class Adapter(nn.Module):
             self.tuning = nn.Parameter(torch.zeros(layers, config.tuning_width))
         self.projection: Projection | None = None
         if config.vision is not None:
-            self.projection = Projection(config.vision, shape.hidden_size, generator)
+            self.projection = Projection(config.vision, layers, shape.hidden_size, generator)
 
     def forward(self, features: Tensor | None = None, owners: Tensor | None = None, rows: int = 1) -> Tensor:
         """The prompts of every adapted layer, (1, L, K, D), or with pictures (R, L, K, D).
@@ -98,4 +110,4 @@ class Adapter(nn.Module):
         counts = torch.bincount(owners, minlength=rows).clamp_min(1)
         shares = tokens / counts[owners, None, None]
         image = shares.new_zeros(rows, *shares.shape[1:]).index_add(0, owners, shares)
-        return prompts + image[:, None]
+        return prompts + self.projection.for_layers(image)

@@ -53,6 +53,8 @@ class VisionConfig:
         feature_width: F, the width of the concatenated features.
         bottleneck: width of the projection's hidden layer.
         image_tokens: 1, added to every prompt (eq. 10), or K, one for each, as in the authors' later code.
+        normalised: the projection normalises its hidden layer and its tokens, as in the authors' code, and
+            scales these by layer; False in adapters that were made before it did.
     """
 
     tower: str
@@ -61,6 +63,7 @@ class VisionConfig:
     feature_width: int
     bottleneck: int = 128
     image_tokens: int = 1
+    normalised: bool = True
 
     def __post_init__(self) -> None:
         for name in ("feature_width", "bottleneck", "image_tokens"):
@@ -134,7 +137,7 @@ class AdapterConfig:
             raise UsageError(f"{source}: 'shape' must be an object, found {type(shape).__name__}")
         values["shape"] = _build(DecoderShape, shape, source)
         if isinstance(vision := values.get("vision"), dict):
-            values["vision"] = _build(VisionConfig, vision, source)
+            values["vision"] = _build(VisionConfig, {"normalised": False, **vision}, source)
         config = _build(cls, values, source)
         if fingerprint != config.shape.fingerprint():
             raise UsageError(f"{source}: its base_fingerprint does not match its shape; the file was edited")
@@ -144,6 +147,7 @@ class AdapterConfig:
 _TYPES: dict[str, Any] = {
     "str": str,
     "int": int,
+    "bool": bool,
     "dict[str, Any]": dict,
     "tuple[int, ...]": list,
     "VisionConfig | None": (VisionConfig, type(None)),
@@ -160,7 +164,7 @@ def _build(cls: Any, values: dict[str, Any], source: str) -> Any:
         raise UsageError(f"{source}: {what}; expected {', '.join(sorted(fields))}")
     for name, value in values.items():
         expected = _TYPES.get(str(fields[name].type))
-        if expected and (not isinstance(value, expected) or isinstance(value, bool)):
+        if expected and (not isinstance(value, expected) or isinstance(value, bool) != (expected is bool)):
             kind = "an object or null" if isinstance(expected, tuple) else expected.__name__
             raise UsageError(f"{source}: {name!r} must be {kind}, found {value!r:.60}")
     try:

@@ -192,7 +192,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
 
         Its prompts start as noise of the size that each layer's attention reads from tokens. The paper's
         N(0, 1) is larger where norms make that small (three times in SmolLM2), and the softmax over such keys
-        settles on one prompt, which leaves the others with little gradient.
+        settles on one prompt, which leaves the others with little gradient. Image tokens start so, too.
 
         Args:
             prompt_length: K, prompts in each adapted layer.
@@ -219,6 +219,8 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         with torch.no_grad():
             sizes = torch.tensor(input_sizes(self.decoder)[-adapted_layers:])
             adapter.prompts.mul_(sizes[:, None, None])
+            if adapter.projection is not None and adapter.projection.sizes is not None:
+                adapter.projection.sizes.mul_(sizes[:, None])
         self.add_adapter(name, adapter)
         return adapter
 

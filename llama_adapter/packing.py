@@ -182,7 +182,7 @@ def answer_loss(
         use_cache=False,
         **kwargs,
     )
-    return F.cross_entropy(output.logits[0].float(), packed.targets, reduction=reduction)
+    return F.cross_entropy(output.logits.squeeze(0).float(), packed.targets, reduction=reduction)
 
 
 def deal(examples: Sequence[Example], processes: int) -> list[list[Example]]:

@@ -94,5 +94,5 @@ def _apply(number: int, projection: nn.Module, args: Any, output: Tensor) -> Ten
     if tuning is None:
         return output
     scale, bias = tuning[2 * number : 2 * number + 2]
-    rows = output.reshape(len(scale), -1, output.shape[-1])
-    return (torch.addcmul(rows, rows, scale) + bias).view_as(output)
+    rows = output if output.ndim == 3 else output.reshape(len(scale), -1, output.shape[-1])
+    return torch.addcmul(rows, rows, scale).add_(bias).view(output.shape)

@@ -43,9 +43,9 @@ def test_the_generator_decides_and_the_global_one_is_left_alone() -> None:
 # --- pictures -----------------------------------------------------------------------------------------------
 
 
-def build_seeing(*, image_tokens: int = 1, seed: int = 0) -> Adapter:
+def build_seeing(*, image_tokens: int = 1, normalised: bool = True, seed: int = 0) -> Adapter:
     """An adapter whose projection has seen features of every size."""
-    vision = replace(VISION, image_tokens=image_tokens)
+    vision = replace(VISION, image_tokens=image_tokens, normalised=normalised)
     adapter = Adapter(replace(CONFIG, vision=vision), torch.Generator().manual_seed(seed))
     assert adapter.projection is not None
     adapter.projection.fit(random_features(20) * torch.arange(1.0, 7.0) + 3)
@@ -72,16 +72,28 @@ def plain_image_tokens(projection: Projection, features: Tensor) -> list[list[fl
         rows = zip(weights[f"{name}.weight"], weights[f"{name}.bias"], strict=True)
         return [sum(w * x for w, x in zip(row, inputs, strict=True)) + bias for row, bias in rows]
 
-    flat = linear("up", [gelu(x) for x in linear("down", given)])
+    def normalise(inputs: list[float]) -> list[float]:
+        if "sizes" not in weights:
+            return inputs
+        mean = math.fsum(inputs) / len(inputs)
+        variance = math.fsum((x - mean) ** 2 for x in inputs) / len(inputs)
+        return [(x - mean) / math.sqrt(variance + 1e-5) for x in inputs]
+
+    flat = linear("up", [gelu(x) for x in normalise(linear("down", given))])
     width = len(flat) // projection.tokens
-    return [flat[start : start + width] for start in range(0, len(flat), width)]
+    return [normalise(flat[start : start + width]) for start in range(0, len(flat), width)]
 
 
 @pytest.mark.parametrize("image_tokens", [1, 10])
+@pytest.mark.parametrize("normalised", [True, False])
 @torch.no_grad()
-def test_a_picture_is_added_to_every_prompt_of_every_layer(image_tokens: int) -> None:
-    adapter = build_seeing(image_tokens=image_tokens)
+def test_a_picture_is_added_to_every_prompt_of_every_layer(image_tokens: int, normalised: bool) -> None:
+    adapter = build_seeing(image_tokens=image_tokens, normalised=normalised)
     assert adapter.projection is not None
+    sizes = torch.ones(6, 64)
+    if normalised:
+        assert adapter.projection.sizes is not None
+        sizes = adapter.projection.sizes.normal_(generator=torch.Generator().manual_seed(4))
     features, owners = random_features(4, seed=1), torch.tensor([2, 0, 2, 2])  # none for row 1
     prompts = adapter(features, owners, 3)
     assert prompts.shape == (3, 6, 10, 64)
@@ -93,7 +105,7 @@ def test_a_picture_is_added_to_every_prompt_of_every_layer(image_tokens: int) ->
             columns = zip(*(image[place] for image in own), strict=True)
             image = torch.tensor([math.fsum(column) / len(own) for column in columns] or 0.0)
             for layer in range(6):
-                expected = adapter.prompts[layer, k] + image
+                expected = adapter.prompts[layer, k] + sizes[layer] * image
                 torch.testing.assert_close(prompts[row, layer, k], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(prompts[1], adapter.prompts), "bit for bit"
 
@@ -128,6 +140,7 @@ def test_the_projection_standardises_what_it_was_fitted_to() -> None:
     assert {name for name, _ in adapter.named_parameters()} == {
         "prompts",
         "gates",
+        "projection.sizes",
         *(f"projection.{layer}.{kind}" for layer in ("down", "up") for kind in ("weight", "bias")),
     }
     assert set(adapter.state_dict()) - {name for name, _ in adapter.named_parameters()} == {

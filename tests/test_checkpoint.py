@@ -88,6 +88,7 @@ def test_an_adapter_that_sees_is_kept_with_its_projection(tmp_path: Path) -> Non
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
         "prompts": (6, 10, 64),
         "gates": (6, 4),
+        "projection.sizes": (6, 64),
         "projection.mean": (6,),
         "projection.scale": (6,),
         "projection.down.weight": (5, 6),

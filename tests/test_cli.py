@@ -79,8 +79,8 @@ def make_adapter(folder: Path, decoder: Any, *, base: str, seed: int = 1, **sett
     """An adapter whose gates are far from zero, and to which pictures say much."""
     model = LlamaAdapter(decoder, base=base)
     adapter = model.new_adapter("tiny", adapted_layers=2, seed=seed, **settings)
-    if adapter.projection is not None:
-        torch.nn.init.normal_(adapter.projection.up.weight, generator=torch.Generator().manual_seed(seed))
+    if adapter.projection is not None and adapter.projection.sizes is not None:
+        torch.nn.init.constant_(adapter.projection.sizes, 5)
     torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(seed))
     save_adapter(adapter, folder)
 
@@ -578,7 +578,7 @@ def test_info_tells_how_an_adapter_sees(weights: Path) -> None:
     assert sight is not None
     tower = f"tiny-tower ({sight.tower_fingerprint}), depths 1, 2: 32 features, 1 image token"
     assert f"pictures     by the tower {tower}\n" in invoke("info", SEEING).out
-    trainable = 2 * 10 * 32 + 2 * 4 + (32 + 1) * 5 + (5 + 1) * 32
+    trainable = 2 * 10 * 32 + 2 * 4 + (32 + 1) * 5 + (5 + 1) * 32 + 2 * 32
     assert f"{trainable:,} trainable" in invoke("info", SEEING).out
 
 

@@ -67,12 +67,20 @@ def test_how_it_sees_is_stored_as_this() -> None:
         "feature_width": 6,
         "bottleneck": 5,
         "image_tokens": 1,
+        "normalised": True,
     }
     assert json.loads(json.dumps(stored)) == stored
     assert AdapterConfig.from_dict(stored, "file") == SEEING
     assert AdapterConfig.from_dict({**stored, "vision": None}, "file") == CONFIG
     before = {name: value for name, value in stored.items() if name != "vision"}
     assert AdapterConfig.from_dict(before, "file") == CONFIG, "as adapters were stored that never saw"
+
+
+def test_a_projection_stored_before_there_were_norms_has_none() -> None:
+    stored = SEEING.to_dict()
+    del stored["vision"]["normalised"]
+    vision = AdapterConfig.from_dict(stored, "file").vision
+    assert vision is not None and vision == dataclasses.replace(VISION, normalised=False)
 
 
 def test_there_is_one_image_token_or_one_for_each_prompt() -> None:
@@ -155,6 +163,7 @@ def with_value(value: Any, *path: str) -> Callable[[dict[str, Any]], None]:
         (with_value([[1]], "vision", "depths"), "depths: [[1]] given"),
         (with_value(0, "vision", "feature_width"), "feature width: 0 given; choose 1 or more"),
         (with_value(0, "vision", "bottleneck"), "bottleneck: 0 given; choose 1 or more"),
+        (with_value(1, "vision", "normalised"), "'normalised' must be bool, found 1"),
         (with_value(-1, "vision", "image_tokens"), "image tokens: -1 given; choose 1 or more"),
         (with_value(4, "vision", "image_tokens"), "image tokens: 4 given; choose 1, or one for each"),
     ],

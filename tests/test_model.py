@@ -81,17 +81,20 @@ def test_adapters_are_chosen_by_name_for_good_or_for_one_call(model: LlamaAdapte
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "olmo2"])
 def test_new_prompts_are_noise_as_large_as_what_their_layers_read(family: str, dtype: torch.dtype) -> None:
     model = LlamaAdapter(build_tiny_decoder(family, dtype))
-    prompts = model.new_adapter("fresh", prompt_length=7, adapted_layers=2, seed=3).prompts
+    adapter = model.new_adapter("fresh", prompt_length=7, adapted_layers=2, vision=VISION, seed=3)
+    assert adapter.projection is not None and adapter.projection.sizes is not None
+    prompts, sizes = adapter.prompts, adapter.projection.sizes
     noise = Adapter(model.get_adapter("fresh").config, torch.Generator().manual_seed(3)).prompts
     assert prompts.dtype == torch.float32
     tokens = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(0))
     states = model.decoder.model(tokens, output_hidden_states=True).hidden_states
-    for layer, before, mine, drawn in zip((1, 2), states[1:3], prompts, noise, strict=True):
+    for layer, before, mine, drawn, image in zip((1, 2), states[1:3], prompts, noise, sizes, strict=True):
         # OLMo 2 has its norms behind the attention.
         read = before if family == "olmo2" else model.decoder.model.layers[layer].input_layernorm(before)
         size = float(read[:, 1:].float().pow(2).mean() ** 0.5)
         ratios = mine / drawn
         assert torch.allclose(ratios, torch.full_like(ratios, size), rtol=1e-5)
+        assert torch.allclose(image, torch.full_like(image, size), rtol=1e-5)
 
 
 def test_new_adapters_fit_a_decoder_that_is_partly_offloaded() -> None:

@@ -104,7 +104,7 @@ def test_it_learns_from_a_mix_that_the_adapter_remembers(trained: Path) -> None:
     # 30 questions less 4, 36 captions less 4 and half of 20 rows of text, in batches of 6, four times.
     measured = losses(trained)
     assert len(measured) == 4 * 12
-    assert sum(measured[-6:]) < 0.8 * sum(measured[:6])
+    assert sum(measured[-6:]) < 0.85 * sum(measured[:6])
     config = load_adapter(trained).config
     assert config.template == "brief" and config.base == "tiny-base"
     assert config.vision is not None
