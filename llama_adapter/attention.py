@@ -87,8 +87,9 @@ class LivePrompts:
         return self.prompts.unbind(1), self.gates.unbind(0)
 
     def tuning_of_layer(self, index: int) -> Tensor | None:
-        below = self.tuning is None or index < self.first_layer
-        return None if below else self._tuning_of_all_layers[index - self.first_layer]
+        if self.tuning is None or index < self.first_layer:
+            return None
+        return self._tuning_of_all_layers[index - self.first_layer]
 
     @cached_property
     def _tuning_of_all_layers(self) -> tuple[Tensor, ...]:

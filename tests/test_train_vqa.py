@@ -96,7 +96,8 @@ def trained(place: Path) -> Path:
     """An adapter that has seen questions, captions and text."""
     output = place / "trained"
     sources = ("--data", str(place / "captions"), "--data", f"{TEXT}=0.5")
-    run(train.vqa, options(place, output, *sources, "--epochs", "4", "--gate-learning-rate", "0.2"))
+    rates = ("--gate-learning-rate", "0.2", "--projection-learning-rate", "0.02")
+    run(train.vqa, options(place, output, *sources, "--epochs", "4", *rates))
     return output
 
 
@@ -104,7 +105,7 @@ def test_it_learns_from_a_mix_that_the_adapter_remembers(trained: Path) -> None:
     # 30 questions less 4, 36 captions less 4 and half of 20 rows of text, in batches of 6, four times.
     measured = losses(trained)
     assert len(measured) == 4 * 12
-    assert sum(measured[-6:]) < 0.85 * sum(measured[:6])
+    assert sum(measured[-6:]) < 0.8 * sum(measured[:6])
     config = load_adapter(trained).config
     assert config.template == "brief" and config.base == "tiny-base"
     assert config.vision is not None

@@ -83,6 +83,11 @@ def with_other_weights(model: LlamaAdapter, family: str) -> LlamaAdapter:
     return LlamaAdapter(decoder)
 
 
+def prompts_alone(model: LlamaAdapter) -> dict[str, Tensor]:
+    """The tuned adapter's prompts, projected, without its tuning."""
+    return {name: values for name, values in model.project("tuned").items() if name != "tuning"}
+
+
 # --- what it computes ---------------------------------------------------------------------------------------
 
 
@@ -91,7 +96,7 @@ def test_it_is_a_decoder_with_other_weights_and_the_prompts_of_the_frozen_ones(f
     model = tuned_model(family)
     tokens = torch.stack(random_rows(9, 9))
     reference = with_other_weights(model, family)
-    prompts = {name: values for name, values in model.project("tuned").items() if name != "tuning"}
+    prompts = prompts_alone(model)
     expected = logits(reference, tokens, NO_ADAPTER, **prompts)
     torch.testing.assert_close(logits(model, tokens, "tuned"), expected, rtol=1e-4, atol=1e-4)
     assert (expected - logits(model, tokens, NO_ADAPTER, **prompts)).abs().max() > 0.1
@@ -135,7 +140,7 @@ def test_projected_it_is_the_same_alone_and_beside_rows_without() -> None:
 def test_beams_and_an_assistant_have_it_too() -> None:
     model = tuned_model()
     reference = with_other_weights(model, "llama")
-    prompts = {name: values for name, values in model.project("tuned").items() if name != "tuning"}
+    prompts = prompts_alone(model)
     asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
     rows = torch.stack(random_rows(6, 6))
     beams = model.generate(rows, adapter="tuned", num_beams=3, **asked)
@@ -246,7 +251,7 @@ def test_its_gradient_is_that_of_the_other_weights() -> None:
     model = tuned_model()
     reference = with_other_weights(model, "llama")
     reference.decoder.requires_grad_(True)
-    prompts = {name: values for name, values in model.project("tuned").items() if name != "tuning"}
+    prompts = prompts_alone(model)
     answer_loss(reference, pack(EXAMPLES), adapter=NO_ADAPTER, **prompts).backward()
     expected = []
     for layer in (1, 2):
