@@ -140,6 +140,14 @@ def segment_positions(segments: tuple[Segment, ...]) -> Tensor:
     return torch.cat(counts)[None]
 
 
+def mask_of_segments(device: torch.device) -> Tensor:
+    """The attention mask to give beside segments, which stand in for it.
+
+    transformers takes one of four dimensions as it is, and so builds none.
+    """
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
 def layer_index(attention: nn.Module) -> int:
     return int(attention.layer_idx)  # type: ignore[arg-type]
 

@@ -98,8 +98,11 @@ def load_adapter(folder: str | Path) -> Adapter:
 
 
 def _build_adapter(config: AdapterConfig, state: dict[str, Tensor], source: str) -> Adapter:
-    with torch.device("meta"):  # no memory for a shape that the file does not bear out
-        adapter = Adapter(config)
+    try:
+        with torch.device("meta"):  # no memory for a shape that the file does not bear out
+            adapter = Adapter(config)
+    except (TypeError, RuntimeError):  # past what a tensor can have
+        raise UsageError(f"{source}: its config asks for sizes that no tensor has; copy it again") from None
     expected = adapter.state_dict()
     for name in sorted(set(expected) | set(state)):
         if name not in state:
@@ -178,6 +181,10 @@ def export_pth(adapter: Adapter, path: str | Path) -> None:
         )
     if adapter.tuning is not None:
         raise UsageError("the authors' layout has no room for scales and biases, which this adapter has")
+    if adapter.projection is not None:
+        raise UsageError(
+            "the authors' layout has no room for a projection of pictures, which this adapter has"
+        )
     state = {"adapter_query.weight": adapter.prompts.detach().flatten(0, 1).float().cpu().contiguous()}
     for layer in range(config.shape.num_layers):
         index = layer - config.first_layer

@@ -69,6 +69,8 @@ class VisionConfig:
         for name in ("feature_width", "bottleneck", "image_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', ' ')}: {getattr(self, name)} given; choose 1 or more")
+        if self.normalised and self.bottleneck == 1:
+            raise UsageError("bottleneck: 1 given; choose 2 or more, since one number normalised is always 0")
         if not self.depths or any(not isinstance(depth, int) or depth < 1 for depth in self.depths):
             raise UsageError(f"depths: {list(self.depths)} given; expected numbers from 1")
 

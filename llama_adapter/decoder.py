@@ -29,7 +29,17 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llama_adapter.attention import PREFIX, STOCK, compute_dtype, layer_index, project_prompts, register
+from llama_adapter.attention import (
+    PREFIX,
+    STOCK,
+    Segment,
+    compute_dtype,
+    layer_index,
+    mask_of_segments,
+    project_prompts,
+    register,
+    segment_positions,
+)
 from llama_adapter.config import DecoderShape
 from llama_adapter.errors import UsageError
 
@@ -135,6 +145,7 @@ def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
         decoder.set_attn_implementation(register(current))
         try:
             _refuse(decoder, *_probe(decoder.eval()))
+            _refuse(decoder, *_probe_packed(decoder))
         except BaseException:
             decoder.set_attn_implementation(current)
             decoder.train(was_training)
@@ -282,9 +293,7 @@ def _probe(decoder: PreTrainedModel) -> list[str]:
     if decoder.device.type == "meta":
         return []  # nothing to compute with: a shape is being looked at
     layers = attention_layers(decoder)
-    # Not a real token: the one that pads has an embedding of zeros, with which every comparison below holds.
-    embeddings: Any = decoder.get_input_embeddings().weight
-    token = torch.randn(1, 1, embeddings.shape[-1], generator=torch.Generator().manual_seed(0)).to(embeddings)
+    token = _random_embeddings(decoder, 1, 1)
     with _noting_inputs(layers) as hidden:
         probe = _Probe(hidden)
         try:
@@ -312,3 +321,38 @@ def _probe(decoder: PreTrainedModel) -> list[str]:
             if ours.shape != theirs.shape or not ((ours - theirs).abs().max() / scale) <= tolerance:
                 return [f"layer {index} computes its {name} in a way of its own"]
     return []
+
+
+@torch.no_grad()
+def _probe_packed(decoder: PreTrainedModel) -> list[str]:
+    """Two rows in one sequence must come out as they do apart.
+
+    They do not where tokens meet elsewhere than in attention (convolutions, state spaces), or where a family
+    has a mask of its own.
+    """
+    if decoder.device.type == "meta":
+        return []
+    rows = _random_embeddings(decoder, 2, 3)
+    segments = (Segment(0, 3), Segment(3, 6))
+    apart = decoder(inputs_embeds=rows, use_cache=False).logits
+    try:
+        packed = decoder(
+            inputs_embeds=rows.flatten(0, 1)[None],
+            attention_mask=mask_of_segments(decoder.device),
+            position_ids=segment_positions(segments).to(decoder.device),
+            segments=segments,
+            use_cache=False,
+        ).logits.view(apart.shape)
+    except UsageError:
+        return []  # such a decoder answers, and says as much when rows are packed to train it
+    tolerance = 1e-1 if apart.dtype.itemsize < 4 else 1e-3
+    if not ((packed - apart).abs().max() / apart.abs().max()) <= tolerance:
+        return ["its tokens meet elsewhere than in its attention, or it has a mask of its own"]
+    return []
+
+
+def _random_embeddings(decoder: PreTrainedModel, rows: int, tokens: int) -> Tensor:
+    """(B, T, D). No real tokens: the one that pads has an embedding of zeros, and all comparisons hold."""
+    embeddings: Any = decoder.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, tokens, embeddings.shape[-1], generator=generator).to(embeddings)

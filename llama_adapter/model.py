@@ -23,7 +23,14 @@ from transformers.utils.hub import PushToHubMixin
 
 from llama_adapter import locations
 from llama_adapter.adapter import Adapter
-from llama_adapter.attention import LivePrompts, ProjectedPrompts, Prompts, Segment, segment_positions
+from llama_adapter.attention import (
+    LivePrompts,
+    ProjectedPrompts,
+    Prompts,
+    Segment,
+    mask_of_segments,
+    segment_positions,
+)
 from llama_adapter.checkpoint import adapter_folder, load_adapter, read_config, save_adapter
 from llama_adapter.config import AdapterConfig, VisionConfig, default_adapted_layers
 from llama_adapter.decoder import (
@@ -334,8 +341,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         if segments is not None and position_ids is None:
             position_ids = segment_positions(segments).to(self.decoder.device)
         if segments is not None:
-            # A mask of four dimensions is taken as it is, so none is built; the segments stand in for it.
-            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.decoder.device)
+            attention_mask = mask_of_segments(self.decoder.device)
         prompts: Prompts | None
         if prompt_keys is not None and prompt_values is not None:
             if segments is not None and tuning is not None and len(tuning) > 1:

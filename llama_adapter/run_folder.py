@@ -55,7 +55,9 @@ class RunFolder:
         elif not record.exists():
             raise UsageError(f"{folder} holds no run to resume; leave --resume out to start one")
         else:
-            _compare(folder, json.loads(record.read_text(encoding="utf-8")), description)
+            before = json.loads(record.read_text(encoding="utf-8"))
+            for part, values in description.items():
+                _compare(folder, part, before.get(part, {}), values)
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
@@ -135,15 +137,17 @@ def _sealed(seal: Path) -> str | None:
         return None
 
 
-def _compare(folder: Path, before: dict[str, Any], now: dict[str, dict[str, Any]]) -> None:
-    for part, values in now.items():
-        for name, value in values.items():
-            old = before.get(part, {}).get(name)
-            if old != value:
-                raise UsageError(
-                    f"{folder} was started with {part} {name} = {old!r:.80}, now it is {value!r:.80}; "
-                    "resume with the same, or choose another --output"
-                )
+def _compare(folder: Path, part: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            _compare(folder, f"{part} {name}", old, new)
+        raise UsageError(
+            f"{folder} was started with {part} {name} = {old!r:.80}, now it is {new!r:.80}; "
+            "resume with the same, or choose another --output"
+        )
 
 
 def _step_of(line: str) -> float:

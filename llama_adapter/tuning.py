@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llama_adapter.attention import TUNING, compute_dtype, layer_index
+from llama_adapter.attention import TUNING, layer_index
 from llama_adapter.decoder import attention_layers
 from llama_adapter.errors import UsageError
 
@@ -84,14 +84,16 @@ def _enter(sizes: list[int], attention: nn.Module, args: Any, kwargs: dict[str, 
     prompts = kwargs.get("prompts")
     tuning = None if prompts is None else prompts.tuning_of_layer(layer_index(attention))
     if tuning is not None:
-        tuning = tuning.to(compute_dtype(attention))[:, None].split(sizes, dim=-1)
+        # Not the weights' dtype, which is another one in a quantised layer.
+        read: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        tuning = tuning.to(read.dtype)[:, None].split(sizes, dim=-1)
     TUNING.set(tuning)
 
 
-def _apply(number: int, projection: nn.Module, args: Any, output: Tensor) -> Tensor:
+def _apply(number: int, projection: nn.Module, args: Any, output: Any) -> Any:
     """(B, T, W), or (B * T, W) as some decoders have it, scaled and shifted."""
     tuning = TUNING.get()
-    if tuning is None:
+    if tuning is None or not isinstance(output, Tensor):  # some routers give more than a product
         return output
     scale, bias = tuning[2 * number : 2 * number + 2]
     rows = output if output.ndim == 3 else output.reshape(len(scale), -1, output.shape[-1])

@@ -109,6 +109,9 @@ def test_an_adapter_that_sees_is_kept_with_its_projection(tmp_path: Path) -> Non
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
     change_state(tmp_path, put("projection.mean", torch.zeros(6)))
     assert "its config says (5, 1000000000000)" in refusal(lambda: load_adapter(tmp_path))
+    for size in (10**18, 10**30):
+        (tmp_path / CONFIG_FILE).write_text(json.dumps({**config, "prompt_length": size}))
+        assert "asks for sizes that no tensor has" in refusal(lambda: load_adapter(tmp_path))
     (tmp_path / CONFIG_FILE).write_text(json.dumps({**config, "vision": None}))
     assert "'projection.down.bias' is not one of an adapter" in refusal(lambda: load_adapter(tmp_path))
 
@@ -349,3 +352,8 @@ def test_an_adapter_of_another_prompt_length_has_no_place_in_the_authors_layout(
     config = type(CONFIG)(base="base", shape=SHAPE, adapted_layers=6, prompt_length=5)
     message = refusal(lambda: export_pth(Adapter(config), tmp_path / "theirs.pth"))
     assert "this adapter has 5" in message and not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_sees_has_no_place_in_the_authors_layout(tmp_path: Path) -> None:
+    message = refusal(lambda: export_pth(Adapter(replace(CONFIG, vision=VISION)), tmp_path / "theirs.pth"))
+    assert "no room for a projection of pictures" in message and not list(tmp_path.iterdir())

@@ -164,6 +164,7 @@ def with_value(value: Any, *path: str) -> Callable[[dict[str, Any]], None]:
         (with_value(0, "vision", "feature_width"), "feature width: 0 given; choose 1 or more"),
         (with_value(0, "vision", "bottleneck"), "bottleneck: 0 given; choose 1 or more"),
         (with_value(1, "vision", "normalised"), "'normalised' must be bool, found 1"),
+        (with_value(1, "vision", "bottleneck"), "bottleneck: 1 given; choose 2 or more"),
         (with_value(-1, "vision", "image_tokens"), "image tokens: -1 given; choose 1 or more"),
         (with_value(4, "vision", "image_tokens"), "image tokens: 4 given; choose 1, or one for each"),
     ],

@@ -162,6 +162,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_v1_dense": ("computes its keys in a way of its own", {}),
     "diffllama": ("attends more than once", {}),
     "lfm2": ("3 layers but 1 attentions", {"layer_types": ["conv", "full_attention", "conv"]}),
+    "falcon_h1": ("meet elsewhere than in its attention", {}),  # a state space beside each attention
+    "doge": ("has a mask of its own", {}),
 }
 
 

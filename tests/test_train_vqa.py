@@ -340,7 +340,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(place: Path, tmp_pa
         (["--data", "rows.json=x"], "--data rows.json=x: 'x' is no weight; expected SOURCE=NUMBER"),
         (["--data", "rows.json="], "'' is no weight"),
         (["--text-of", "rows.json=x"], "--text-of rows.json=x: 'x' is no weight"),
-        (["--data", "rows.json=0"], "the weight is 0; expected a number above 0"),
+        (["--data", "rows.json=0"], "the weight is 0; expected one above 0 and below 1000"),
         (["--data", "rows.json=-1"], "the weight is -1"),
         (["--data", "rows.json=nan"], "the weight is nan"),
         (["--data", "rows.json=1e9"], "the weight is 1e+09"),

@@ -260,6 +260,20 @@ def test_a_resume_with_other_settings_or_data_is_refused(tmp_path: Path) -> None
         other.run(resume=True)
 
 
+def test_a_resume_of_another_adapter_is_refused_by_what_differs(tmp_path: Path) -> None:
+    def with_adapter(output: Path, **made: Any) -> Trainer:
+        model = build_tiny_model(names=())
+        model.new_adapter("tiny", **made)
+        return dataclasses.replace(trainer(output, max_steps=1), model=model)
+
+    with_adapter(tmp_path / "tuned", bias_tuning=True).run()
+    with pytest.raises(UsageError, match=r"adapter tuning_width = 448, now it is None; resume"):
+        with_adapter(tmp_path / "tuned").run(resume=True)
+    with_adapter(tmp_path / "sees", vision=VISION).run()
+    with pytest.raises(UsageError, match=r"adapter vision bottleneck = 5, now it is 6; resume"):
+        with_adapter(tmp_path / "sees", vision=dataclasses.replace(VISION, bottleneck=6)).run(resume=True)
+
+
 def test_a_step_without_a_finite_loss_is_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

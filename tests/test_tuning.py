@@ -178,6 +178,43 @@ def test_tokens_may_leave_their_rows_before_the_mlp() -> None:
         torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_a_router_that_gives_more_than_a_product_stays_as_it_is() -> None:
+    """As in Phi MoE: it gives the experts' weights and their numbers."""
+    model = LlamaAdapter(build_tiny_decoder("phimoe"), base="tiny-base")
+    tokens = torch.stack(random_rows(9, 9))
+    before = logits(model, tokens, NO_ADAPTER)
+    _stir(model.new_adapter("tuned", bias_tuning=True))
+    assert (logits(model, tokens, "tuned") - before).abs().max() > 0.1
+
+
+class EightBit(nn.Module):
+    """A projection as bitsandbytes has them: whole numbers, multiplied in bfloat16 whatever it reads."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.size = float(linear.weight.detach().abs().max()) / 127
+        self.register_buffer("weight", (linear.weight / self.size).round().to(torch.int8))
+
+    def forward(self, read: Tensor) -> Tensor:
+        weight = self.get_buffer("weight").bfloat16() * self.size
+        return (read.bfloat16() @ weight.T).to(read.dtype)
+
+
+def test_a_quantised_decoder_computes_in_its_own_dtype() -> None:
+    decoder = build_tiny_decoder(dtype=torch.bfloat16)
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, nn.Linear) and "layers" in name:
+            decoder.set_submodule(name, EightBit(module))
+    model = LlamaAdapter(decoder, base="tiny-base")
+    adapter = model.new_adapter("tuned", prompt_length=3, adapted_layers=2, bias_tuning=True, seed=5)
+    _stir(adapter)
+    tokens = torch.stack(random_rows(9, 9))
+    found, expected = logits(model, tokens, "tuned"), logits(tuned_model(), tokens, "tuned")
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_two_models_on_one_decoder_apply_it_once() -> None:
     model = tuned_model()
     tokens = torch.stack(random_rows(9, 9))
