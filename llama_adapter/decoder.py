@@ -145,7 +145,6 @@ def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
         decoder.set_attn_implementation(register(current))
         try:
             _refuse(decoder, *_probe(decoder.eval()))
-            _refuse(decoder, *_probe_packed(decoder))
         except BaseException:
             decoder.set_attn_implementation(current)
             decoder.train(was_training)
@@ -179,6 +178,12 @@ def attention_layers(decoder: PreTrainedModel) -> list[nn.Module]:
     return sorted(found, key=layer_index)
 
 
+def attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states, (B, T, D), among what an attention is called with."""
+    found: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return found
+
+
 @torch.no_grad()
 def input_sizes(decoder: PreTrainedModel) -> list[float]:
     """Root mean square of what each attention reads, by layer index, from 32 random tokens.
@@ -202,7 +207,7 @@ def _noting_inputs(layers: list[nn.Module]) -> Iterator[dict[int, Tensor]]:
     read: dict[int, Tensor] = {}
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read[layer_index(layer)] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        read[layer_index(layer)] = attention_input(args, kwargs)
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
@@ -288,10 +293,15 @@ class _Probe:
         return None
 
 
-@torch.no_grad()
 def _probe(decoder: PreTrainedModel) -> list[str]:
+    """What running it shows."""
     if decoder.device.type == "meta":
         return []  # nothing to compute with: a shape is being looked at
+    return _probe_prompts(decoder) or _probe_packed(decoder)
+
+
+@torch.no_grad()
+def _probe_prompts(decoder: PreTrainedModel) -> list[str]:
     layers = attention_layers(decoder)
     token = _random_embeddings(decoder, 1, 1)
     with _noting_inputs(layers) as hidden:
@@ -330,8 +340,6 @@ def _probe_packed(decoder: PreTrainedModel) -> list[str]:
     They do not where tokens meet elsewhere than in attention (convolutions, state spaces), or where a family
     has a mask of its own.
     """
-    if decoder.device.type == "meta":
-        return []
     rows = _random_embeddings(decoder, 2, 3)
     segments = (Segment(0, 3), Segment(3, 6))
     apart = decoder(inputs_embeds=rows, use_cache=False).logits

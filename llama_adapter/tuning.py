@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llama_adapter.attention import TUNING, layer_index
-from llama_adapter.decoder import attention_layers
+from llama_adapter.decoder import attention_input, attention_layers
 from llama_adapter.errors import UsageError
 
 _LISTENS = "_llama_adapter_listens"  # a decoder to which it was done
@@ -85,8 +85,7 @@ def _enter(sizes: list[int], attention: nn.Module, args: Any, kwargs: dict[str, 
     tuning = None if prompts is None else prompts.tuning_of_layer(layer_index(attention))
     if tuning is not None:
         # Not the weights' dtype, which is another one in a quantised layer.
-        read: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        tuning = tuning.to(read.dtype)[:, None].split(sizes, dim=-1)
+        tuning = tuning.to(attention_input(args, kwargs).dtype)[:, None].split(sizes, dim=-1)
     TUNING.set(tuning)
 
 
