@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from llama_adapter.attention import Segment
 from llama_adapter.data import IGNORED, Example, PictureFile
@@ -86,7 +86,7 @@ def pack(examples: Sequence[Example]) -> Pack:
             start = append(group[0].input_ids[:shared], 0, None, prompts)
             context = (start, start + shared)
         for place, example in zip(places, group, strict=True):
-            start = append(example.input_ids[shared:], shared, context, prompts)
+            start = append(example.input_ids[shared : _read(example)], shared, context, prompts)
             for index, label in enumerate(example.labels[shared + 1 :]):
                 if label != IGNORED:
                     predicting.append(start + index)
@@ -125,9 +125,14 @@ def _unlabelled(example: Example) -> int:
     return sum(1 for _ in takewhile(lambda label: label == IGNORED, example.labels))
 
 
+def _read(example: Example) -> int:
+    """How many tokens its predictions are made from: nothing reads the last labelled one."""
+    return max(index for index, label in enumerate(example.labels) if label != IGNORED)
+
+
 def _tokens(example: Example) -> int:
     """How many a row takes in a pack: of its rivals the answers alone, since they share its question."""
-    return len(example.input_ids) + sum(len(r.input_ids) - _unlabelled(r) for r in example.rivals)
+    return _read(example) + sum(_read(rival) + 1 - _unlabelled(rival) for rival in example.rivals)
 
 
 def _shared_opening(group: Sequence[Example]) -> int:
@@ -155,18 +160,40 @@ def split_by_tokens(examples: Sequence[Example], max_tokens: int) -> Iterator[li
         yield run
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Cross-entropy in nats, (N,), of targets, (N,), by logits, (N, V), which are overwritten.
+
+    Tokens by vocabulary is the largest array of a step, and torch's own loss makes three more of it. Here
+    the logits become likelihoods, and those their gradient: it can be had once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        targets = targets[:, None]
+        chosen, highest = logits.gather(1, targets), logits.amax(1, keepdim=True)
+        likelihoods = logits.sub_(highest).exp_()  # not yet divided by their sum
+        total = likelihoods.sum(1, keepdim=True)
+        ctx.save_for_backward(likelihoods, total, targets)
+        return (total.log() + highest - chosen).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        likelihoods, total, targets = ctx.saved_tensors
+        gradient = gradient[:, None]
+        return likelihoods.mul_(gradient / total).scatter_add_(1, targets, -gradient), None
+
+
 def answer_loss(
     model: Callable[..., Any],
     packed: Pack,
     *,
     features: Mapping[PictureFile, Tensor] | None = None,
-    reduction: str = "sum",
     **kwargs: Any,
 ) -> Tensor:
-    """Cross-entropy of the labelled tokens, in float32, summed or (N,); logits exist at those places only.
+    """Cross-entropy of each labelled token in nats, float32, (N,); logits exist at those places only.
 
     Args:
-        reduction: "sum", or "none" for each token's own.
         model: takes the arguments of `LlamaAdapter.forward`, ``kwargs`` among them.
         features: (F,) of each picture of the pack; None for rows without.
     """
@@ -182,7 +209,9 @@ def answer_loss(
         use_cache=False,
         **kwargs,
     )
-    return F.cross_entropy(output.logits.squeeze(0).float(), packed.targets, reduction=reduction)
+    logits = output.logits.squeeze(0).float()
+    losses: Tensor = CrossEntropy.apply(logits, packed.targets)
+    return losses
 
 
 def deal(examples: Sequence[Example], processes: int) -> list[list[Example]]:
@@ -213,7 +242,7 @@ def answer_losses(
     ``kwargs`` as in `answer_loss`.
     """
     packed = pack(examples).to(device)
-    each = answer_loss(model, packed, reduction="none", **kwargs)
+    each = answer_loss(model, packed, **kwargs)
     losses = each.new_zeros(len(examples)).index_add(0, packed.answers, each)
     return losses, torch.bincount(packed.answers, minlength=len(examples))
 

@@ -15,6 +15,7 @@ from llama_adapter.data import IGNORED, Example, PictureFile
 from llama_adapter.decoder import attention_layers, checkpoint_activations
 from llama_adapter.packing import (
     SHORTEST_OPENING,
+    CrossEntropy,
     accumulate_gradient,
     answer_loss,
     mean_answer_loss,
@@ -72,7 +73,7 @@ def test_equals_one_row_at_a_time(family: str) -> None:
     parameters = list(model.adapters["tiny"].parameters())
     packed = pack(EXAMPLES)
     # float64 in, float32 in the loss by design: compare at its precision
-    loss = answer_loss(model, packed)
+    loss = answer_loss(model, packed).sum()
     expected = loss_one_by_one(model, EXAMPLES)
     assert torch.allclose(loss.double(), expected, rtol=1e-6)
     for ours, theirs in zip(
@@ -90,7 +91,7 @@ def test_rows_with_other_pictures_equal_one_row_at_a_time(image_tokens: int) -> 
     features = {name: torch.randn(6, generator=generator, dtype=torch.float64) for name in (CAT, DOG)}
     packed = pack(SEEN)
     assert len(packed.pictures) == 3 and len({segment.prompts for segment in packed.segments}) == 3
-    loss = answer_loss(model, packed, features=features)
+    loss = answer_loss(model, packed, features=features).sum()
     expected = torch.zeros((), dtype=torch.float64)
     for row in SEEN:
         seen = torch.stack([features[name] for name in row.images]) if row.images else None
@@ -113,7 +114,7 @@ def test_gradient_checkpointing_computes_twice_and_gives_the_same(family: str) -
     for number, layer in enumerate(attention_layers(checkpointed.decoder)):
         assert isinstance(layer.o_proj, torch.nn.Module)
         layer.o_proj.register_forward_hook(lambda *_, number=number: calls.append(number))
-    losses = [answer_loss(model, pack(EXAMPLES)) for model in (plain, checkpointed)]
+    losses = [answer_loss(model, pack(EXAMPLES)).sum() for model in (plain, checkpointed)]
     assert torch.equal(*losses) and calls == [0, 1, 2]
     gradients = [
         torch.autograd.grad(loss, list(model.adapters["tiny"].parameters()))
@@ -141,7 +142,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
 
 def test_a_shared_opening_is_computed_once() -> None:
     packed = pack(EXAMPLES)
-    alone = sum(len(row.input_ids) for row in EXAMPLES)
+    alone = sum(len(row.input_ids) - 1 for row in EXAMPLES)
     assert packed.input_ids.shape[1] == alone - 2 * len(OPENING)
     assert sorted(set(packed.answers.tolist())) == [0, 1, 2, 3]
     contexts = [segment.context for segment in packed.segments]
@@ -171,7 +172,7 @@ def test_every_label_is_predicted_from_its_predecessor(examples: list[Example]) 
         assert positions[segment.start : segment.stop] == list(where)
         restored.append(row)
     for row in examples:
-        assert row.input_ids in restored
+        assert row.input_ids[:-1] in restored
 
 
 @given(st.lists(rows, max_size=12), st.integers(1, 60))
@@ -179,7 +180,7 @@ def test_splitting_loses_no_row_and_keeps_the_budget(examples: list[Example], bu
     runs = list(split_by_tokens(examples, budget))
     assert [row for run in runs for row in run] == examples
     for run in runs:
-        assert len(run) == 1 or sum(len(row.input_ids) for row in run) <= budget
+        assert len(run) == 1 or sum(len(row.input_ids) - 1 for row in run) <= budget
 
 
 def test_the_mean_is_over_all_tokens_of_all_rows() -> None:
@@ -191,6 +192,38 @@ def test_the_mean_is_over_all_tokens_of_all_rows() -> None:
     assert count == sum(label != IGNORED for row in EXAMPLES for label in row.labels)
     assert mean == pytest.approx(loss_one_by_one(model, EXAMPLES).item() / count, rel=1e-5)
     assert done[-1] == len(EXAMPLES)
+
+
+def test_what_follows_the_last_label_is_left_out() -> None:
+    cut = replace(EXAMPLES[1], labels=[IGNORED, IGNORED, IGNORED, 42, IGNORED])
+    assert pack([cut]).input_ids.tolist() == [[5, 6, 7]]
+
+
+@given(
+    st.lists(st.lists(st.floats(-200, 200, width=32), min_size=3, max_size=3), min_size=1, max_size=4),
+    st.data(),
+)
+def test_the_loss_and_its_gradient_are_those_of_torch(rows: list[list[float]], data: st.DataObject) -> None:
+    targets = torch.tensor([data.draw(st.integers(0, 2)) for _ in rows])
+    weights = torch.arange(1.0, len(rows) + 1)
+    leaf = torch.tensor(rows, requires_grad=True)
+    logits = leaf * 1
+    losses = CrossEntropy.apply(logits, targets)
+    gradient, reached = torch.autograd.grad(losses @ weights, (logits, leaf))
+    exact = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    (expected @ weights.double()).backward()
+    assert exact.grad is not None
+    assert torch.allclose(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(reached.double(), exact.grad, atol=1e-5)
+    assert gradient.data_ptr() == logits.data_ptr(), "an array of tokens by vocabulary was made"
+
+
+def test_the_losses_gradient_is_had_once() -> None:
+    loss = CrossEntropy.apply(torch.ones(1, 3, requires_grad=True) * 1, torch.tensor([1])).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 # --- losses -------------------------------------------------------------------------------------------------
@@ -255,6 +288,6 @@ def test_answers_to_one_question_share_all_of_it_among_others_with_the_same_open
         example([*OPENING, 30, 31], [42, 43, 2], 3),
     ]
     packed = pack(rows)
-    alone = sum(len(row.input_ids) for row in rows)
+    alone = sum(len(row.input_ids) - 1 for row in rows)
     assert packed.input_ids.shape[1] == alone - (len(OPENING) + 1), "all but the question's last token"
     assert packed.answers.tolist() == [0, 0, 2, 2, 2, 1, 1]

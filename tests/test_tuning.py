@@ -278,7 +278,7 @@ def _gradient(model: LlamaAdapter) -> Tensor:
     tuning = model.get_adapter("tuned").tuning
     assert tuning is not None
     tuning.grad = None
-    answer_loss(model, pack(EXAMPLES), adapter="tuned").backward()
+    answer_loss(model, pack(EXAMPLES), adapter="tuned").sum().backward()
     assert tuning.grad is not None
     return tuning.grad.clone()
 
@@ -289,7 +289,7 @@ def test_its_gradient_is_that_of_the_other_weights() -> None:
     reference = with_other_weights(model, "llama")
     reference.decoder.requires_grad_(True)
     prompts = prompts_alone(model)
-    answer_loss(reference, pack(EXAMPLES), adapter=NO_ADAPTER, **prompts).backward()
+    answer_loss(reference, pack(EXAMPLES), adapter=NO_ADAPTER, **prompts).sum().backward()
     expected = []
     for layer in (1, 2):
         ours, theirs = (
