@@ -22,16 +22,15 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import groupby
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from llama_adapter.errors import UsageError
+from llama_adapter.packed_attention import Segment, attend, attend_own_prompts, attend_packed
 
 PREFIX = "llama_adapter_"  # no "flash" and no "/" in it: transformers reads meaning into both
 STOCK = ("sdpa", "eager")  # the implementations that can be wrapped
@@ -117,37 +116,6 @@ class ProjectedPrompts:
         return self.tuning[:, index - self.first_layer]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Tokens start..stop of a packed sequence; they see themselves and, before that, their context.
-
-    The context is a segment of its own, given by its start and stop. ``prompts`` says which of the R sets of
-    prompts they read, where there are several.
-    """
-
-    start: int
-    stop: int
-    context: tuple[int, int] | None = None
-    prompts: int = 0
-
-
-def segment_positions(segments: tuple[Segment, ...]) -> Tensor:
-    """The position of every token of a packed sequence, (1, T): counted on from its context's end."""
-    counts = []
-    for segment in segments:
-        start = 0 if segment.context is None else segment.context[1] - segment.context[0]
-        counts.append(torch.arange(start, start + segment.stop - segment.start))
-    return torch.cat(counts)[None]
-
-
-def mask_of_segments(device: torch.device) -> Tensor:
-    """The attention mask to give beside segments, which stand in for it.
-
-    transformers takes one of four dimensions as it is, and so builds none.
-    """
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-
-
 def layer_index(attention: nn.Module) -> int:
     return int(attention.layer_idx)  # type: ignore[arg-type]
 
@@ -191,115 +159,6 @@ def compute_dtype(attention: nn.Module) -> torch.dtype:
     """The dtype in which the layer computes (a quantised projection's weight has another)."""
     weight = attention.k_proj.weight  # type: ignore[union-attr]
     return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()  # type: ignore[operator,return-value]
-
-
-def attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    scaling: float | None,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Softmax attention, (B, H, T, d); ``softcap`` bounds the scores as Gemma 2 does, which sdpa cannot."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
-    scores = query @ keys.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = scores.new_ones((), dtype=torch.bool)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return weights.masked_fill(~mask, 0) @ values  # a row that sees nothing gets zeros, as from sdpa
-
-
-def attend_packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: tuple[Segment, ...],
-    *,
-    scaling: float | None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-) -> Tensor:
-    """Causal attention of several rows packed in one sequence: a row sees itself and its context only.
-
-    One call a row instead of one (T, T) mask: the work grows with the rows' lengths, not with their sum
-    squared.
-
-    Args:
-        query: (1, H, T, d). key, value: (1, G, T, d).
-        segments: what each stretch of the sequence sees; together they cover it in order.
-        sliding_window: how many tokens back a layer sees, where the family limits it.
-    """
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    # Cut once: one slice has a gradient as long as the whole sequence, and all parts together have no more.
-    lengths = [segment.stop - segment.start for segment in segments]
-    queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
-    place = {(segment.start, segment.stop): index for index, segment in enumerate(segments)}
-    mask_dtype = query.dtype if softcap is None else torch.bool
-    outputs = []
-    for index, segment in enumerate(segments):
-        seen = [index] if segment.context is None else [place[segment.context], index]
-        mask = _visible(
-            lengths[index], sum(lengths[i] for i in seen), sliding_window, mask_dtype, query.device
-        )
-        outputs.append(
-            attend(
-                queries[index],
-                torch.cat([keys[i] for i in seen], dim=2),
-                torch.cat([values[i] for i in seen], dim=2),
-                scaling=scaling,
-                mask=mask,
-                softcap=softcap,
-            )
-        )
-    return torch.cat(outputs, dim=2)
-
-
-def _attend_own_prompts(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    segments: tuple[Segment, ...],
-    *,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
-    """What each stretch of a packed sequence reads from its own prompts: (1, H, T, d) from (R, H, K, d)."""
-    runs = [(row, list(run)) for row, run in groupby(segments, key=lambda segment: segment.prompts)]
-    queries = query.split([run[-1].stop - run[0].start for _, run in runs], dim=2)
-    parts = [
-        attend(part, keys[row : row + 1], values[row : row + 1], scaling=scaling, softcap=softcap)
-        for part, (row, _) in zip(queries, runs, strict=True)
-    ]
-    return torch.cat(parts, dim=2)
-
-
-def _visible(length: int, seen: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(length, seen): the last ``length`` tokens of ``seen`` see themselves and what is before them.
-
-    As bool, or in a floating dtype as what is added to the scores: sdpa would make that of a bool anew in
-    every layer, and keep each for the backward pass.
-    """
-    size = max(256, 1 << seen.bit_length())
-    first = size - (seen - length)
-    return _visible_by_distance(size, window, dtype, device)[:length, first : first + seen]
-
-
-@lru_cache(maxsize=8)  # every row of every layer takes its part of the same
-def _visible_by_distance(size: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(size, 2 size): token i sees place j where j - i <= size (and > size - window)."""
-    with torch.inference_mode(False):  # or training could not use what an evaluation has made
-        seen = torch.ones(size, 2 * size, dtype=torch.bool, device=device).tril(size)
-        if window is not None:
-            seen = seen.triu(size - window + 1)
-        if dtype == torch.bool:
-            return seen
-        return torch.zeros(size, 2 * size, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
 
 
 def gated_attention(
@@ -355,7 +214,7 @@ def gated_attention(
         mask = None if prompts.mask is None else prompts.mask[:, None, None]
         gated = attend(query, keys, values, scaling=scaling, mask=mask, softcap=softcap)
     else:
-        gated = _attend_own_prompts(query, keys, values, segments, scaling=scaling, softcap=softcap)
+        gated = attend_own_prompts(query, keys, values, segments, scaling=scaling, softcap=softcap)
     gated = gated.transpose(1, 2)
     if observe is not None:
         observe(layer_index(module), output, gated)

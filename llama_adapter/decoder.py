@@ -32,16 +32,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llama_adapter.attention import (
     PREFIX,
     STOCK,
-    Segment,
     compute_dtype,
     layer_index,
-    mask_of_segments,
     project_prompts,
     register,
-    segment_positions,
 )
 from llama_adapter.config import DecoderShape
 from llama_adapter.errors import UsageError
+from llama_adapter.packed_attention import Segment, mask_of_segments, segment_positions
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -27,9 +27,6 @@ from llama_adapter.attention import (
     LivePrompts,
     ProjectedPrompts,
     Prompts,
-    Segment,
-    mask_of_segments,
-    segment_positions,
 )
 from llama_adapter.checkpoint import adapter_folder, load_adapter, read_config, save_adapter
 from llama_adapter.config import AdapterConfig, VisionConfig, default_adapted_layers
@@ -45,6 +42,7 @@ from llama_adapter.decoder import (
 )
 from llama_adapter.errors import UsageError
 from llama_adapter.generate import Answer, Request, stream_tokens
+from llama_adapter.packed_attention import Segment, mask_of_segments, segment_positions
 from llama_adapter.pictures import Picture, open_picture
 from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, encode_question, end_token_ids, question_turn, stop_strings

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llama_adapter.attention import Segment
 from llama_adapter.data import IGNORED, Example, PictureFile
+from llama_adapter.packed_attention import Segment
 from llama_adapter.processes import Processes
 
 SHORTEST_OPENING = 16  # tokens; a shorter one is not worth a stretch of its own

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from llama_adapter import packed_attention
 from llama_adapter.attention import (
     PREFIX,
     LivePrompts,
     ProjectedPrompts,
-    Segment,
-    attend,
-    attend_packed,
     gated_attention,
     project_prompts,
     register,
-    segment_positions,
 )
 from llama_adapter.decoder import attention_layers
 from llama_adapter.errors import UsageError
 from llama_adapter.model import LlamaAdapter
+from llama_adapter.packed_attention import Segment, attend, attend_packed, segment_positions
 from tests.reference import gated_heads, plain_llama_logits, read, use_exact_norms
 from tests.tiny_models import build_tiny_model, padded, random_rows
 
@@ -220,9 +221,21 @@ class FixedPrompts:
 PACKED = (Segment(0, 3), Segment(3, 8, context=(0, 3)), Segment(8, 12, context=(0, 3)), Segment(12, 18))
 
 
-@pytest.mark.parametrize("window", [None, 4], ids=["full", "sliding"])
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 0.7])
-def test_packed_rows_read_what_they_would_alone(window: int | None, softcap: float | None) -> None:
+@pytest.mark.parametrize(("call_in_pairs", "calls"), [(0, 4), (40, 3), (10**6, 1)])
+def test_packed_rows_read_what_they_would_alone(
+    window: int | None,
+    softcap: float | None,
+    call_in_pairs: int,
+    calls: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed_attention, "CALL_IN_PAIRS_CPU", call_in_pairs)
+    monkeypatch.setattr(
+        packed_attention, "calls_of", packed_attention.calls_of.__wrapped__
+    )  # without its cache
+    assert len(packed_attention.calls_of(PACKED, window, torch.bool, torch.device("cpu"))) == calls
     query, key, value = random_tensors((1, 4, 18, 8), (1, 2, 18, 8), (1, 2, 18, 8))
     packed = attend_packed(query, key, value, PACKED, scaling=0.5, softcap=softcap, sliding_window=window)
     for segment in PACKED:
@@ -231,6 +244,27 @@ def test_packed_rows_read_what_they_would_alone(window: int | None, softcap: flo
         q, k, v = (t[0][:, places] for t in (query, key, value))
         alone = gated_heads(q, k, v, None, None, None, scale=0.5, softcap=softcap, window=window)
         torch.testing.assert_close(packed[0, :, segment.start : segment.stop], alone[:, len(context) :])
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=12), st.integers(0, 2000))
+def test_rows_share_a_call_while_little_is_computed_in_vain(
+    drawn: list[tuple[int, bool]], call_in_pairs: int
+) -> None:
+    lengths = [length for length, _ in drawn]
+    context = [0 if shares else index for index, (_, shares) in enumerate(drawn)]
+    calls = list(packed_attention.groups(lengths, context, call_in_pairs))
+    assert [index for together in calls for index in together] == list(range(len(lengths)))
+
+    def pairs(together: list[int]) -> int:
+        seen = {*together, *(context[index] for index in together)}
+        return sum(lengths[index] for index in together) * sum(lengths[index] for index in seen)
+
+    def in_vain(together: list[int]) -> int:
+        return pairs(together) - sum(pairs([index]) for index in together)
+
+    for together, following in itertools.pairwise([*calls, []]):
+        assert in_vain(together) <= call_in_pairs
+        assert not following or in_vain([*together, following[0]]) > call_in_pairs
 
 
 def test_the_positions_of_packed_rows_start_where_their_context_ends() -> None:

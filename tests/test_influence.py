@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_adapter.attention import attend
 from llama_adapter.decoder import attention_layers
 from llama_adapter.errors import UsageError
 from llama_adapter.influence import effective_gates, measure_influence
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.packed_attention import attend
 from llama_adapter.template import Turn, encode_dialogues
 from tests.scripted import open_eyes
 from tests.tiny import build_tiny_tokenizer

@@ -25,10 +25,10 @@ from transformers.utils import hub as transformers_hub
 
 from llama_adapter import checkpoint, vision
 from llama_adapter.adapter import Adapter
-from llama_adapter.attention import Segment
 from llama_adapter.decoder import attention_layers
 from llama_adapter.errors import UsageError
 from llama_adapter.model import LlamaAdapter
+from llama_adapter.packed_attention import Segment
 from llama_adapter.sampling import Sampling
 from llama_adapter.template import Turn, encode_question
 from tests.reference import plain_llama_logits
