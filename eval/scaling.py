@@ -20,7 +20,7 @@ from llama_adapter.errors import UsageError, run_command
 EPOCHS, ROWS = 5, 52_002  # the paper's training
 BATCH = 64
 # Of such a batch of Alpaca, packed: tokens and labelled tokens, by --data alpaca_data.json --batch-size 64.
-TOKENS, LABELLED = 5469, 3734
+TOKENS, LABELLED = 5405, 3734
 COUNTED_ROWS, ROW_TOKENS = 4000, 512
 
 
@@ -129,7 +129,8 @@ class Plan:
             parts["gathered layers"] = 2 * (2 * shape.layer_parameters + shape.head_parameters)
         parts["adapter, its gradient and AdamW"] = 16.0 * self.trained
         parts["activations"] = activations
-        parts["logits, float32, and their gradient"] = 3 * 4 * self.labelled * shape.vocabulary
+        # Two bytes as the decoder gives them, four as the loss takes them, overwritten by their gradient.
+        parts["logits and their gradient"] = 6 * self.labelled * shape.vocabulary
         return parts
 
     def traffic(self) -> dict[str, float]:

@@ -170,11 +170,12 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         targets = targets[:, None]
-        chosen, highest = logits.gather(1, targets), logits.amax(1, keepdim=True)
+        highest = logits.amax(1, keepdim=True)
+        below = highest - logits.gather(1, targets)  # first, or small losses would drown in rounding
         likelihoods = logits.sub_(highest).exp_()  # not yet divided by their sum
         total = likelihoods.sum(1, keepdim=True)
         ctx.save_for_backward(likelihoods, total, targets)
-        return (total.log() + highest - chosen).squeeze(1)
+        return (total.log() + below).squeeze(1)
 
     @staticmethod
     @once_differentiable

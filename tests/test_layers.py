@@ -13,8 +13,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 # Within a row the order counts: a module may also import those named before it in its row.
 ROWS = (
     (
-        *("errors", "files", "catalogue", "locations", "config", "sampling", "template", "attention"),
-        *("pictures", "rows", "scoring", "progress", "processes"),
+        *("errors", "files", "catalogue", "locations", "config", "sampling", "template"),
+        *("packed_attention", "attention", "pictures", "rows", "scoring", "progress", "processes"),
     ),
     ("adapter", "decoder", "data", "tuning", "packing", "fetch", "generate", "vision", "features"),
     ("checkpoint", "scienceqa", "batching", "teacher"),

@@ -219,6 +219,12 @@ def test_the_loss_and_its_gradient_are_those_of_torch(rows: list[list[float]], d
     assert gradient.data_ptr() == logits.data_ptr(), "an array of tokens by vocabulary was made"
 
 
+def test_a_small_loss_keeps_its_digits() -> None:
+    logits = torch.tensor([[200.0, 190.0]])
+    expected = F.cross_entropy(logits.double(), torch.tensor([0])).item()
+    assert CrossEntropy.apply(logits, torch.tensor([0])).item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_losses_gradient_is_had_once() -> None:
     loss = CrossEntropy.apply(torch.ones(1, 3, requires_grad=True) * 1, torch.tensor([1])).sum()
     loss.backward(retain_graph=True)

@@ -104,8 +104,8 @@ def test_the_work_of_a_step_is_counted_from_the_shape() -> None:
     rows = [Example([5, 6, 7, 8], [-100, -100, 7, 8], (), 1), Example([9] * 7, [-100] + [9] * 6, (), 2)]
     work = work_of(rows, decoder, 3)
     layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48
-    assert work.by_rule == 4 * 11 * (4 * layer + 64 * 32)
-    assert work.needed == 2 * 11 * layer * 7 + 4 * 8 * 64 * 32
+    assert work.by_rule == 4 * 9 * (4 * layer + 64 * 32)
+    assert work.needed == 2 * 9 * layer * 7 + 4 * 8 * 64 * 32
     with FlopCounterMode(display=False) as counted:
         accumulate_gradient(model, rows, device=decoder.device, max_tokens=99)
     # The prompts' projections and attention come on top; the lowest adapted layer's inputs need no gradient.
