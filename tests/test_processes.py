@@ -75,7 +75,7 @@ def test_one_process_has_nobody_to_talk_to() -> None:
         pass
 
 
-lengths = st.lists(st.integers(1, 600), min_size=1, max_size=40)
+lengths = st.lists(st.integers(2, 600), min_size=1, max_size=40)
 
 
 @given(lengths, st.integers(1, 9))
@@ -84,7 +84,7 @@ def test_no_row_is_lost_or_dealt_twice(lengths: list[int], processes: int) -> No
     shares = deal(rows, processes)
     assert len(shares) == processes
     assert sorted(row.row for share in shares for row in share) == list(range(len(rows)))
-    tokens = [sum(len(row.input_ids) for row in share) for share in shares]
+    tokens = [sum(len(row.input_ids) - 1 for row in share) for share in shares]  # nothing reads the last
     assert max(tokens) - min(tokens) <= max(lengths), "the work is even"
 
 
