@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # How many pairs of a query and a key a head computes in the time of one more call and its backward pass.
-# Measured on a CPU (docs/engine.md); of an accelerator it is arithmetic: some 0.1 ms at 2,500 a microsecond.
-CALL_IN_PAIRS_CPU, CALL_IN_PAIRS = 1_500, 250_000
+# The first as tried on a CPU (docs/engine.md), for other devices and for softcap too, which keeps all scores;
+# the second is arithmetic: some 0.1 ms at an H100's 2,500 pairs a microsecond.
+CALL_IN_PAIRS_CPU, CALL_IN_PAIRS_CUDA = 1_500, 250_000
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,11 @@ def calls_of(
         index if segment.context is None else place[segment.context] for index, segment in enumerate(segments)
     ]
     lengths = [segment.stop - segment.start for segment in segments]
-    most_waste = CALL_IN_PAIRS_CPU if device.type == "cpu" else CALL_IN_PAIRS
-    positions = segment_positions(segments)[0]
-    segment_of = torch.arange(len(segments)).repeat_interleave(torch.tensor(lengths))
+    most_waste = CALL_IN_PAIRS_CUDA if device.type == "cuda" and dtype != torch.bool else CALL_IN_PAIRS_CPU
+    positions = segment_positions(segments)[0].int()
+    segment_of = torch.arange(len(segments)).repeat_interleave(
+        torch.tensor(lengths), output_size=sum(lengths)
+    )
     context_of = torch.tensor(context)[segment_of]
     tokens = torch.arange(len(positions)).split(lengths)
     calls = []
@@ -171,7 +174,10 @@ def calls_of(
             if window is not None:
                 sees &= distance < window
             if dtype != torch.bool:
-                sees = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, -torch.inf)
+                # CUDA's sdpa copies, in each layer, a mask whose rows do not start at multiples of 8.
+                width = -(-sees.shape[1] // 8) * 8
+                added = torch.zeros(sees.shape[0], width, dtype=dtype, device=device)[:, : sees.shape[1]]
+                sees = added.masked_fill_(~sees.to(device), -torch.inf)
             calls.append(_Call(tuple(seen), sees.to(device)))
     return tuple(calls)
 

@@ -218,10 +218,11 @@ def test_an_answer_grows_and_stops_at_once(page: Page, model: ScriptedModel) -> 
     playwright.expect(_answer(page)).to_contain_text("10 11 12")
     assert _answer(page).inner_text().startswith(first.strip())
     _stop(page)
-    said, made = _answer(page).inner_text(), model.made
+    said, made = _answer(page).inner_text().split(), model.made
     time.sleep(0.5)
     assert model.made <= made + 2
-    assert _answer(page).inner_text() == said
+    shown = _answer(page).inner_text().split()  # what was on its way may still have come
+    assert shown[: len(said)] == said and len(shown) <= len(said) + 2
 
 
 def test_a_closed_tab_stops_the_work(browser: Browser, address: str, model: ScriptedModel) -> None:
