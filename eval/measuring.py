@@ -76,6 +76,12 @@ def ratio(times: Sequence[float], to: Sequence[float]) -> float:
     return statistics.median(_ratios(times, to))
 
 
+def quartiles(times: Sequence[float], to: Sequence[float]) -> list[float]:
+    """The lower quartile, the median and the upper quartile of the rounds' ratios."""
+    ratios = _ratios(times, to)
+    return statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+
+
 def _ratios(times: Sequence[float], to: Sequence[float]) -> list[float]:
     return [time / other for time, other in zip(times, to, strict=True)]
 
@@ -87,8 +93,7 @@ def show(what: str, times: Mapping[str, Sequence[float]]) -> None:
     for name, values in times.items():
         line = f"  {name:<32} {1000 * statistics.median(values):>10.2f}"
         if name != first:
-            ratios = _ratios(values, times[first])
-            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            low, middle, high = quartiles(values, times[first])
             line += f"  {middle:>16.3f}  {f'{low:.3f} to {high:.3f}':>26}"
         print(line)
 

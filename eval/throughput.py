@@ -8,12 +8,13 @@ decoding: a token, the first token, a forward pass and transformers' generate(),
 --json writes {"decode_vs_base", "forward_vs_base", "tokens_per_second"}: the first two are the time with the
 adapter divided by the bare base's (1.03 is 3 % slower), the last is the adapter's.
 
-training: an optimiser step on the same rows, packed as train.* does it and padded to the longest row; with
---peers also PEFT's AdaptionPrompt padded to the longest row and to 512 tokens, as the paper's authors pad.
+training: an optimiser step on the same rows, packed as train.* does it, in turn with one padded to the
+longest row; with --peers also with PEFT's AdaptionPrompt padded to the longest row and to 512 tokens, as the
+paper's authors pad, and with packed steps that use gradient checkpointing. Each in a process of its own.
 --json writes {"rows_per_second"} and with --peers also {"training_vs_peft", "training_vs_pad512",
 "training_vs_peft_processor", "training_vs_pad512_processor", "loss_difference", "training_memory_vs_peft",
 "training_memory_mb", "checkpointed_memory_vs_peft"}: how many times more rows a second, the same by processor
-time (for a machine that has other work), how far any two losses of a step lay apart, and the peak memory
+time (for a machine that has other work), how far two losses of a step lay apart at most, and the peak memory
 above the frozen weights (packed, divided by PEFT's padded to the longest).
 
 gpu (never part of all): a training step of LLaMA-7B's shape with random weights, on rows of Alpaca's lengths.
@@ -49,11 +50,11 @@ from typing import TYPE_CHECKING, Any
 
 from eval.examining import scienceqa
 from eval.gpu import gpu
-from eval.measuring import alternate, ratio, rows_to_train_on, seconds_of, show
+from eval.measuring import alternate, ratio, seconds_of, show
 from eval.serving import serving
 from eval.starting import demo
-from eval.training_memory import training_memory
-from eval.ways_to_train import PEFT, PEFT_512, WayToTrain, build_peft, ways_to_train
+from eval.training import training
+from eval.ways_to_train import build_peft
 from llama_adapter.arguments import (
     Parser,
     add_json_option,
@@ -247,65 +248,6 @@ def _photo() -> bytes:
     file = io.BytesIO()
     Image.effect_noise(PHOTO_SIZE, 60).convert("RGB").save(file, "JPEG")
     return file.getvalue()
-
-
-# --- training -----------------------------------------------------------------------------------------------
-
-
-def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]:
-    """Optimiser steps on the same rows by different means; each means trains an adapter of its own."""
-    from llama_adapter.training import TrainingSettings
-
-    device, size = model.decoder.device, arguments.batch_size
-    settings = TrainingSettings(batch_size=size)
-    examples = rows_to_train_on(model, arguments, count=size * (arguments.steps + 1))
-    batches = [examples[start : start + size] for start in range(0, len(examples), size)]
-    losses: dict[str, list[float]] = {}
-    processor: dict[str, list[float]] = {}  # seconds, which other processes' work leaves as they are
-
-    def learner(label: str, way: WayToTrain) -> Callable[[int], float]:
-        optimizer = way.optimizer(settings)
-        losses[label], processor[label] = [], []
-
-        def step(number: int) -> float:
-            started = time.process_time()
-
-            def work() -> None:
-                losses[label].append(way.gradient(batches[number]))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-            seconds = seconds_of(work, device)
-            processor[label].append(time.process_time() - started)
-            return seconds
-
-        return step
-
-    ways = ways_to_train(model, peers=arguments.peers)
-    times = alternate({label: learner(label, way) for label, way in ways.items()}, rounds=arguments.steps)
-    show(f"a training step of {size} rows", times)
-    rates = {label: size * arguments.steps / sum(values) for label, values in times.items()}
-    print()
-    for label, rate in rates.items():
-        apart = max(abs(a - b) for a, b in zip(losses[label], losses["packed"], strict=True))
-        seconds = statistics.median(processor[label][1:])
-        print(
-            f"  {label:<24} {rate:7.3f} rows/s {seconds:8.2f} processor seconds a step   "
-            f"losses within {apart:.1e} of packed ones"
-        )
-    figures = {"rows_per_second": rates["packed"]}
-    if arguments.peers:
-        # Each round has rows of other lengths: an epoch takes the sum of them, which no median shows.
-        for name, peer in (("training_vs_peft", PEFT), ("training_vs_pad512", PEFT_512)):
-            figures[name] = rates["packed"] / rates[peer]
-            figures[f"{name}_processor"] = sum(processor[peer][1:]) / sum(processor["packed"][1:])
-        figures["loss_difference"] = max(
-            abs(value - losses["packed"][number])
-            for label in ways
-            for number, value in enumerate(losses[label])
-        )
-        figures |= training_memory(arguments, device)
-    return figures
 
 
 if __name__ == "__main__":

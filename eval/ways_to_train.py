@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # slow to import
     from llama_adapter.model import LlamaAdapter
     from llama_adapter.training import TrainingSettings
 
+PACKED, CHECKPOINTED, PADDED = "packed", "packed, gradient checkpointing", "padded"
 PEFT, PEFT_512 = "PEFT, padded", f"PEFT, padded to {ROW_TOKENS}"
 
 
@@ -41,16 +42,18 @@ class WayToTrain:
         )
 
 
-def ways_to_train(model: LlamaAdapter, *, peers: bool) -> dict[str, WayToTrain]:
-    """Untrained adapters that start alike, each with its own way to a gradient."""
+def way_to_train(model: LlamaAdapter, label: str) -> WayToTrain:
+    """An untrained adapter, the same for every label, and the label's way to its gradient."""
+    from llama_adapter.decoder import checkpoint_activations
     from llama_adapter.packing import accumulate_gradient
     from llama_adapter.training import TrainingSettings
 
-    device = model.decoder.device
+    device, name = model.decoder.device, "untrained"
+    adapter = model.new_adapter(name, seed=0)
 
     def packed(batch: Sequence[Example]) -> float:
         return accumulate_gradient(
-            model, batch, device=device, max_tokens=TrainingSettings().max_tokens, adapter="packed"
+            model, batch, device=device, max_tokens=TrainingSettings().max_tokens, adapter=name
         )
 
     def padded(
@@ -63,17 +66,14 @@ def ways_to_train(model: LlamaAdapter, *, peers: bool) -> dict[str, WayToTrain]:
 
         return gradient
 
-    untrained = {name: list(model.new_adapter(name, seed=0).parameters()) for name in ("packed", "padded")}
-    ways = {
-        "packed": WayToTrain(untrained["packed"], packed),
-        "padded": WayToTrain(untrained["padded"], padded(partial(model, adapter="padded"))),
-    }
-    if peers:
-        for label, length in ((PEFT, None), (PEFT_512, ROW_TOKENS)):
-            peer = build_peft(model, like="packed")
-            trainable = [parameter for parameter in peer.parameters() if parameter.requires_grad]
-            ways[label] = WayToTrain(trainable, padded(peer, length))
-    return ways
+    if label in (PEFT, PEFT_512):
+        peer = build_peft(model, like=name)
+        trainable = [parameter for parameter in peer.parameters() if parameter.requires_grad]
+        return WayToTrain(trainable, padded(peer, ROW_TOKENS if label == PEFT_512 else None))
+    if label == CHECKPOINTED:
+        checkpoint_activations(model.decoder)
+    ways = {PACKED: packed, CHECKPOINTED: packed, PADDED: padded(partial(model, adapter=name))}
+    return WayToTrain(list(adapter.parameters()), ways[label])
 
 
 def pad(batch: Sequence[Example], length: int | None, device: torch.device) -> dict[str, Tensor]:
