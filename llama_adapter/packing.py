@@ -17,10 +17,11 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llama_adapter.data import IGNORED, Example, PictureFile
+from llama_adapter.frozen_products import frozen_products
 from llama_adapter.packed_attention import Segment
 from llama_adapter.processes import Processes
 
@@ -272,7 +273,7 @@ def _count_contested(examples: Sequence[Example]) -> int:
 
 
 def accumulate_gradient(
-    model: Callable[..., Any],
+    model: nn.Module,
     examples: Sequence[Example],
     *,
     device: torch.device,
@@ -296,9 +297,10 @@ def accumulate_gradient(
     ]
     total = 0.0
     for run, weight in _in_step(shares, min(examples, key=lambda row: len(row.input_ids)), processes):
-        right, chosen = _two_losses(model, run, device=device, by_rows=by_rows, **kwargs)
-        loss = right / answers + chosen / contested
-        (loss * weight).backward()
+        with frozen_products(model):
+            right, chosen = _two_losses(model, run, device=device, by_rows=by_rows, **kwargs)
+            loss = right / answers + chosen / contested
+            (loss * weight).backward()
         total += weight * float(loss.detach())
     return total
 
@@ -319,7 +321,7 @@ def _in_step(
 
 @torch.no_grad()
 def mean_answer_loss(
-    model: Callable[..., Any],
+    model: nn.Module,
     examples: Sequence[Example],
     *,
     device: torch.device,
@@ -338,7 +340,8 @@ def mean_answer_loss(
     runs = list(split_by_tokens(examples, max_tokens))
     shares = [runs[index :: processes.count] for index in range(processes.count)]
     for run, weight in _in_step(shares, examples[0], processes):
-        losses = _two_losses(model, run, device=device, by_rows=False, **kwargs)
+        with frozen_products(model):
+            losses = _two_losses(model, run, device=device, by_rows=False, **kwargs)
         answers, chosen = answers + weight * float(losses[0]), chosen + weight * float(losses[1])
         rows += len(run) * processes.count
         progress(min(rows, len(examples)))

@@ -15,6 +15,7 @@ ROWS = (
     (
         *("errors", "files", "catalogue", "locations", "config", "sampling", "template"),
         *("packed_attention", "attention", "pictures", "rows", "scoring", "progress", "processes"),
+        "frozen_products",
     ),
     ("adapter", "decoder", "data", "tuning", "packing", "fetch", "generate", "vision", "features"),
     ("checkpoint", "scienceqa", "batching", "teacher"),
