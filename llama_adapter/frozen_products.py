@@ -2,6 +2,7 @@
 
 torch gives float32 products to MKL, which is fast on Intel's processors and leaves AVX-512 alone on others;
 oneDNN, which torch has too and takes for bfloat16, looks at what a processor can do, not at who made it.
+Where torch has no MKL (ARM, macOS) its products stay: another library makes them, and none was measured.
 The products are the same but for rounding. That is why only training takes them: an adapter that adds
 nothing leaves the base's logits as they are bit for bit, and answers come from those.
 """
@@ -28,7 +29,8 @@ def frozen_products(model: nn.Module) -> Iterator[None]:
     around it leaves the products to torch.
     """
     linears: list[nn.Module] = []
-    if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+    backends = torch.backends
+    if backends.mkl.is_available() and backends.mkldnn.is_available() and backends.mkldnn.enabled:
         linears = [module for module in model.modules() if type(module) is nn.Linear]
     for module in linears:
         module.__class__ = _FrozenLinear

@@ -18,6 +18,10 @@ from tests.tiny_models import build_tiny_decoder
 
 LARGE = (3, 40, 96, 160)  # rows, tokens, in, out: above the threshold
 CPU = torch.device("cpu")
+needs_both = pytest.mark.skipif(
+    not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),
+    reason="this torch was built without MKL or without oneDNN",
+)
 
 
 def build(width: int, out: int, *, bias: bool = False) -> nn.Linear:
@@ -73,6 +77,7 @@ def test_product_and_gradient_are_those_of_float64(
     torch.testing.assert_close(found_gradient.double(), expected_gradient, rtol=1e-5, atol=1e-5)
 
 
+@needs_both
 def test_large_products_go_to_onednn_forward_and_back(calls: list[tuple[int, ...]]) -> None:
     rows, tokens, width, out = LARGE
     linear = build(width, out, bias=True)
@@ -125,17 +130,19 @@ def test_weights_that_are_trained_get_their_gradient(trained: str) -> None:
     assert getattr(linear, trained).grad is not None
 
 
-def test_a_torch_without_onednn_keeps_its_own(
-    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("missing", ["mkl", "mkldnn"])
+def test_a_torch_without_either_library_keeps_its_own(
+    missing: str, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     *leading, width, out = LARGE
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(getattr(torch.backends, missing), "is_available", lambda: False)
     linear = build(width, out)
     with frozen_products(linear):
         linear(torch.randn(*leading, width))
     assert not calls
 
 
+@needs_both
 def test_afterwards_every_module_is_what_it_was() -> None:
     class Quantised(nn.Linear):
         pass
@@ -150,6 +157,7 @@ def test_afterwards_every_module_is_what_it_was() -> None:
     assert [type(module) for module in decoder.values()] == types
 
 
+@needs_both
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_training_takes_them_and_answers_do_not(calls: list[tuple[int, ...]], recomputed: bool) -> None:
     model = LlamaAdapter(build_tiny_decoder(hidden_size=64, intermediate_size=128), base="random")
