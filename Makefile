@@ -14,7 +14,7 @@ demo: base
 test: base .venv/chromium
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy llama_adapter train eval demo
+	$(BIN)/mypy llama_adapter train eval demo benchmarks
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 base: .venv/installed

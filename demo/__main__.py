@@ -1,63 +1,9 @@
-"""The page in a browser: chat with an adapter, switch it, set it beside the bare base."""
+"""python -m demo: see `llama_adapter.commands.demo`."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-import time
-from pathlib import Path
 
-from llama_adapter.arguments import Parser, add_adapter_option, add_model_options, load_model
-from llama_adapter.errors import UsageError, run_command
-
-
-def main() -> None:
-    arguments = _parser().parse_args()
-    auth = _auth(arguments.auth)
-    if arguments.max_queue < 1:
-        raise UsageError(f"--max-queue is {arguments.max_queue}; expected 1 or more")
-    # Slow to import: help and a mistyped option don't need them.
-    from demo.experts import load_experts
-    from demo.page import build_page
-    from demo.server import check_port, serve
-
-    check_port(arguments.host, arguments.port)
-    model = load_model(arguments)
-    experts = load_experts(
-        model, adapter=arguments.adapter, weights=arguments.weights, adapters=arguments.adapters
-    )
-    page = build_page(model, experts, max_queue=arguments.max_queue)
-    try:
-        address = serve(page, host=arguments.host, port=arguments.port, share=arguments.share, auth=auth)
-        print(f"{address} is the page; Ctrl-C ends it", flush=True)
-        while True:
-            time.sleep(3600)
-    finally:
-        page.close(verbose=False)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m demo", description=__doc__)
-    add_adapter_option(parser)
-    add_model_options(parser)
-    group = parser.add_argument_group("page")
-    group.add_argument("--adapters", type=Path, metavar="DIR", help="one more folder of adapters to offer")
-    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (127.0.0.1)")
-    group.add_argument("--port", type=int, default=7860, metavar="N", help="where it is served (7860)")
-    group.add_argument("--share", action="store_true", help="also through a public address of Gradio's")
-    group.add_argument("--auth", metavar="USER:PASSWORD", help="let in only who knows these")
-    group.add_argument("--max-queue", type=int, default=20, metavar="N", help="how many may wait (20)")
-    return parser
-
-
-def _auth(text: str | None) -> tuple[str, str] | None:
-    if text is None:
-        return None
-    user, _, password = text.partition(":")
-    if not user or not password:
-        raise UsageError("--auth takes USER:PASSWORD, neither of them empty")
-    return user, password
-
+from llama_adapter.commands.demo import main
+from llama_adapter.common.errors import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -12,16 +12,21 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llama_adapter.chat import Conversation
+    from llama_adapter.answering.conversation import Conversation
+    from llama_adapter.data.templates import Turn
+    from llama_adapter.decoding.sampling import Sampling
     from llama_adapter.model import LlamaAdapter
-    from llama_adapter.sampling import Sampling
-    from llama_adapter.template import Turn
 
 __all__ = ["Conversation", "LlamaAdapter", "Sampling", "Turn", "__version__"]
 
 # Imported when first asked for: torch and transformers take seconds, and `llama-adapter --help` has no use
 # for them.
-_MODULES = {"Conversation": "chat", "LlamaAdapter": "model", "Sampling": "sampling", "Turn": "template"}
+_MODULES = {
+    "Conversation": "answering.conversation",
+    "LlamaAdapter": "model",
+    "Sampling": "decoding.sampling",
+    "Turn": "data.templates",
+}
 
 
 def __getattr__(name: str) -> object:

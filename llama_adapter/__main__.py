@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from llama_adapter.errors import run_command
+from llama_adapter.common.errors import run_command
 
 
 def main() -> int:
     """Run the command line and return its exit code."""
 
     def run() -> None:
-        from llama_adapter import cli  # Ctrl-C and a full disk are told in one line from here on
+        from llama_adapter.commands import console  # Ctrl-C and a full disk are told in one line from here on
 
-        cli.run()
+        console.run()
 
     return run_command(run)
 

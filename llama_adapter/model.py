@@ -21,16 +21,20 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.hub import PushToHubMixin
 
-from llama_adapter import locations
-from llama_adapter.adapter import Adapter
-from llama_adapter.attention import (
+from llama_adapter.common.errors import UsageError
+from llama_adapter.data.pictures import Picture, open_picture
+from llama_adapter.data.templates import Turn, encode_question, end_token_ids, question_turn, stop_strings
+from llama_adapter.decoding.sampling import Sampling
+from llama_adapter.decoding.streams import Answer, Request, stream_tokens
+from llama_adapter.methods.adapter import Adapter
+from llama_adapter.methods.attention import (
     LivePrompts,
     ProjectedPrompts,
     Prompts,
 )
-from llama_adapter.checkpoint import adapter_folder, load_adapter, read_config, save_adapter
-from llama_adapter.config import AdapterConfig, VisionConfig, default_adapted_layers
-from llama_adapter.decoder import (
+from llama_adapter.methods.checkpoint import adapter_folder, load_adapter, read_config, save_adapter
+from llama_adapter.methods.config import AdapterConfig, VisionConfig, default_adapted_layers
+from llama_adapter.methods.decoder import (
     attention_layers,
     choose_device,
     choose_dtype,
@@ -40,16 +44,12 @@ from llama_adapter.decoder import (
     load_tokenizer,
     prepare_decoder,
 )
-from llama_adapter.errors import UsageError
-from llama_adapter.generate import Answer, Request, stream_tokens
-from llama_adapter.packed_attention import Segment, mask_of_segments, segment_positions
-from llama_adapter.pictures import Picture, open_picture
-from llama_adapter.sampling import Sampling
-from llama_adapter.template import Turn, encode_question, end_token_ids, question_turn, stop_strings
-from llama_adapter.tuning import listen, tuning_width
+from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
+from llama_adapter.methods.tuning import listen, tuning_width
+from llama_adapter.weights import locations
 
 if TYPE_CHECKING:  # slow to import, and text alone does without
-    from llama_adapter.vision import VisionTower
+    from llama_adapter.vision.tower import VisionTower
 
 _PROJECTED = ("prompt_keys", "prompt_values", "tuning")  # what `LlamaAdapter.project` gives
 NO_ADAPTER = "none"  # the name that stands for the bare base
@@ -205,7 +205,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
             template: how turns are written for it.
             vision: how it sees; None makes an adapter for text alone.
             bias_tuning: train a scale and a bias of each linear projection as well (LLaMA-Adapter V2, see
-                `llama_adapter.tuning`).
+                `llama_adapter.methods.tuning`).
             seed: makes the prompts the same every time, on one device in one dtype.
         """
         if adapted_layers is None:
@@ -440,7 +440,7 @@ class LlamaAdapter(nn.Module, GenerationMixin, PushToHubMixin):
         Raises:
             UsageError: an adapter without one, or a tower that is not the one it was trained with.
         """
-        from llama_adapter.vision import load_tower
+        from llama_adapter.vision.tower import load_tower
 
         name = self._name(adapter)
         vision = self._vision(name)

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llama_adapter.generate import Request
+from llama_adapter.data.templates import Turn
+from llama_adapter.decoding.sampling import Sampling
+from llama_adapter.decoding.streams import Request
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.sampling import Sampling
-from llama_adapter.template import Turn
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import VISION, build_tiny_decoder
 

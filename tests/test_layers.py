@@ -1,55 +1,46 @@
-"""The rows of the library: a module imports only from rows above, the scripts only from the library."""
+"""A folder of the library imports only from folders above it, a file only from files above it."""
 
 from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+LIBRARY = CHECKOUT / "llama_adapter"
+SCRIPTS = ("train", "eval", "demo", "benchmarks")
 
-# Within a row the order counts: a module may also import those named before it in its row.
-ROWS = (
-    (
-        *("errors", "files", "catalogue", "locations", "config", "sampling", "template"),
-        *("packed_attention", "attention", "pictures", "rows", "scoring", "progress", "processes"),
-        "frozen_products",
-    ),
-    ("adapter", "decoder", "data", "tuning", "packing", "fetch", "generate", "vision", "features"),
-    ("checkpoint", "scienceqa", "batching", "teacher"),
-    ("model", "grading"),
-    (
-        "chat",
-        "serving",
-        "influence",
-        "answering",
-        "run_folder",
-        "training",
-        "contrastive",
-        "clip_training",
-        "examining",
-        "arguments",
-    ),
-    ("cli",),
+# From the ground up: each may import from those before it.
+FOLDERS = (
+    *("common", "weights", "data", "vision", "methods", "packing", "decoding"),
+    *("model", "training", "answering", "scienceqa", "page", "commands"),
 )
-ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}
+FACES = ("__init__", "__main__")  # the package's own, which import whatever they hand on
+FILES = [path for path in sorted(LIBRARY.rglob("*.py")) if path.stem not in FACES]
+
+
+def dotted(path: Path) -> str:
+    """llama_adapter/data/pictures.py -> data.pictures."""
+    return ".".join(path.relative_to(LIBRARY).with_suffix("").parts)
 
 
 def library_imports(path: Path) -> set[str]:
-    """The names after ``llama_adapter.`` of all that a file imports, wherever in it."""
+    """The library's files that a file imports, wherever in it, as `dotted` names them."""
+    known = {dotted(file) for file in FILES}
     imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
-            if node.module == "llama_adapter":
-                imported |= {alias.name for alias in node.names}
-            elif node.module and node.module.startswith("llama_adapter."):
-                imported.add(node.module.split(".")[1])
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
         elif isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
-            imported |= {name[1] for name in names if name[0] == "llama_adapter" and len(name) > 1}
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        imported |= {name.removeprefix("llama_adapter.") for name in names} & known
     return imported
 
 
@@ -64,31 +55,38 @@ def top_imports(path: Path) -> set[str]:
     return imported
 
 
-FILES = sorted((CHECKOUT / "llama_adapter").glob("*.py"))
-MODULES = [path.stem for path in FILES if not path.stem.startswith("__")]
+@pytest.mark.parametrize("path", FILES, ids=dotted)
+def test_a_folder_imports_only_from_folders_above(path: Path) -> None:
+    folder = dotted(path).split(".")[0]
+    assert folder in FOLDERS, f"give {folder} a place in {Path(__file__).name} and in the README"
+    above = FOLDERS[: FOLDERS.index(folder) + 1]
+    wrong = {name for name in library_imports(path) if name.split(".")[0] not in above}
+    assert not wrong, f"{dotted(path)} imports {', '.join(sorted(wrong))} from a folder below its own"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_rows_above(module: str) -> None:
-    assert module in ROW_OF, f"give {module} a row in {Path(__file__).name} and in the README"
-    above = {name for name, row in ROW_OF.items() if row < ROW_OF[module]}
-    row = ROWS[ROW_OF[module]]
-    before = set(row[: row.index(module)])
-    wrong = library_imports(CHECKOUT / "llama_adapter" / f"{module}.py") - above - before
-    assert not wrong, f"{module} imports {', '.join(sorted(wrong))} from its own row or below"
+def test_files_import_one_way() -> None:
+    try:
+        TopologicalSorter({dotted(path): library_imports(path) for path in FILES}).prepare()
+    except CycleError as error:
+        pytest.fail(f"these import each other: {' -> '.join(error.args[1])}")
+
+
+def test_no_file_name_occurs_twice() -> None:
+    several = {name for name, count in Counter(path.name for path in FILES).items() if count > 1}
+    assert not several
 
 
 def test_the_library_imports_no_script() -> None:
     for path in FILES:
-        assert not top_imports(path) & {"train", "eval", "demo", "tests"}, path
+        assert not top_imports(path) & {*SCRIPTS, "tests"}, path
 
 
-@pytest.mark.parametrize("folder", ["train", "eval", "demo"])
+@pytest.mark.parametrize("folder", SCRIPTS)
 def test_scripts_import_the_library_and_never_each_other(folder: str) -> None:
-    others = {"train", "eval", "demo", "tests", "."} - {folder}
+    others = {*SCRIPTS, "tests", "."} - {folder}
     for path in sorted((CHECKOUT / folder).rglob("*.py")):
         assert not top_imports(path) & others, path
 
 
 def test_no_module_is_called_like_one_of_the_standard_library() -> None:
-    assert not set(MODULES) & set(sys.stdlib_module_names)
+    assert not {path.stem for path in FILES} & set(sys.stdlib_module_names)

@@ -23,14 +23,15 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from transformers.utils import hub as transformers_hub
 
-from llama_adapter import checkpoint, vision
-from llama_adapter.adapter import Adapter
-from llama_adapter.decoder import attention_layers
-from llama_adapter.errors import UsageError
+from llama_adapter.common.errors import UsageError
+from llama_adapter.data.templates import Turn, encode_question
+from llama_adapter.decoding.sampling import Sampling
+from llama_adapter.methods import checkpoint
+from llama_adapter.methods.adapter import Adapter
+from llama_adapter.methods.decoder import attention_layers
+from llama_adapter.methods.packed_attention import Segment
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.packed_attention import Segment
-from llama_adapter.sampling import Sampling
-from llama_adapter.template import Turn, encode_question
+from llama_adapter.vision import tower as vision
 from tests.reference import plain_llama_logits
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import (

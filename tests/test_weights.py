@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_adapter.checkpoint import load_adapter
-from llama_adapter.contrastive import Pair, load_clip, zero_shot
-from llama_adapter.examining import Examination
+from llama_adapter.decoding.sampling import Sampling
+from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.sampling import Sampling
-from llama_adapter.scienceqa import Problem
-from llama_adapter.vision import load_tower
+from llama_adapter.scienceqa.examining import Examination
+from llama_adapter.scienceqa.problems import Problem
+from llama_adapter.vision.contrastive import Pair, load_clip, zero_shot
+from llama_adapter.vision.tower import load_tower
 from tests.conftest import CHECKOUT
 
 WEIGHTS = CHECKOUT / "weights"

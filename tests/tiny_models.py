@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from llama_adapter.config import AdapterConfig, DecoderShape, VisionConfig
+from llama_adapter.methods.config import AdapterConfig, DecoderShape, VisionConfig
 from llama_adapter.model import LlamaAdapter
 
 # For adapters that need no decoder.
@@ -156,7 +156,7 @@ def build_tiny_tower_folder(folder: Path, kind: str = "vit", *, seed: int = 0, *
 
 def sight_of(weights: Path, tower: str) -> VisionConfig:
     """How an adapter sees by a tower in a weights folder."""
-    from llama_adapter.vision import load_tower
+    from llama_adapter.vision.tower import load_tower
 
     loaded = load_tower(tower, weights=weights)
     return VisionConfig(

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llama_adapter import processes, training
-from llama_adapter.data import IGNORED, Example, PictureFile
-from llama_adapter.errors import run_command
-from llama_adapter.training import Trainer, TrainingSettings
+from llama_adapter.common import processes
+from llama_adapter.common.errors import run_command
+from llama_adapter.data.records import IGNORED, Example, PictureFile
+from llama_adapter.training import trainer as training
+from llama_adapter.training.trainer import Trainer, TrainingSettings
 from tests.tiny_models import VISION, build_tiny_model
 
 SETTINGS = TrainingSettings(

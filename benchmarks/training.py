@@ -1,0 +1,192 @@
+"""The suite training of benchmarks.throughput: optimiser steps on the same rows, packed and by other means.
+
+Each means has a process of its own, as whoever trains with it has: in one process they would live on the
+memory that the others leave behind. Packed and one other take turns; then packed and the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.measuring import alternate, quartiles, rows_to_train_on, seconds_of
+from benchmarks.ways_to_train import CHECKPOINTED, PACKED, PADDED, PEFT, PEFT_512, WayToTrain, way_to_train
+from llama_adapter.commands.arguments import load_model
+
+if TYPE_CHECKING:  # slow to import
+    import torch
+
+    from llama_adapter.data.records import Example
+    from llama_adapter.model import LlamaAdapter
+
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step took, in seconds and in seconds of all its threads, and its loss in nats."""
+
+    seconds: float
+    processor: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The rounds of packed and of another means beside it, and each one's peak memory in bytes."""
+
+    packed: list[Step]
+    other: list[Step]
+    packed_peak: float | None
+    other_peak: float | None
+
+    def ratio(self, name: str) -> float:
+        """How many times as much the other takes, all rounds together.
+
+        Each round has rows of other lengths: an epoch takes the sum of them, which no median shows.
+        """
+        return sum(getattr(s, name) for s in self.other) / sum(getattr(s, name) for s in self.packed)
+
+    @property
+    def loss_difference(self) -> float:
+        """The largest between the two losses of a step."""
+        return max(abs(a.loss - b.loss) for a, b in zip(self.packed, self.other, strict=True))
+
+
+def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]:
+    """Print each means beside packed; returns the figures of --json."""
+    size, rounds = arguments.batch_size, arguments.steps
+    examples = rows_to_train_on(model, arguments, count=size * (rounds + 1))
+    batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+    others = (PEFT, PEFT_512, PADDED, CHECKPOINTED) if arguments.peers else (PADDED,)
+    print(f"\n{f'a training step of {size} rows':<32} {'rows/s':>8} {'packed':>8} {'times':>7}  ", end="")
+    print(f"{'middle half of the rounds':<26} {'peak memory above the frozen weights'}")
+    pairs = {}
+    for label in others:
+        pair = pairs[label] = _take_turns(arguments, label, batches)
+        other, packed = ([step.seconds for step in steps] for steps in (pair.other, pair.packed))
+        low, _, high = quartiles(other, packed)
+        peaks = "left out: only Linux and CUDA tell it"
+        if pair.packed_peak is not None and pair.other_peak is not None:
+            peaks = f"{pair.other_peak / MEGABYTE:,.0f} MB, packed {pair.packed_peak / MEGABYTE:,.0f}"
+        print(
+            f"  {label:<30} {size * rounds / sum(other):8.3f} {size * rounds / sum(packed):8.3f} "
+            f"{pair.ratio('seconds'):7.2f}  {f'{low:.2f} to {high:.2f}':<26} {peaks}",
+            flush=True,
+        )
+    seconds = [step.seconds for pair in pairs.values() for step in pair.packed]
+    figures = {"rows_per_second": size * len(seconds) / sum(seconds)}
+    apart = max(pair.loss_difference for pair in pairs.values())
+    print(f"\nlosses of a step within {apart:.1e} of packed ones")
+    if arguments.peers:
+        figures["loss_difference"] = apart
+        for name, label in (("training_vs_peft", PEFT), ("training_vs_pad512", PEFT_512)):
+            figures[name] = pairs[label].ratio("seconds")
+            figures[f"{name}_processor"] = pairs[label].ratio("processor")
+        peak, peer, least = pairs[PEFT].packed_peak, pairs[PEFT].other_peak, pairs[CHECKPOINTED].other_peak
+        if peak is not None and peer is not None and least is not None:
+            figures["training_memory_mb"] = peak / MEGABYTE
+            figures["training_memory_vs_peft"] = peak / peer
+            figures["checkpointed_memory_vs_peft"] = least / peer
+    return figures
+
+
+def _take_turns(arguments: argparse.Namespace, label: str, batches: Sequence[list[Example]]) -> Pair:
+    with _learner(arguments, PACKED) as packed, _learner(arguments, label) as other:
+
+        def step(process: ProcessPoolExecutor, number: int) -> Step:
+            return process.submit(_step, batches[number]).result()
+
+        contenders = {PACKED: partial(step, packed), label: partial(step, other)}
+        steps = alternate(contenders, rounds=len(batches) - 1)
+        peaks = (process.submit(_peak).result() for process in (packed, other))
+        return Pair(steps[PACKED], steps[label], next(peaks), next(peaks))
+
+
+@contextmanager
+def _learner(arguments: argparse.Namespace, label: str) -> Iterator[ProcessPoolExecutor]:
+    """A process that is ready to train by one means."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+        process.submit(_begin, arguments, label).result()
+        yield process
+
+
+# --- what happens in a learner's process --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Learner:
+    way: WayToTrain
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    frozen: float | None  # bytes in use before the first step
+
+
+_learners: list[_Learner] = []  # this process's only one
+
+
+def _begin(arguments: argparse.Namespace, label: str) -> None:
+    import torch
+
+    from llama_adapter.model import NO_ADAPTER
+    from llama_adapter.training.trainer import TrainingSettings
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        model = load_model(argparse.Namespace(**{**vars(arguments), "adapter": NO_ADAPTER}))
+    device = model.decoder.device
+    way = way_to_train(model, label)
+    optimizer = way.optimizer(TrainingSettings(batch_size=arguments.batch_size))
+    with torch.no_grad():  # weights that are mapped from their file come into memory when they are used
+        model(torch.zeros(1, 2, dtype=torch.long, device=device), adapter=NO_ADAPTER, use_cache=False)
+    _learners.append(_Learner(way, optimizer, device, _memory(device, peak=False)))
+
+
+def _step(batch: Sequence[Example]) -> Step:
+    learner = _learners[0]
+    loss = 0.0
+
+    def work() -> None:
+        nonlocal loss
+        loss = learner.way.gradient(batch)
+        learner.optimizer.step()
+        learner.optimizer.zero_grad(set_to_none=True)
+
+    started = time.process_time()
+    seconds = seconds_of(work, learner.device)
+    return Step(seconds, time.process_time() - started, loss)
+
+
+def _peak() -> float | None:
+    """Bytes that the steps took at their highest, beyond what the loaded model does."""
+    peak, frozen = _memory(_learners[0].device, peak=True), _learners[0].frozen
+    return None if peak is None or frozen is None else peak - frozen
+
+
+def _memory(device: torch.device, *, peak: bool) -> float | None:
+    """Bytes in use, from where the peak is counted on; or the peak since then. None: nothing tells it."""
+    import torch
+
+    if device.type == "cuda":
+        if peak:
+            return torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if not sys.platform.startswith("linux"):
+        return None
+    if not peak:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+    wanted = "VmHWM:" if peak else "VmRSS:"
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in status if line.startswith(wanted))

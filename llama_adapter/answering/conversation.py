@@ -1,0 +1,178 @@
+"""The exchanges of one chat, and what can become of them: answered anew, edited, taken back."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.data.pictures import Picture, open_picture
+from llama_adapter.data.templates import Turn, question_turn
+from llama_adapter.decoding.sampling import Sampling
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+
+    from llama_adapter.decoding.streams import Answer
+    from llama_adapter.model import LlamaAdapter
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer, which may still be growing."""
+
+    question: Turn
+    answer: Answer
+    adapter: str  # who answered
+    images: tuple[Image.Image, ...] = ()  # what came with the question, upright RGB
+    unseen: bool = False  # there was a picture, and the adapter knows nothing of pictures
+    read: tuple[Turn, ...] = ()  # what the answer was made from: the conversation up to the question
+    features: Tensor | None = None  # (I, F) of the pictures that it was made from
+
+    @property
+    def turns(self) -> list[Turn]:
+        return [self.question, Turn("assistant", self.answer.text)]
+
+
+class Conversation:
+    """One person's chat with a model. Several of them can share one model.
+
+    Every call that asks gives the `Answer` to iterate over. What it has said so far is already part of the
+    conversation, so an answer that is closed early is kept as far as it got.
+
+    Attributes:
+        model: who answers.
+        stream_chat: what makes the answers; None is the model's own, an `Engine`'s answers several at once.
+        adapter: name of the adapter that does; None is the model's active one, ``"none"`` the bare base.
+        system: the text of a system turn; empty for none.
+        sampling: how tokens are chosen.
+        exchanges: what was said; the latest one's answer has its ``tokens`` and ``tokens_per_second``.
+        dropped: how many of the earliest exchanges the latest answer was made without, because the context
+            has no room for them.
+
+    A question's pictures stay known in the questions after it, until other pictures come. Each is encoded
+    once for all adapters with the same tower.
+    """
+
+    def __init__(
+        self,
+        model: LlamaAdapter,
+        *,
+        adapter: str | None = None,
+        system: str = "",
+        sampling: Sampling | None = None,
+        stream_chat: Callable[..., Answer] | None = None,
+    ) -> None:
+        self.model = model
+        self.stream_chat = stream_chat
+        self.adapter = adapter
+        self.system = system
+        self.sampling = sampling or Sampling()
+        self.exchanges: list[Exchange] = []
+        self.dropped = 0
+        # By picture and tower; the picture is held so that its id stays its own.
+        self._features: dict[tuple[int, str], tuple[Image.Image, Tensor]] = {}
+
+    @property
+    def unseen(self) -> bool:
+        """True where the latest answer was made without the conversation's picture, because its adapter
+        knows nothing of pictures."""
+        return bool(self.exchanges) and self.exchanges[-1].unseen
+
+    def ask(self, message: str, images: Sequence[Picture] = ()) -> Answer:
+        """Ask something, perhaps about pictures. An answer that is still being made ends where it is.
+
+        Raises:
+            UsageError: an empty question, one longer than the context, what is no picture, pictures for an
+                adapter that knows nothing of them; nothing has changed then.
+        """
+        question = question_turn(message)
+        if images:
+            self.model.tower(self.adapter)
+        return self._ask(question, self.exchanges, tuple(open_picture(image) for image in images))
+
+    def retry(self) -> Answer:
+        """Ask the last question again; the new answer takes the old one's place. Raises as `edit`."""
+        last = self._exchange(-1)
+        return self._ask(last.question, self.exchanges[:-1], last.images)
+
+    def edit(self, index: int, message: str) -> Answer:
+        """Ask something else in the place of an exchange; that one and all after it are forgotten.
+
+        Raises:
+            UsageError: as `ask`, and an exchange that is not there.
+        """
+        images = self._exchange(index).images
+        return self._ask(question_turn(message), self.exchanges[:index], images)
+
+    def undo(self) -> str:
+        """Forget the last exchange; returns what its question was. Raises UsageError where there is none."""
+        last = self._exchange(-1)
+        last.answer.close()
+        self.exchanges = self.exchanges[:-1]
+        return last.question.text
+
+    def clear(self) -> None:
+        """Forget everything that was said."""
+        while self.exchanges:
+            self.undo()
+        self.dropped = 0
+        self._features.clear()
+
+    def _exchange(self, index: int) -> Exchange:
+        try:
+            return self.exchanges[index]
+        except IndexError:
+            raise UsageError("nothing was asked there yet") from None
+
+    def _ask(self, question: Turn, before: Sequence[Exchange], images: tuple[Image.Image, ...]) -> Answer:
+        dropped, turns = self._window(question, before)
+        adapter = self.model.active_adapter if self.adapter is None else self.adapter
+        seen = images or next((exchange.images for exchange in reversed(before) if exchange.images), ())
+        sees = self.model.sees(adapter)
+        features = self._encode(seen, adapter) if seen and sees else None
+        stream_chat = self.stream_chat or self.model.stream_chat
+        answer = stream_chat(turns, image=features, adapter=adapter, sampling=self.sampling)
+        if self.exchanges:
+            self.exchanges[-1].answer.close()
+        unseen = bool(seen) and not sees
+        latest = Exchange(question, answer, adapter, images, unseen, tuple(turns), features)
+        self.exchanges = [*before, latest]
+        self.dropped = dropped
+        return answer
+
+    def _encode(self, images: Sequence[Image.Image], adapter: str) -> Tensor:
+        import torch
+
+        tower = self.model.tower(adapter)
+        known = self._features
+        for image in images:
+            if (id(image), tower.key) not in known:
+                known[id(image), tower.key] = image, self.model.encode_images(image, adapter=adapter)
+        return torch.cat([known[id(image), tower.key][1] for image in images])
+
+    def _window(self, question: Turn, before: Sequence[Exchange]) -> tuple[int, list[Turn]]:
+        """How many exchanges have no room, and the turns of the others up to the question."""
+        opening = [Turn("system", self.system)] if self.system.strip() else []
+
+        def turns(dropped: int) -> list[Turn]:
+            # An answer stopped before its first word would teach the model to say nothing.
+            kept = [exchange.turns for exchange in before[dropped:] if exchange.answer.text]
+            return [*opening, *chain.from_iterable(kept), question]
+
+        context = self.model.context_length
+        if context is None:
+            return 0, turns(0)
+        # The answer needs room as well, but a long one shall not push out the whole conversation.
+        room = context - min(self.sampling.max_new_tokens, context // 2)
+
+        def fits(dropped: int) -> bool:
+            return len(self.model.encode_question(turns(dropped), adapter=self.adapter)) <= room
+
+        dropped = bisect_left(range(len(before)), True, key=fits)
+        return dropped, turns(dropped)

@@ -1,0 +1,209 @@
+"""Command-line options that several commands share, each said once, and the model that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.common.files import write_json
+from llama_adapter.decoding.sampling import Sampling
+from llama_adapter.weights import locations
+
+if TYPE_CHECKING:  # slow to import: --help and a mistyped option are answered without torch
+    from torch import Tensor
+
+    from llama_adapter.data.records import PictureFile
+    from llama_adapter.model import LlamaAdapter
+    from llama_adapter.vision.tower import VisionTower
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+# The shipped adapters, the one that does most first.
+SHIPPED_ADAPTERS = ("smollm2-135m-vision", "smollm2-135m-alpaca")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with mistakes told in one line that names the command, and no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # A subcommand's parser is called through here; argparse leaves its unknown options to the main one.
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown option or word: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def positive_int(text: str) -> int:
+    """An option's type: a whole number, 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+positive_int.__name__ = "whole number above 0"  # argparse tells it: invalid ... value: '0'
+
+
+def positive_float(text: str) -> float:
+    """An option's type: a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+positive_float.__name__ = "number above 0"
+
+
+def seed_number(text: str) -> int:
+    """An option's type: what random numbers start from."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise ValueError
+    return number
+
+
+seed_number.__name__ = "seed of 0 to 2**32 - 1"
+
+
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    """--weights, the folder of names."""
+    parser.add_argument("--weights", metavar="DIR", help="folder in which names are looked for")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--base, --weights, --device, --dtype."""
+    parser.add_argument(
+        "--base",
+        help=f"name, folder or hub id of a decoder (default: the adapter's own, else {DEFAULT_BASE})",
+    )
+    add_weights_option(parser)
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        metavar="DTYPE",
+        help="float32, bfloat16 or float16 (default: what is fast on the device)",
+    )
+
+
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """--adapter, by default the shipped one that does most."""
+    parser.add_argument(
+        "--adapter",
+        help="name, folder or hub id; none is the bare base (default: the shipped one that does most)",
+    )
+
+
+def load_model(arguments: argparse.Namespace) -> LlamaAdapter:
+    """The model that --base, --adapter (where the command has it), --weights, --device and --dtype ask for.
+
+    Without --adapter the best shipped one answers that was trained for the base, else, with a line on
+    standard error, the bare base.
+    """
+    from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+
+    quieten_libraries()
+    options = {name: getattr(arguments, name) for name in ("weights", "device", "dtype")}
+    adapter = getattr(arguments, "adapter", NO_ADAPTER)
+    if adapter is None:
+        adapter = _best_shipped(arguments.base, arguments.weights)
+    if adapter not in (None, NO_ADAPTER):
+        return LlamaAdapter.from_pretrained(adapter, base=arguments.base, **options)
+    model = LlamaAdapter.from_base(DEFAULT_BASE if arguments.base is None else arguments.base, **options)
+    if adapter is None:
+        print(f"no shipped adapter fits base {model.base!r}; the bare base answers", file=sys.stderr)
+    return model
+
+
+def _best_shipped(base: str | None, weights: str | Path | None) -> str | None:
+    from llama_adapter.methods.checkpoint import read_config
+
+    there = locations.list_weights("adapter", weights)
+    wanted = locations.resolve(DEFAULT_BASE if base is None else base, kind="base", weights=weights)
+    for name in SHIPPED_ADAPTERS:
+        if name in there:
+            own = read_config(there[name]).base
+            with suppress(UsageError):  # its base is not here, so it is another one
+                if locations.resolve(own, kind="base", weights=weights) == wanted:
+                    return name
+    return None
+
+
+def quieten_libraries() -> None:
+    """Keep the libraries' warnings and the bar for loading weights off standard error, for commands.
+
+    What goes wrong is told in one line of our own. The bars of downloads from the hub stay.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    bars = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # the hub's as well
+    if bars:
+        enable_progress_bars()
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Everything in `Sampling`."""
+    defaults = Sampling()
+    for name, kind, text in (
+        ("max_new_tokens", int, "tokens of an answer at most"),
+        ("temperature", float, "0 takes the likeliest token, more varies more"),
+        ("top_p", float, "draw among the likeliest tokens of this total probability; 1 keeps all"),
+        ("top_k", int, "draw among so many of the likeliest tokens; 0 keeps all"),
+        ("repetition_penalty", float, "above 1 keeps from repeating"),
+        ("seed", int, "makes the answer the same every time"),
+    ):
+        default = getattr(defaults, name)
+        shown = "" if default is None else f" ({default:g})"
+        metavar = "N" if kind is int else "X"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=text + shown
+        )
+
+
+def sampling_settings(arguments: argparse.Namespace) -> Sampling:
+    """The sampling that `add_sampling_options` read."""
+    return Sampling(**{name: getattr(arguments, name) for name in Sampling.__dataclass_fields__})
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """--json FILE, which every evaluation has."""
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as one flat JSON object")
+
+
+def picture_features(
+    tower: VisionTower, cache: Path | None, images: Iterable[PictureFile]
+) -> dict[PictureFile, Tensor]:
+    """(F,) features of each picture, read from the cache or computed, with progress."""
+    from llama_adapter.common.progress import RowProgress
+    from llama_adapter.vision.features import FeatureCache
+
+    images = list(dict.fromkeys(images))
+    encoded = FeatureCache(tower, cache).encode(images, progress=RowProgress("pictures", len(images)))
+    return dict(zip(images, encoded, strict=True))
+
+
+def report(figures: dict[str, Any], path: Path | None) -> None:
+    """Write an evaluation's figures where --json asks for it ("-" is standard output)."""
+    if path is not None and str(path) == "-":
+        json.dump(figures, sys.stdout)
+        print()
+    elif path is not None:
+        write_json(path, figures)

@@ -1,0 +1,348 @@
+"""The console command: llama-adapter fetch, ask, chat, info, convert.
+
+torch and transformers take seconds to import, so a command imports what it needs once it is known to need it:
+help, a mistyped option and an empty question are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import llama_adapter
+from llama_adapter.answering.conversation import Conversation
+from llama_adapter.commands.arguments import (
+    Parser,
+    add_adapter_option,
+    add_model_options,
+    add_sampling_options,
+    add_weights_option,
+    load_model,
+    sampling_settings,
+)
+from llama_adapter.common.errors import UsageError
+from llama_adapter.data.pictures import open_picture
+from llama_adapter.data.templates import Turn, question_turn
+from llama_adapter.weights import locations
+from llama_adapter.weights.fetch import fetch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from llama_adapter.decoding.streams import Answer
+    from llama_adapter.methods.config import VisionConfig
+
+MAX_QUESTION_BYTES = 4 << 20  # more than any decoder reads, and little enough to hold
+
+
+def run() -> None:
+    """Do what the command line says; `llama_adapter.__main__` is the entry point. Raises UsageError."""
+    # Python has None where the caller closed one.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - open as long as the command runs
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without some letter shows "?" in its place
+            stream.reconfigure(errors="replace")
+    arguments = _parser().parse_args()
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    command(arguments)
+
+
+class _ShowVersion(argparse.Action):
+    """--version; argparse's own would look the version up for every command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"llama-adapter {llama_adapter.__version__}")
+        parser.exit()
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="llama-adapter",
+        description="A frozen decoder of the LLaMA family that learnt to follow instructions.",
+        epilog="llama-adapter COMMAND --help lists a command's options.",
+    )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+
+    def command(name: str, function: Callable[[argparse.Namespace], None], text: str) -> Parser:
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.set_defaults(command=function)
+        return added
+
+    added = command("fetch", _fetch, "fetch a base model or a vision tower into the weights folder, once")
+    added.add_argument("name", metavar="NAME", help="such as smollm2-135m-instruct")
+    add_weights_option(added)
+
+    added = command("ask", _ask, "answer one question")
+    added.add_argument("question", metavar="QUESTION", nargs="+", help="- reads it from standard input")
+    added.add_argument("--json", action="store_true", help="print one JSON object once the answer is whole")
+    added.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture to ask about; may be repeated"
+    )
+    _add_answering_options(added)
+
+    added = command("chat", _chat, "chat in the terminal")
+    _add_answering_options(added)
+
+    added = command("info", _info, "tell what an adapter is")
+    added.add_argument("adapter", metavar="ADAPTER", help="name, folder or hub id")
+    add_weights_option(added)
+
+    added = command("convert", _convert, "convert the method's authors' .pth to an adapter folder, or back")
+    added.add_argument("source", metavar="FROM", help="a .pth file; or an adapter's name, folder or hub id")
+    added.add_argument("target", metavar="TO", type=Path, help="the folder or the .pth file to write")
+    added.add_argument("--base", help="what the .pth was trained for: name, folder or hub id of the decoder")
+    add_weights_option(added)
+    return parser
+
+
+def _add_answering_options(parser: argparse.ArgumentParser) -> None:
+    add_adapter_option(parser)
+    add_model_options(parser)
+    parser.add_argument("--system", default="", metavar="TEXT", help="a system text in front of all")
+    parser.add_argument(
+        "--allow-urls", action="store_true", help="let pictures be fetched from public web addresses"
+    )
+    add_sampling_options(parser)
+
+
+def _fetch(arguments: argparse.Namespace) -> None:
+    print(fetch(arguments.name, arguments.weights, progress=lambda line: print(line, file=sys.stderr)))
+
+
+# --- ask ----------------------------------------------------------------------------------------------------
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    sampling = sampling_settings(arguments)
+    system = Turn("system", arguments.system).text
+    question = " ".join(arguments.question)
+    question = question_turn(_read_question() if question == "-" else question).text
+    images = [open_picture(name, allow_urls=arguments.allow_urls) for name in arguments.image]
+    model = load_model(arguments)
+    chat = Conversation(model, system=system, sampling=sampling)
+    answer = chat.ask(question, images)
+    if not arguments.json:
+        _show(answer)
+        return
+    for _ in answer:
+        pass
+    result = {
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "tokens_per_second": round(answer.tokens_per_second, 2),
+        "adapter": model.active_adapter,
+        "base": model.base,
+    }
+    print(json.dumps(result))
+
+
+def _read_question() -> str:
+    """The question on standard input."""
+    content = sys.stdin.buffer.read(MAX_QUESTION_BYTES + 1)
+    if len(content) > MAX_QUESTION_BYTES:
+        raise UsageError(f"the question has more than {MAX_QUESTION_BYTES >> 20} MiB; shorten it")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input is not UTF-8 text: byte {content[error.start]:#04x} at {error.start}; "
+            "give the question as text"
+        ) from None
+
+
+def _show(pieces: Iterable[str]) -> None:
+    """Print an answer as it comes, and end its line however it ends."""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+# --- chat ---------------------------------------------------------------------------------------------------
+
+CHAT_HELP = """\
+/image FILE    add a picture to the next question; it stays known after that
+/retry         answer the last question again
+/undo          take the last question and its answer back
+/clear         start anew
+/adapter NAME  let another adapter answer, by name, folder or hub id; none is the bare base
+/exit          end, as Ctrl-D does
+Ctrl-C stops an answer; at the prompt it ends the chat."""
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    sampling = sampling_settings(arguments)
+    system = Turn("system", arguments.system).text
+    model = load_model(arguments)
+    chat = Conversation(model, adapter=model.active_adapter, system=system, sampling=sampling)
+    prompt = ""
+    images: list[Image.Image] = []  # for the next question
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is refused like any other bad question
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if sys.stdin.isatty():
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 - input() then edits its line and brings earlier ones back
+        prompt = "> "
+        who = f"{chat.adapter} on" if model.adapters else "the bare base"
+        print(f"{who} {model.base}; /help lists the commands")
+    while True:
+        dropped = chat.dropped
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            if prompt:
+                print()
+            return
+        try:
+            if line:
+                _act(chat, line, images, arguments)
+        except _ChatEnd:
+            return
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+        if chat.dropped > dropped:
+            print(f"(no room for the first {chat.dropped} exchanges: not read any more)", file=sys.stderr)
+
+
+class _ChatEnd(Exception):
+    """The person typed /exit."""
+
+
+def _act(chat: Conversation, line: str, images: list[Image.Image], arguments: argparse.Namespace) -> None:
+    """Ask what was typed, or do what its command says."""
+    command, _, rest = line.partition(" ")
+    if not re.fullmatch("/[a-z]+", command):  # a path is no command
+        answer = chat.ask(line, images)
+        images.clear()
+        _show_and_tell(chat, answer)
+    elif command == "/image":
+        if not rest.strip():
+            raise UsageError("/image wants a picture's file: /image photo.jpg")
+        chat.model.tower(chat.adapter)  # say at once that nobody would look at it
+        images.append(open_picture(rest.strip(), allow_urls=arguments.allow_urls))
+        print(f"{len(images)} picture{'s' if len(images) > 1 else ''} for the next question")
+    elif command == "/retry":
+        _show_and_tell(chat, chat.retry())
+    elif command == "/undo":
+        print(f"taken back: {chat.undo()}")
+    elif command == "/clear":
+        chat.clear()
+        images.clear()
+        print("everything said is forgotten")
+    elif command == "/adapter":
+        _choose_adapter(chat, rest.strip(), arguments.weights)
+        if images and not chat.model.sees(chat.adapter):
+            images.clear()
+            print(f"{chat.adapter} knows nothing of pictures: those for the next question are dropped")
+    elif command == "/help":
+        print(CHAT_HELP)
+    elif command == "/exit":
+        raise _ChatEnd
+    else:
+        raise UsageError(f"no command {command}; /help lists them")
+
+
+def _show_and_tell(chat: Conversation, answer: Answer) -> None:
+    _show(answer)
+    if chat.unseen:
+        print(f"({chat.adapter} knows nothing of pictures: yours was not looked at)", file=sys.stderr)
+
+
+def _choose_adapter(chat: Conversation, name: str, weights: str | None) -> None:
+    from llama_adapter.model import NO_ADAPTER
+
+    loaded = [NO_ADAPTER, *chat.model.adapters]
+    if not name:
+        there = dict.fromkeys([*loaded, *locations.list_weights("adapter", weights)])
+        print(f"{chat.adapter} answers; there are {', '.join(there)}")
+        return
+    if name not in loaded:
+        name = chat.model.load_adapter(name, weights=weights)
+    chat.adapter = name
+    print(f"{name} answers")
+
+
+# --- info and convert ---------------------------------------------------------------------------------------
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from llama_adapter.methods.checkpoint import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, load_adapter
+
+    folder = adapter_folder(locations.resolve(arguments.adapter, kind="adapter", weights=arguments.weights))
+    adapter = load_adapter(folder)
+    config = adapter.config
+    size = sum((folder / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE))
+    facts: dict[str, Any] = {
+        "adapter": folder,
+        "base": config.base,
+        "shape": config.shape,
+        "fingerprint": config.shape.fingerprint(),
+        "prompts": f"K = {config.prompt_length} in each of the top L = {config.adapted_layers} layers",
+        "tuning": f"{config.tuning_width:,} scales and biases a layer" if config.tuning_width else "none",
+        "parameters": f"{sum(parameter.numel() for parameter in adapter.parameters()):,} trainable",
+        "size": f"{size / 2**20:.2f} MiB",
+        "template": config.template,
+        "pictures": _sight(config.vision),
+        "training": "" if config.training else "not recorded",
+        **{f"  {name}": value for name, value in config.training.items()},
+    }
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {inner}" for key, inner in value.items())
+        line = f"{name:{width}}  {value}".rstrip()
+        # An adapter may come from anyone; its texts shall not steer the terminal.
+        print("".join(letter if letter.isprintable() else "?" for letter in line))
+
+
+def _sight(vision: VisionConfig | None) -> str:
+    if vision is None:
+        return "none: text alone"
+    depths = ", ".join(map(str, vision.depths))
+    return (
+        f"by the tower {vision.tower} ({vision.tower_fingerprint}), depths {depths}: {vision.feature_width} "
+        f"features, {vision.image_tokens} image token{'s' if vision.image_tokens > 1 else ''}"
+    )
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from llama_adapter.methods.checkpoint import (
+        adapter_folder,
+        export_pth,
+        import_pth,
+        load_adapter,
+        save_adapter,
+    )
+    from llama_adapter.methods.decoder import load_shape
+
+    source, target, weights = arguments.source, arguments.target, arguments.weights
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UsageError(f"{target} is there already; move it away or choose another name")
+    if source.endswith(".pth") or Path(source).is_file():
+        if arguments.base is None:
+            raise UsageError(f"give --base, the decoder that {source} was trained for")
+        base = locations.resolve(arguments.base, kind="base", weights=weights)
+        base_name = locations.name_of(base, kind="base", weights=weights)
+        save_adapter(import_pth(source, base=base_name, shape=load_shape(base)), target)
+    else:
+        if target.suffix != ".pth":
+            raise UsageError(f"{target}: an adapter is converted to a file; give a name that ends in .pth")
+        if arguments.base is not None:
+            raise UsageError("--base goes with a .pth; an adapter itself says what its base is")
+        export_pth(
+            load_adapter(adapter_folder(locations.resolve(source, kind="adapter", weights=weights))), target
+        )
+    print(target)

@@ -1,0 +1,92 @@
+"""What an adapter has learnt of instructions: python -m eval.alpaca --adapter DIR --data FILE
+
+Mean cross-entropy in nats over all response tokens (end token counted), for the adapter and for the bare base
+on the same rows in the same text format; and sample answers of both, side by side.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import textwrap
+
+from llama_adapter.commands.arguments import (
+    Parser,
+    add_adapter_option,
+    add_json_option,
+    add_model_options,
+    load_model,
+    positive_int,
+    report,
+    seed_number,
+)
+from llama_adapter.common.errors import UsageError
+
+
+def main() -> None:
+    parser = Parser(prog="python -m eval.alpaca", description=__doc__)
+    parser.add_argument("--data", required=True, help="whatever train.alpaca reads")
+    parser.add_argument(
+        "--validation-rows",
+        type=positive_int,
+        help="only the rows that train.alpaca keeps back with the same number",
+    )
+    parser.add_argument("--limit", type=positive_int, help="so many rows, drawn by --seed (default: all)")
+    parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
+    parser.add_argument("--samples", type=int, default=10, help="answers shown side by side (10)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=96, help="length of an answer (96)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the rows that are drawn")
+    add_adapter_option(parser)
+    add_model_options(parser)
+    add_json_option(parser)
+    arguments = parser.parse_args()
+
+    # Slow to import, and not needed to say that an option is wrong.
+    from llama_adapter.common.progress import RowProgress
+    from llama_adapter.data.records import encode_records, expect_text, read_records, split_records
+    from llama_adapter.decoding.sampling import Sampling
+    from llama_adapter.model import NO_ADAPTER
+    from llama_adapter.packing.pack import mean_answer_loss
+
+    sampling = Sampling(max_new_tokens=arguments.max_new_tokens, temperature=0)
+    records, summary = read_records(arguments.data)
+    print(summary, file=sys.stderr)
+    expect_text(records, arguments.data)
+    if arguments.validation_rows is not None:
+        _, records = split_records(records, validation_rows=arguments.validation_rows)
+    draw = random.Random(arguments.seed)
+    if arguments.limit is not None:
+        records = draw.sample(records, min(arguments.limit, len(records)))
+    model = load_model(arguments)
+    adapter = model.active_adapter
+    if adapter == NO_ADAPTER:
+        raise UsageError("there is no adapter to score; name one with --adapter")
+    assert model.tokenizer is not None
+    template = model.template()
+    examples = encode_records(
+        records, template=template, tokenizer=model.tokenizer, max_length=arguments.max_length
+    )
+    losses = {}
+    for name in (NO_ADAPTER, adapter):
+        label = "bare base" if name == NO_ADAPTER else "adapter"
+        progress = RowProgress(label, len(examples))
+        losses[name], tokens = mean_answer_loss(
+            model, examples, device=model.decoder.device, progress=progress, adapter=name
+        )
+    for record in draw.sample(records, min(arguments.samples, len(records))):
+        *before, answer = record.turns
+        print("-" * 110)
+        _show("question", f"{before[-1].text}\n{before[-1].input}".strip())
+        _show("bare base", model.chat(before, adapter=NO_ADAPTER, sampling=sampling))
+        _show("adapter", model.chat(before, adapter=adapter, sampling=sampling))
+        _show("in the data", answer.text)
+    print("-" * 110)
+    print(f"{len(examples):,} rows, {tokens:,} response tokens, template {template}")
+    print(f"nats a response token: bare base {losses[NO_ADAPTER]:.4f}, adapter {losses[adapter]:.4f}")
+    figures = {"adapter_loss": losses[adapter], "base_loss": losses[NO_ADAPTER]}
+    report({**figures, "rows": len(examples), "tokens": tokens}, arguments.json)
+
+
+def _show(label: str, text: str) -> None:
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 94) or [""]]
+    print("\n".join(f"{label if number == 0 else '':>13}  {line}" for number, line in enumerate(lines)))

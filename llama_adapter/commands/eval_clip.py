@@ -1,0 +1,64 @@
+"""Score a CLIP: python -m eval.clip --model clip-mini --retrieval FOLDER --names FOLDER"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llama_adapter.commands.arguments import (
+    Parser,
+    add_json_option,
+    add_weights_option,
+    positive_int,
+    quieten_libraries,
+    report,
+)
+from llama_adapter.common.errors import UsageError
+from llama_adapter.weights import locations
+
+
+def main() -> None:
+    parser = Parser(prog="python -m eval.clip", description=__doc__)
+    parser.add_argument(
+        "--model", default="clip-mini", help="name or folder of an open_clip model (clip-mini)"
+    )
+    parser.add_argument(
+        "--retrieval", metavar="SOURCE", help="pictures with captions to be found by each other"
+    )
+    parser.add_argument("--split", default="val", help="of the captions that name one (val)")
+    parser.add_argument("--names", metavar="FOLDER", help="names.json beside images/: zero-shot top-1")
+    parser.add_argument(
+        "--kept-names", type=positive_int, default=100, help="names that train.clip keeps back (100)"
+    )
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add_weights_option(parser)
+    add_json_option(parser)
+    arguments = parser.parse_args()
+    if arguments.retrieval is None and arguments.names is None:
+        raise UsageError("nothing to score: give --retrieval, --names or both")
+
+    # Slow to import, and not needed to say that an option is wrong.
+    from llama_adapter.methods.decoder import choose_device
+    from llama_adapter.vision.contrastive import (
+        load_clip,
+        read_names,
+        read_pairs,
+        retrieval,
+        split_names,
+        zero_shot,
+    )
+
+    quieten_libraries()
+    found = locations.resolve(arguments.model, kind="tower", weights=arguments.weights)
+    clip = load_clip(Path(found)).to(choose_device(arguments.device))
+    figures: dict[str, float] = {}
+    if arguments.retrieval is not None:
+        pairs = read_pairs(arguments.retrieval, split=arguments.split)
+        figures |= retrieval(clip, pairs)
+        print(f"{len(pairs):,} pictures, {sum(len(pair.texts) for pair in pairs):,} texts")
+    if arguments.names is not None:
+        kept, _ = split_names(read_names(arguments.names), arguments.kept_names)
+        figures["zero_shot"] = zero_shot(clip, kept)
+        print(f"zero-shot among {len(kept):,} names")
+    for name, share in figures.items():
+        print(f"{name:<20} {share:6.1%}")
+    report(figures, arguments.json)

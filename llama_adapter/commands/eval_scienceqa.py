@@ -1,0 +1,227 @@
+"""Score ScienceQA as the paper does: python -m eval.scienceqa --adapter DIR --data DIR --split test
+
+With --predictions FILE it scores any model's: the official results.json, or LLaVA's answers as JSONL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_adapter.commands.arguments import (
+    Parser,
+    add_adapter_option,
+    add_json_option,
+    add_model_options,
+    load_model,
+    picture_features,
+    positive_int,
+    report,
+    seed_number,
+)
+from llama_adapter.common.errors import UsageError
+
+if TYPE_CHECKING:
+    from llama_adapter.scienceqa.grading import Grades
+    from llama_adapter.scienceqa.problems import Problem
+
+
+def main() -> None:
+    parser = Parser(prog="python -m eval.scienceqa", description=__doc__)
+    parser.add_argument(
+        "--data", required=True, help="the official folder (problems.json, ...), or the hub's layout"
+    )
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="(test)")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these; no model is loaded")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="results in the official layout; goes on with what is there",
+    )
+    parser.add_argument("--limit", type=positive_int, help="so many problems, drawn by --seed (default: all)")
+    parser.add_argument(
+        "--validation-rows",
+        type=positive_int,
+        metavar="N",
+        help="of the split train, only what train.scienceqa keeps back with the same number",
+    )
+    parser.add_argument(
+        "--answer",
+        choices=("generate", "letter", "option"),
+        help="in its own words, or by the likelihood of letters or of the options' texts "
+        "(default: what its config records as best, else letter)",
+    )
+    parser.add_argument("--format", help="the prompt's format by its official name (default: the adapter's)")
+    parser.add_argument(
+        "--caption",
+        action=argparse.BooleanOptionalAction,
+        help="the machine's caption of a picture as context (default: as the adapter was trained)",
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="problems answered at once (16)")
+    parser.add_argument(
+        "--official-fallback",
+        action="store_true",
+        help="draw a choice where no answer can be read, as the official script does (else: wrong)",
+    )
+    parser.add_argument(
+        "--controls", action="store_true", help="what is reached without pictures, and the like"
+    )
+    parser.add_argument("--seed", type=seed_number, default=0, help="of whatever is drawn (0)")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
+    )
+    add_adapter_option(parser)
+    add_model_options(parser)
+    add_json_option(parser)
+    arguments = parser.parse_args()
+
+    # Slow to import, and not needed to say that an option is wrong.
+    from llama_adapter.scienceqa.grading import grade, guess_unread, read_predictions
+    from llama_adapter.scienceqa.problems import check_format, read_problems, split_problems
+
+    if arguments.format is not None:
+        check_format(arguments.format)
+    problems, summary = read_problems(arguments.data, arguments.split)
+    print(summary, file=sys.stderr)
+    if arguments.validation_rows is not None:
+        if arguments.split != "train":
+            raise UsageError(f"--validation-rows is for --split train; the split is {arguments.split}")
+        _, problems = split_problems(problems, validation_rows=arguments.validation_rows)
+    if arguments.limit is not None and arguments.limit < len(problems):
+        drawn = set(random.Random(arguments.seed).sample(range(len(problems)), arguments.limit))
+        problems = [problem for number, problem in enumerate(problems) if number in drawn]
+
+    rows: dict[str, dict[str, int]] = {}
+    if arguments.predictions is not None:
+        if arguments.controls:
+            raise UsageError("--controls asks a model; leave out --predictions")
+        rows[arguments.predictions.name] = read_predictions(arguments.predictions, problems)
+    else:
+        rows = _ask(arguments, problems, summary.fingerprint)
+    if arguments.official_fallback:
+        rows = {name: guess_unread(found, problems, seed=arguments.seed) for name, found in rows.items()}
+    grades = {name: grade(problems, found) for name, found in rows.items()}
+    _print(grades, problems, controls=arguments.controls)
+    main_row = next(iter(grades.values()))
+    figures: dict[str, Any] = {name: round(share.percent, 2) for name, share in main_row.shares.items()}
+    figures |= {"rows": len(problems), "unread": main_row.unread}
+    for name, key in (("shuffled pictures", "IMG_shuffled"), ("no pictures", "IMG_no_picture")):
+        if name in grades and "IMG" in grades[name].shares:
+            figures[key] = round(grades[name].shares["IMG"].percent, 2)
+    report(figures, arguments.json)
+
+
+def _ask(
+    arguments: argparse.Namespace, problems: list[Problem], fingerprint: str
+) -> dict[str, dict[str, int]]:
+    """Predictions of the adapter, and of the controls where they are asked for."""
+    from llama_adapter.common.progress import RowProgress
+    from llama_adapter.model import NO_ADAPTER
+    from llama_adapter.scienceqa.examining import Examination, examine
+    from llama_adapter.scienceqa.problems import shuffle_pictures
+
+    model = load_model(arguments)
+    name = model.active_adapter
+    weights = ""
+    features = None
+    if name != NO_ADAPTER:
+        adapter = model.get_adapter(name)
+        weights = hashlib.sha256(
+            b"".join(tensor.cpu().numpy().tobytes() for tensor in adapter.state_dict().values())
+        ).hexdigest()
+        if model.sees():
+            features = picture_features(
+                model.tower(), arguments.cache, [p.image for p in problems if p.image is not None]
+            )
+    best = Examination.best_for(model)
+    examination = Examination(
+        arguments.answer or best.way,
+        arguments.format or best.format,
+        best.caption if arguments.caption is None else arguments.caption,
+    )
+    print(
+        f"adapter {name}, answers by {examination.way}, format {examination.format}"
+        + (", with captions" if examination.caption else "")
+    )
+    made_from = {"adapter": weights, "base": model.base, "data": fingerprint, "split": arguments.split}
+    rows, outputs = {}, {}
+    rows[name], outputs[name] = examine(
+        model,
+        problems,
+        examination,
+        features=features,
+        batch_size=arguments.batch_size,
+        output=arguments.output,
+        made_from=made_from,
+        progress=RowProgress(name, len(problems)),
+    )
+    if not arguments.controls:
+        return rows
+    controls: dict[str, tuple[list[Problem], Any, str]] = {}
+    if features is not None and any(p.image is not None for p in problems):
+        controls["shuffled pictures"] = (shuffle_pictures(problems, seed=arguments.seed), features, name)
+        controls["no pictures"] = (problems, None, name)
+    if name != NO_ADAPTER:
+        controls["bare base"] = (problems, None, NO_ADAPTER)
+    for label, (asked, seen, adapter_name) in controls.items():
+        rows[label], _ = examine(
+            model,
+            asked,
+            examination,
+            features=seen,
+            adapter=adapter_name,
+            batch_size=arguments.batch_size,
+            progress=RowProgress(label, len(asked)),
+        )
+    return rows
+
+
+def _print(grades: dict[str, Grades], problems: list[Problem], *, controls: bool) -> None:
+    from llama_adapter.scienceqa.grading import PUBLISHED, Share
+    from llama_adapter.scienceqa.problems import GROUPS, LETTERS, groups_of
+
+    def line(label: str, cells: list[str]) -> None:
+        print(f"{label:<27}" + "".join(f"{cell:>8}" for cell in cells))
+
+    first = next(iter(grades.values()))
+    line("", list(GROUPS))
+    for label, found in grades.items():
+        line(label, [f"{found.shares[n].percent:.2f}" if n in found.shares else "-" for n in GROUPS])
+    shares: dict[str, Share] = first.shares
+    line("rows", [f"{shares[n].rows:,}" if n in shares else "0" for n in GROUPS])
+    for label, side in (("95 % interval from", 0), ("to", 1)):
+        line(label, [f"{shares[n].interval[side]:.2f}" if n in shares else "-" for n in GROUPS])
+    if controls:
+        members = {name: [p for p in problems if name in groups_of(p)] for name in GROUPS}
+        commonest = max(range(len(LETTERS)), key=lambda n: sum(p.answer == n for p in problems))
+        line(
+            f"always {LETTERS[commonest]}",
+            [
+                f"{100 * sum(p.answer == commonest for p in m) / len(m):.2f}" if m else "-"
+                for m in members.values()
+            ],
+        )
+        line(
+            "chance",
+            [
+                f"{100 * sum(1 / len(p.choices) for p in m) / len(m):.2f}" if m else "-"
+                for m in members.values()
+            ],
+        )
+    print("published, on the official test split:")
+    for label, published in PUBLISHED.items():
+        cells = [f"{value:.2f}" for value in published]
+        line(label, ["-"] * (len(GROUPS) - len(cells)) + cells)
+    for count, what in (
+        (first.subject_unknown, "subject unknown: in no column of subjects"),
+        (first.grade_unknown, "grade unknown: in no column of grades"),
+        (sum(p.hint is None for p in problems), "hint unknown: neither TXT nor NO"),
+        (first.unread, "answers could not be read"),
+    ):
+        if count:
+            print(f"{count:,} {what}")

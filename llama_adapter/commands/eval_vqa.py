@@ -1,0 +1,71 @@
+"""Score an adapter's answers to questions about pictures: python -m eval.vqa --adapter DIR --data FOLDER"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+from llama_adapter.commands.arguments import Parser, add_json_option, positive_int, report
+from llama_adapter.commands.picture_options import add_picture_scoring_options, load_records_to_score
+
+
+def main() -> None:
+    parser = Parser(prog="python -m eval.vqa", description=__doc__)
+    add_picture_scoring_options(parser, default_split="test")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=16, help="tokens of an answer (16)")
+    add_json_option(parser)
+    arguments = parser.parse_args()
+
+    # Slow to import, and not needed to say that an option is wrong.
+    from llama_adapter.answering.records_answered import answer_records
+    from llama_adapter.answering.scoring import accuracy_interval, is_right, question_type
+    from llama_adapter.common.progress import RowProgress
+    from llama_adapter.data.records import shuffle_pictures
+
+    to_score = load_records_to_score(arguments)
+    records = to_score.records
+    blind = [dataclasses.replace(record, images=()) for record in records]
+    conditions = {"adapter": records, "picture of another row": [], "no picture": blind}
+    if to_score.features:
+        conditions["picture of another row"] = shuffle_pictures(records, seed=arguments.seed)
+    else:
+        print("the adapter knows nothing of pictures: whatever is shown, its answers are the same")
+        conditions = {"adapter": blind}
+    kinds = [question_type(record.turns[-2].text, record.turns[-1].text) for record in records]
+    right: dict[str, list[bool]] = {}
+    for name, asked in conditions.items():
+        # The same question about the same pictures is asked once.
+        distinct = {(record.turns[:-1], record.images): record for record in asked}
+        answers = answer_records(
+            to_score.model,
+            list(distinct.values()),
+            features=to_score.features,
+            max_new_tokens=arguments.max_new_tokens,
+            beams=arguments.beams,
+            batch_size=arguments.batch_size,
+            progress=RowProgress(name, len(distinct)),
+        )
+        said = dict(zip(distinct, answers, strict=True))
+        right[name] = [is_right(said[r.turns[:-1], r.images], r.turns[-1].text) for r in asked]
+
+    places = defaultdict(list)
+    for place, kind in enumerate(kinds):
+        places[kind].append(place)
+    print(f"\n{'':<24}" + "".join(f"{name:>12}" for name in ["all", *sorted(places)]))
+    for name, marks in right.items():
+        shares = [sum(marks) / len(marks)]
+        shares += [sum(marks[i] for i in places[kind]) / len(places[kind]) for kind in sorted(places)]
+        print(f"{name:<24}" + "".join(f"{share:>12.1%}" for share in shares))
+    print(
+        f"{'rows':<24}"
+        + "".join(f"{n:>12,}" for n in [len(kinds), *(len(places[k]) for k in sorted(places))])
+    )
+    low, high = accuracy_interval(sum(right["adapter"]), len(records))
+    print(f"95 % interval of the adapter's accuracy (beams {arguments.beams}): {low:.1%} to {high:.1%}")
+    figures = {
+        "accuracy": sum(right["adapter"]) / len(records),
+        "accuracy_shuffled": sum(right.get("picture of another row", right["adapter"])) / len(records),
+        "accuracy_no_image": sum(right.get("no picture", right["adapter"])) / len(records),
+        "rows": len(records),
+    }
+    report(figures, arguments.json)

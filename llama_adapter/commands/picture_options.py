@@ -1,0 +1,92 @@
+"""What the evaluations with pictures have in common: their options, and what these ask for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_adapter.commands.arguments import (
+    add_adapter_option,
+    add_model_options,
+    load_model,
+    picture_features,
+    positive_int,
+    seed_number,
+)
+from llama_adapter.common.errors import UsageError
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+
+    from llama_adapter.data.records import PictureFile, Record
+    from llama_adapter.model import LlamaAdapter
+
+
+def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_split: str) -> None:
+    """The rows, the pictures, the search, the model and its adapter."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="a folder with captions.json or qa.json beside images/, a file, or easy-vqa",
+    )
+    parser.add_argument(
+        "--split",
+        help=f"of rows that name one (with --validation-rows train, else {default_split}); others count",
+    )
+    parser.add_argument(
+        "--image-root", type=Path, help="where names of pictures start (default: by the data)"
+    )
+    parser.add_argument(
+        "--validation-rows",
+        type=positive_int,
+        metavar="N",
+        help="only the rows that train.vqa keeps back with the same number",
+    )
+    parser.set_defaults(default_split=default_split)
+    parser.add_argument("--limit", type=positive_int, help="so many pictures, drawn by --seed (default: all)")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of the rows that are drawn and the shuffled pictures"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="questions answered at once (16)")
+    parser.add_argument("--beams", type=positive_int, default=1, help="of the search; 1 is greedy (1)")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
+    )
+    add_adapter_option(parser)
+    add_model_options(parser)
+
+
+@dataclass(frozen=True)
+class ToScore:
+    """A model, the rows that it is asked, and (F,) features of each of their pictures, if it sees any."""
+
+    model: LlamaAdapter
+    records: list[Record]
+    features: dict[PictureFile, Tensor]
+
+
+def load_records_to_score(arguments: argparse.Namespace) -> ToScore:
+    """What `add_picture_scoring_options` asks for. Raises UsageError where no row has a picture."""
+    from llama_adapter.data.records import draw_pictures, read_records, split_records
+    from llama_adapter.model import NO_ADAPTER
+
+    split = arguments.split or ("train" if arguments.validation_rows else arguments.default_split)
+    records, summary = read_records(arguments.data, image_root=arguments.image_root, split=split)
+    print(summary, file=sys.stderr)
+    if arguments.validation_rows is not None:  # of all rows, as train.vqa does it
+        _, records = split_records(records, validation_rows=arguments.validation_rows)
+    records = [record for record in records if record.images]
+    if not records:
+        raise UsageError(f"{arguments.data}: no row names a picture; score it with eval.alpaca")
+    if arguments.limit is not None:
+        records = draw_pictures(records, arguments.limit, seed=arguments.seed)
+    model = load_model(arguments)
+    if model.active_adapter == NO_ADAPTER:
+        raise UsageError("there is no adapter to score; name one with --adapter")
+    if not model.sees():
+        return ToScore(model, records, {})
+    images = [image for record in records for image in record.images]
+    return ToScore(model, records, picture_features(model.tower(), arguments.cache, images))

@@ -1,0 +1,113 @@
+"""Train a small CLIP whose picture side is a tower: python -m train.clip --data SOURCE ... --output DIR"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from llama_adapter.commands.arguments import (
+    Parser,
+    add_weights_option,
+    positive_int,
+    quieten_libraries,
+    seed_number,
+)
+from llama_adapter.common.errors import UsageError
+from llama_adapter.weights import locations
+
+START = "efficientnet-lite0-imagenet"  # of the catalogue: ImageNet's weights
+
+
+def main() -> None:
+    parser = Parser(prog="python -m train.clip", description=__doc__)
+    parser.add_argument(
+        "--data",
+        required=True,
+        action="append",
+        metavar="SOURCE",
+        help="rows of pictures with captions or a name, a folder with captions.json, or easy-vqa",
+    )
+    parser.add_argument(
+        "--names", metavar="FOLDER", help="names.json beside images/: pictures with one name each"
+    )
+    parser.add_argument(
+        "--kept-names", type=positive_int, default=100, help="names kept back for zero-shot scoring (100)"
+    )
+    parser.add_argument(
+        "--retrieval", metavar="SOURCE", help="captions whose split val is scored after each epoch"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder of the run and of the model")
+    parser.add_argument("--start", default=START, help=f"tower to start from: name or folder ({START})")
+    parser.add_argument("--embed-dim", type=positive_int, default=256, help="width of the embeddings (256)")
+    parser.add_argument("--text-width", type=positive_int, default=96, help="width of the text side (96)")
+    parser.add_argument("--text-layers", type=positive_int, default=3, help="layers of the text side (3)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    add_weights_option(parser)
+    _add_settings(parser)
+    arguments = parser.parse_args()
+
+    # Slow to import, and not needed to say that an option is wrong.
+    import torch
+
+    from llama_adapter.methods.decoder import choose_device
+    from llama_adapter.training.clip_training import ClipSettings, train_clip
+    from llama_adapter.vision.contrastive import (
+        build_clip,
+        read_names,
+        read_pairs,
+        retrieval,
+        split_names,
+        zero_shot,
+    )
+
+    quieten_libraries()
+    settings = ClipSettings(
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ClipSettings)}
+    )
+    pairs = [pair for source in arguments.data for pair in read_pairs(source)]
+    names = read_names(arguments.names) if arguments.names is not None else []
+    kept, rest = split_names(names, arguments.kept_names) if names else ([], [])
+    pairs += rest
+    asked = read_pairs(arguments.retrieval, split="val") if arguments.retrieval is not None else []
+    start = locations.resolve(arguments.start, kind="tower", weights=arguments.weights)
+    if not Path(start).is_dir():
+        raise UsageError(f"--start {arguments.start}: give a folder, or a name in the weights folders")
+    torch.manual_seed(settings.seed)
+    clip = build_clip(
+        Path(start),
+        embed_dim=arguments.embed_dim,
+        text_width=arguments.text_width,
+        text_layers=arguments.text_layers,
+    ).to(choose_device(arguments.device))
+
+    def validate() -> dict[str, float]:
+        figures = retrieval(clip, asked) if asked else {}
+        return {**figures, "zero_shot": zero_shot(clip, kept)} if kept else figures
+
+    data = {"sources": [Path(source).name for source in arguments.data], "start": Path(start).name}
+    train_clip(clip, pairs, settings, arguments.output, data=data, validate=validate, resume=arguments.resume)
+    print(arguments.output)
+
+
+def _add_settings(parser: Parser) -> None:
+    from llama_adapter.training.clip_training import ClipSettings
+
+    defaults = ClipSettings()
+    for name, kind, text in (
+        ("epochs", int, "passes over the pictures"),
+        ("batch_size", int, "pairs a step: each text is told from so many pictures"),
+        ("learning_rate", float, "peak of the text side and the heads"),
+        ("trunk_learning_rate", float, "peak of the picture side, which knows pictures already"),
+        ("frozen_blocks", int, "lowest blocks of the picture side that stay as they are"),
+        ("weight_decay", float, "AdamW's"),
+        ("warmup_steps", int, "steps in which the rates rise"),
+        ("crop", float, "smallest share of a picture that a random crop keeps"),
+        ("crops", int, "crops of each picture, where blocks are frozen and give the same each time"),
+        ("max_steps", int, "end the run, and its schedule, after so many steps"),
+        ("checkpoint_every", int, "steps between checkpoints"),
+        ("seed", seed_number, "of the order of the pairs, the texts, the crops and the first weights"),
+    ):
+        default = getattr(defaults, name)
+        shown = "" if default is None else f" ({default:g})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text + shown)

@@ -1,0 +1,148 @@
+"""Train an adapter on ScienceQA: python -m train.scienceqa --data DIR --output DIR
+
+After the training the ways to answer are compared on the problems kept back, and the adapter's config records
+the best: eval.scienceqa takes it unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from llama_adapter.commands.arguments import Parser, add_model_options, positive_float, positive_int
+from llama_adapter.commands.training_options import (
+    add_training_options,
+    add_vision_options,
+    load_model_to_train,
+    training_settings,
+)
+
+PAPER_EPOCHS = 30  # of the paper's ablations on ScienceQA (section 4.4)
+
+
+def main() -> None:
+    parser = Parser(prog="python -m train.scienceqa", description=__doc__)
+    parser.add_argument(
+        "--data", required=True, help="the official folder (problems.json, ...), or the hub's layout"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder of the run and of the best adapter"
+    )
+    parser.add_argument(
+        "--format",
+        default="QCM-A",
+        help="official name of the prompt's format (QCM-A); QCM-O answers in the option's own words",
+    )
+    parser.add_argument(
+        "--caption", action="store_true", help="put the machine's caption of a picture into the context"
+    )
+    parser.add_argument(
+        "--orders",
+        type=positive_int,
+        default=1,
+        help="orders of the choices that a problem is shown in by turns (1: as it is)",
+    )
+    parser.add_argument(
+        "--rivals",
+        action="store_true",
+        help="learn by likelihood as well to tell the right answer from those of the other choices",
+    )
+    parser.add_argument(
+        "--picture-weight",
+        type=positive_float,
+        default=1.0,
+        metavar="W",
+        help="how often a problem with a picture comes up for each time of one without (1)",
+    )
+    parser.add_argument("--limit", type=positive_int, help="use the first so many problems only")
+    parser.add_argument(
+        "--validation-rows",
+        type=positive_int,
+        default=400,
+        help="problems of the training split kept back (400)",
+    )
+    parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
+    add_model_options(parser)
+    add_vision_options(parser)
+    add_training_options(parser)
+    parser.set_defaults(epochs=PAPER_EPOCHS, template="scienceqa")
+    arguments = parser.parse_args()
+
+    # Slow to import, and not needed to say that an option is wrong.
+    from llama_adapter.common.processes import running_processes
+    from llama_adapter.common.progress import RowProgress
+    from llama_adapter.methods.checkpoint import load_adapter, save_adapter
+    from llama_adapter.scienceqa.examining import WAYS, Examination, examine
+    from llama_adapter.scienceqa.grading import grade
+    from llama_adapter.scienceqa.problems import (
+        check_format,
+        encode_problems,
+        read_problems,
+        shuffle_choices,
+        split_problems,
+    )
+    from llama_adapter.training.trainer import Trainer
+
+    check_format(arguments.format)
+    settings = training_settings(arguments)
+    processes = running_processes()
+    problems, summary = read_problems(arguments.data, "train")
+    processes.say(summary, file=sys.stderr)
+    train, validation = split_problems(problems[: arguments.limit], validation_rows=arguments.validation_rows)
+    shown = [train, *([shuffle_choices(p, seed=n) for p in train] for n in range(1, arguments.orders))]
+    images = [p.image for p in (*train, *validation) if p.image is not None] if arguments.images else []
+    model, features = load_model_to_train(arguments, images)
+    assert model.tokenizer is not None
+    encode = {
+        "caption": arguments.caption,
+        "images": arguments.images,
+        "rivals": arguments.rivals,
+        "template": model.template(),
+        "tokenizer": model.tokenizer,
+        "max_length": arguments.max_length,
+    }
+    examples = [e for some in shown for e in encode_problems(some, arguments.format, **encode)]
+    data = {
+        "source": Path(arguments.data).name,
+        "fingerprint": summary.fingerprint,
+        "format": arguments.format,
+        "caption": arguments.caption,
+        "orders": arguments.orders,
+        "rivals": arguments.rivals,
+        "picture_weight": arguments.picture_weight,
+        "max_length": arguments.max_length,
+        "start_from": arguments.start_from,
+    }
+    trainer = Trainer(
+        model,
+        "trained",
+        examples,
+        {"kept back": encode_problems(validation, arguments.format, **encode)},
+        settings,
+        arguments.output,
+        data=data,
+        features=features,
+        occurrences=[(arguments.picture_weight if e.images else 1) / arguments.orders for e in examples],
+    )
+    best = trainer.run(resume=arguments.resume)
+    processes.say(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+
+    adapter = load_adapter(arguments.output)
+    model.add_adapter("best", adapter)
+    right = {}
+    for way in WAYS:
+        predictions, _ = examine(
+            model,
+            validation,
+            Examination(way, arguments.format, arguments.caption),
+            features=features or None,
+            progress=RowProgress(way, len(validation)),
+        )
+        right[way] = grade(validation, predictions).shares["AVG"].percent
+        processes.say(f"{way:<10} {right[way]:.2f} % of {len(validation):,} problems kept back")
+    answer = max(WAYS, key=lambda way: right[way])
+    training = {**adapter.config.training, "answer": answer}
+    adapter.config = dataclasses.replace(adapter.config, training=training)
+    if processes.main:
+        save_adapter(adapter, arguments.output)

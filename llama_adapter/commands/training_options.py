@@ -1,0 +1,208 @@
+"""What the training scripts have in common: their options, and the model and pictures that these ask for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_adapter.commands.arguments import load_model, picture_features, seed_number
+from llama_adapter.common.errors import UsageError
+
+if TYPE_CHECKING:  # slow to import: --help and a mistyped option are answered without torch
+    import torch
+    from torch import Tensor
+
+    from llama_adapter.data.records import PictureFile
+    from llama_adapter.methods.config import VisionConfig
+    from llama_adapter.model import LlamaAdapter
+    from llama_adapter.training.trainer import TrainingSettings
+    from llama_adapter.vision.tower import VisionTower
+
+DEFAULT_TOWER = "clip-mini"
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Everything in `TrainingSettings`, and the adapter's sizes."""
+    from llama_adapter.training.trainer import TrainingSettings
+
+    defaults = TrainingSettings()
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument(
+        "--start-from",
+        metavar="ADAPTER",
+        help="train this one on: name, folder or hub id (default: a new one)",
+    )
+    adapter.add_argument("--prompt-length", type=int, metavar="K", help="prompts in each layer (10)")
+    adapter.add_argument(
+        "--adapted-layers", type=int, metavar="L", help="topmost layers (default: N - N // 16)"
+    )
+    adapter.add_argument(
+        "--bias-tuning",
+        action="store_true",
+        help="train scales and biases of the layers' projections as well (LLaMA-Adapter V2); an adapter of "
+        "--start-from that has them keeps them",
+    )
+    adapter.add_argument(
+        "--template",
+        help="text format: alpaca, brief, chat or scienceqa (default: alpaca, or that of --start-from)",
+    )
+    training = parser.add_argument_group("training")
+    for name, kind, text in (
+        ("epochs", int, "passes over the rows"),
+        ("warmup_epochs", float, "passes in which the learning rate rises"),
+        ("batch_size", int, "rows an optimiser step, of all processes together"),
+        ("base_learning_rate", float, "the peak is this * batch size / 256"),
+        ("learning_rate", float, "the peak itself, in place of that rule"),
+        ("gate_learning_rate", float, "the gates' own peak (default: the prompts')"),
+        ("projection_learning_rate", float, "that of the pictures' projection (default: the prompts')"),
+        ("tuning_learning_rate", float, "that of --bias-tuning (default: the prompts')"),
+        ("weight_decay", float, "AdamW's"),
+        ("max_grad_norm", float, "scale gradients down to this norm"),
+        ("max_steps", int, "end the run, and its schedule, after so many steps"),
+        ("validate_every", int, "steps between validations; the best adapter is kept"),
+        ("checkpoint_every", int, "steps between checkpoints"),
+        (
+            "max_tokens",
+            int,
+            "tokens through the decoder at once, in each process; gradients of a larger batch accumulate",
+        ),
+        ("seed", seed_number, "of the order of the rows and the first prompts"),
+    ):
+        default = getattr(defaults, name)
+        shown = "" if default is None else f" ({default:g})"
+        training.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text + shown)
+    training.add_argument(
+        "--mean-over",
+        default=defaults.mean_over,
+        help="tokens: a long answer weighs more than a short one; rows: all alike, "
+        f"which makes answers shorter ({defaults.mean_over})",
+    )
+    training.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute each layer again in the backward pass: less memory, a third more time",
+    )
+    training.add_argument("--resume", action="store_true", help="go on with the run in --output")
+
+
+def training_settings(arguments: argparse.Namespace) -> TrainingSettings:
+    """The settings that `add_training_options` read."""
+    from llama_adapter.training.trainer import TrainingSettings
+
+    names = TrainingSettings.__dataclass_fields__
+    return TrainingSettings(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+
+
+def add_vision_options(parser: argparse.ArgumentParser) -> None:
+    """The tower, what is taken from it, and how that reaches the prompts."""
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--images",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="--no-images trains on the text of the same rows alone",
+    )
+    group.add_argument(
+        "--tower", help=f"name, folder, hub id or MODEL:TAG of an open_clip model ({DEFAULT_TOWER})"
+    )
+    group.add_argument(
+        "--depths",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="depths of the tower (default: four, evenly spaced)",
+    )
+    group.add_argument("--bottleneck", type=int, metavar="N", help="width of the projection's middle (128)")
+    group.add_argument("--image-tokens", type=int, metavar="N", help="1 for all prompts, or K, one each (1)")
+    group.add_argument("--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)")
+
+
+def load_model_to_train(
+    arguments: argparse.Namespace, images: Iterable[PictureFile] = ()
+) -> tuple[LlamaAdapter, dict[PictureFile, Tensor]]:
+    """The model with the adapter that `add_training_options` and `add_vision_options` ask for.
+
+    Joins the other processes of the run, where there are any.
+
+    Args:
+        images: the pictures of all rows; where there are none, a new adapter is one for text alone.
+
+    Returns:
+        the model, its active adapter named "trained"; and (F,) features of each picture.
+    """
+    from llama_adapter.common.processes import running_processes
+    from llama_adapter.methods.decoder import checkpoint_activations
+
+    processes = running_processes()
+    if processes.sharded and arguments.device is None:
+        # The whole of it may fit no accelerator: it goes there by shards, when the training begins.
+        arguments = argparse.Namespace(**{**vars(arguments), "device": "cpu"})
+    sizes = _given(arguments, "prompt_length", "adapted_layers")
+    settings = {**sizes, **_given(arguments, "template"), "bias_tuning": arguments.bias_tuning}
+    sight = _given(arguments, "tower", "depths", "bottleneck", "image_tokens")
+    images = list(dict.fromkeys(images))
+    if sight and not arguments.images:
+        option = next(iter(sight)).replace("_", "-")
+        raise UsageError(f"--{option} is for pictures, which --no-images leaves out; give one of the two")
+    start = None
+    if arguments.start_from is None:
+        model = load_model(arguments)
+    else:
+        model = load_model(argparse.Namespace(**{**vars(arguments), "adapter": arguments.start_from}))
+        start = model.get_adapter(model.active_adapter)
+        config = start.config
+        if settled := [*sizes, *(sight if config.vision is not None else ())]:
+            option = settled[0].replace("_", "-")
+            raise UsageError(f"--{option} is settled by --start-from {arguments.start_from}; leave it out")
+        inherited = {name: getattr(config, name) for name in ("prompt_length", "adapted_layers", "template")}
+        settings = {**inherited, "vision": config.vision, **settings}
+        settings["bias_tuning"] |= bool(config.tuning_width)
+    if arguments.tuning_learning_rate is not None and not settings["bias_tuning"]:
+        raise UsageError("--tuning-learning-rate is for scales and biases; give --bias-tuning as well")
+    features: dict[PictureFile, Tensor] = {}
+    if images:
+        if settings.get("vision") is None:
+            tower, settings["vision"] = _new_sight(arguments, sight, model.decoder.device)
+        else:
+            tower = model.tower()
+        with processes.main_first():  # the others find them in the cache
+            features = picture_features(tower, arguments.cache, images)
+    if start is not None:
+        model.delete_adapter(model.active_adapter)  # its name may be the same
+    adapter = model.new_adapter("trained", seed=arguments.seed, **settings)
+    if adapter.projection is not None and features:
+        adapter.projection.fit(features.values())
+    if start is not None:
+        adapter.load_state_dict(start.state_dict(), strict=False)  # a new projection stays as it is
+    if arguments.gradient_checkpointing:
+        checkpoint_activations(model.decoder)
+    return model, features
+
+
+def _new_sight(
+    arguments: argparse.Namespace, sight: dict[str, Any], device: torch.device
+) -> tuple[VisionTower, VisionConfig]:
+    from llama_adapter.methods.config import VisionConfig
+    from llama_adapter.vision.tower import load_tower
+
+    tower = load_tower(
+        sight.pop("tower", DEFAULT_TOWER),
+        depths=sight.pop("depths", None),
+        weights=arguments.weights,
+        device=device,
+    )
+    vision = VisionConfig(
+        tower=tower.name,
+        tower_fingerprint=tower.fingerprint,
+        depths=tower.depths,
+        feature_width=tower.feature_width,
+        **sight,
+    )
+    return tower, vision
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    values = {name: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}

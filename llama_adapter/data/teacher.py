@@ -1,0 +1,244 @@
+"""A classifier of a question's words, together with its picture, that answers it as other rows were answered.
+
+People answer a question about a photo in many ways: "what is on the desk?" has nearly as many answers as
+desks. What such a classifier holds most likely after all other rows is an answer without that noise, to learn
+from (knowledge distillation, Hinton et al. 2015, arXiv 1503.02531, with the most likely answer alone, as in
+Kim and Rush 2016, arXiv 1606.07947, section 3.2). It is a baseline of visual question answering besides.
+
+Shapes: N rows fitted to, M rows asked, V phrases, A answers, F features of a picture.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.data.records import PictureFile
+
+_WORD = re.compile(r"\w+")
+_LONGEST_PHRASE = 3
+MOST_ROWS = 10_000  # to fit to at once
+_MOST_ANSWERS = 3000  # as is usual for VQA v2
+_RIDGE = 2.0
+_AT_ONCE = 1000  # rows, whose phrases are held as a dense matrix
+
+
+@dataclass(frozen=True)
+class QuestionRow:
+    """A question with its answer; `picture` is None where it has none."""
+
+    question: str
+    answer: str
+    picture: Path | None = None
+
+    @cached_property  # each is asked for in every fit
+    def phrases(self) -> tuple[str, ...]:
+        """The question's distinct words, and runs of two and three of them, its beginning and end marked."""
+        words = ["<", *_WORD.findall(self.question.lower()), ">"]
+        runs = (
+            " ".join(words[start : start + length])
+            for length in range(2, _LONGEST_PHRASE + 1)
+            for start in range(len(words) - length + 1)
+        )
+        return tuple(dict.fromkeys((*words[1:-1], *runs)))
+
+
+class Teacher:
+    """Kernel ridge regression (Saunders et al. 1998) to answers as one-hot vectors, the ridge 2.
+
+    Two rows are as similar as k = (words · words') (1 + picture · picture'): `words` marks a question's
+    phrases of up to three words and has length 1, `picture` is of `directions` and has length 1, or 0 where a
+    row has none. So a row about a picture like this one counts more, and what a picture tells may differ by
+    what is asked.
+
+    It gives one of the 3,000 most frequent answers; a question of which it knows no word gets the most
+    frequent of all. It takes memory as N^2 and time as N^3: for `MOST_ROWS` some gigabytes and minutes.
+
+    Args:
+        rows: what to fit to.
+        pictures: (F,) of each picture that rows here or in `answers` name (`directions`); may be empty, and a
+            picture that is not in it counts as none.
+
+    Raises UsageError when there are no rows.
+    """
+
+    def __init__(self, rows: Sequence[QuestionRow], pictures: Mapping[PictureFile, Tensor]) -> None:
+        if not rows:
+            raise UsageError("there are no rows to fit a classifier to")
+        self._pictures = pictures
+        self._features = next((len(value) for value in pictures.values()), 0)
+        known = dict.fromkeys(phrase for row in rows for phrase in row.phrases)
+        self._places = {phrase: place for place, phrase in enumerate(known)}
+        counts = Counter(row.answer for row in rows)
+        self._answers = [answer for answer, _ in counts.most_common(_MOST_ANSWERS)]
+        number = {answer: place for place, answer in enumerate(self._answers)}
+        wanted = torch.zeros(len(rows), len(self._answers), dtype=torch.double)
+        for place, row in enumerate(rows):
+            if row.answer in number:
+                wanted[place, number[row.answer]] = 1
+
+        self._words, self._seen = self._vectors(rows)
+        similarity = torch.cat([self._similarity(part) for part in _parts(rows)])
+        similarity.diagonal().add_(_RIDGE)
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(similarity))  # (N, N)
+        self._weights = self._inverse @ wanted  # (N, A)
+
+    def answers(self, rows: Sequence[QuestionRow]) -> list[str]:
+        """The most likely answer to each row's question; its own is not looked at."""
+        found: list[str] = []
+        for part in _parts(rows):
+            found += self._most_likely(self._similarity(part) @ self._weights)
+        return found
+
+    def answers_without(
+        self, rows: Sequence[QuestionRow], left_out: Sequence[Sequence[int]]
+    ) -> Iterator[str]:
+        """What fitting to all rows but those of some numbers, `left_out` of each row, would answer to it.
+
+        That follows from the fit to all: with H the inverse of the similarity with its ridge, W = H y the
+        weights and g the rows left out, theirs are W - H_g (H_gg)^-1 W_g (the inverse of a block matrix).
+        """
+        groups = iter(left_out)
+        for part in _parts(rows):
+            similarity = self._similarity(part)
+            scores = similarity @ self._weights
+            for similar, score, group in zip(similarity, scores, groups, strict=False):  # groups go on
+                gone = torch.tensor(group)
+                inverse = self._inverse[gone]
+                weights = torch.linalg.solve(inverse[:, gone], self._weights[gone])
+                score -= (inverse @ similar) @ weights
+            yield from self._most_likely(scores)
+
+    def _most_likely(self, scores: Tensor) -> list[str]:
+        # Rounded, so that of answers that are as likely the most frequent is taken, which stands first.
+        return [self._answers[place] for place in scores.round(decimals=6).argmax(1).tolist()]
+
+    def _vectors(self, rows: Sequence[QuestionRow]) -> tuple[Tensor, Tensor]:
+        """Of M rows: (M, V) words, sparse, phrases that are not known left out; (M, F) pictures."""
+        places = [[self._places[phrase] for phrase in row.phrases if phrase in self._places] for row in rows]
+        numbers = [number for number, known in enumerate(places) for _ in known]
+        values = torch.tensor([len(places[number]) ** -0.5 for number in numbers], dtype=torch.double)
+        indices = torch.tensor([numbers, list(chain.from_iterable(places))], dtype=torch.long)
+        words = torch.sparse_coo_tensor(
+            indices, values, (len(rows), len(self._places)), check_invariants=True
+        )
+        nothing = torch.zeros(self._features, dtype=torch.double)
+        pictures = [self._pictures.get(row.picture, nothing) if row.picture else nothing for row in rows]
+        return words, torch.stack(pictures)
+
+    def _similarity(self, rows: Sequence[QuestionRow]) -> Tensor:
+        """(M, N) of M rows to those fitted to."""
+        words, pictures = self._vectors(rows)
+        alike = torch.sparse.mm(self._words, words.to_dense().t()).t()
+        return alike * (1 + pictures @ self._seen.t())
+
+
+def _parts(rows: Sequence[QuestionRow]) -> Iterator[Sequence[QuestionRow]]:
+    for start in range(0, len(rows), _AT_ONCE):
+        yield rows[start : start + _AT_ONCE]
+
+
+def answer_from_other_rows(
+    rows: Sequence[QuestionRow],
+    pictures: Mapping[PictureFile, Tensor],
+    *,
+    kept_back: Sequence[QuestionRow] = (),
+    more_pictures: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[list[QuestionRow], list[QuestionRow], list[QuestionRow]]:
+    """`rows` with answers of a `Teacher` that has seen neither the row nor its picture; each question about a
+    picture asked of `more_pictures` others of `rows`, drawn at random, answered by one that has seen neither
+    picture; and `kept_back`, answered by one that has seen none of these.
+
+    A row without a picture is answered by those of other questions. Of many rows, some `MOST_ROWS` at
+    a time are answered by each other, and the first of them answer those kept back.
+
+    Raises UsageError for fewer than two pictures or questions, or than two more than `more_pictures`.
+    """
+    groups: dict[str | Path, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(_subject(row), []).append(number)
+    if len(groups) < 2:
+        raise UsageError(
+            f"{len(groups)} pictures or questions; expected 2 or more: none is answered by itself"
+        )
+    draw = random.Random(0)
+    dealt = list(groups)
+    draw.shuffle(dealt)
+    parts = min(-(-len(rows) // MOST_ROWS), len(groups) // 2)
+    answered = list(rows)
+    more: list[QuestionRow] = []
+    theirs: list[QuestionRow] = []
+    done = 0
+    for part in range(parts):
+        here = dealt[part::parts]
+        numbers = [number for subject in here for number in groups[subject]]
+        own = [rows[number] for number in numbers]
+        teacher = Teacher(own, pictures)
+        if part == 0:
+            answers = teacher.answers(kept_back)
+            theirs = [replace(row, answer=answer) for row, answer in zip(kept_back, answers, strict=True)]
+
+        # Each row to ask, with the pictures or question whose rows are left out for it.
+        asked = [(row, [_subject(row)]) for row in own]
+        if more_pictures:
+            asked += _of_other_pictures(own, more_pictures, draw)
+        places = {number: place for place, number in enumerate(numbers)}
+        left_out = [
+            [places[number] for subject in subjects for number in groups[subject]] for _, subjects in asked
+        ]
+        given: list[QuestionRow] = []
+        questions = [row for row, _ in asked]
+        for row, answer in zip(questions, teacher.answers_without(questions, left_out), strict=True):
+            given.append(replace(row, answer=answer))
+            progress(done := done + 1)
+        for number, row in zip(numbers, given, strict=False):
+            answered[number] = row
+        more += given[len(numbers) :]
+    return answered, more, theirs
+
+
+def _subject(row: QuestionRow) -> str | Path:
+    """What a row is about: no row about the same answers it."""
+    return row.question if row.picture is None else row.picture
+
+
+def _of_other_pictures(
+    rows: Sequence[QuestionRow], count: int, draw: random.Random
+) -> list[tuple[QuestionRow, list[str | Path]]]:
+    """Each row about a picture asked of `count` others, with both pictures."""
+    seen = list(dict.fromkeys(row.picture for row in rows if row.picture is not None))
+    if len(seen) < count + 2:
+        raise UsageError(
+            f"{len(seen)} pictures; expected {count + 2} or more to ask each question of {count} other "
+            "pictures"
+        )
+    more: list[tuple[QuestionRow, list[str | Path]]] = []
+    for row in rows:
+        if row.picture is not None:
+            # One more is drawn, as the row's own may be among them.
+            others = [picture for picture in draw.sample(seen, count + 1) if picture != row.picture]
+            more += [(replace(row, picture=other), [row.picture, other]) for other in others[:count]]
+    return more
+
+
+def directions(features: Mapping[PictureFile, Tensor]) -> dict[PictureFile, Tensor]:
+    """(F,) of each picture's (F,) features, less their mean over the pictures, in standard deviations, at
+    length 1; of zeros where all pictures are the same.
+    """
+    if not features:
+        return {}
+    stacked = torch.stack([value.double() for value in features.values()])
+    stacked = (stacked - stacked.mean(0)) / (stacked.std(0, correction=0) + 1e-5)
+    return dict(zip(features, F.normalize(stacked), strict=True))

@@ -1,0 +1,194 @@
+"""An adapter as a folder: adapter_config.json and adapter_model.safetensors, a few MB; and the authors' .pth.
+
+Loading is strict (every key, every shape) and reads weights only: no pickled code ever runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.common.files import write_atomically, write_json
+from llama_adapter.methods.adapter import Adapter
+from llama_adapter.methods.config import AdapterConfig, DecoderShape
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def save_adapter(adapter: Adapter, folder: str | Path) -> None:
+    """Write the adapter's two files; each appears whole or not at all. Weights are kept in float32."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = adapter.state_dict().items()
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors}
+    with write_atomically(folder / WEIGHTS_FILE) as path:
+        path.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would hide it from other users
+    write_json(folder / CONFIG_FILE, adapter.config.to_dict())
+
+
+def adapter_folder(name: str) -> Path:
+    """The local folder of an adapter, fetched from the hub where ``name`` is a hub id.
+
+    Raises:
+        UsageError: no such repository, or no way to reach it.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "README.md"]))
+    except GatedRepoError:
+        raise UsageError(
+            f"adapter {name!r} is gated: accept its terms on its hub page, then run `hf auth login` "
+            "or set HF_TOKEN"
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(
+            f"adapter {name!r} is no folder here and cannot be had from the hub ({reason}); "
+            "check the name, the network, or `hf auth login` for a private one"
+        ) from None
+
+
+def read_config(folder: str | Path) -> AdapterConfig:
+    """The settings in an adapter folder.
+
+    Raises:
+        UsageError: no adapter folder, not JSON, another version, a missing or unknown key.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise UsageError(
+            f"{folder} is no adapter folder: it has no {CONFIG_FILE}; give one that train.* wrote"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON ({error}); copy the adapter again") from None
+    if not isinstance(values, dict):
+        found = type(values).__name__
+        raise UsageError(f"{path} holds a {found}, expected an object; copy the adapter again")
+    return AdapterConfig.from_dict(values, str(path))
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """Rebuild the adapter in a folder, in float32 on the CPU.
+
+    Raises:
+        UsageError: as `read_config`, and a truncated file, a missing or extra key, a wrong size.
+    """
+    config = read_config(folder)
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise UsageError(f"{folder} has no {WEIGHTS_FILE}; copy the adapter again")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); it is cut off or no safetensors file") from None
+    return _build_adapter(config, state, str(path))
+
+
+def _build_adapter(config: AdapterConfig, state: dict[str, Tensor], source: str) -> Adapter:
+    try:
+        with torch.device("meta"):  # no memory for a shape that the file does not bear out
+            adapter = Adapter(config)
+    except (TypeError, RuntimeError):  # past what a tensor can have
+        raise UsageError(f"{source}: its config asks for sizes that no tensor has; copy it again") from None
+    expected = adapter.state_dict()
+    for name in sorted(set(expected) | set(state)):
+        if name not in state:
+            raise UsageError(f"{source}: the tensor {name!r} is missing; expected {', '.join(expected)}")
+        if name not in expected:
+            raise UsageError(f"{source}: the tensor {name!r} is not one of an adapter: {', '.join(expected)}")
+        if state[name].shape != expected[name].shape:
+            found, wanted = tuple(state[name].shape), tuple(expected[name].shape)
+            raise UsageError(f"{source}: {name!r} has the shape {found}, its config says {wanted}")
+        if not torch.isfinite(state[name]).all():
+            raise UsageError(f"{source}: {name!r} has values that are not finite; train again")
+    adapter.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return adapter
+
+
+def import_pth(path: str | Path, *, base: str, shape: DecoderShape) -> Adapter:
+    """Read the authors' layout: ``adapter_query.weight`` (L * K, D) and ``layers.N.attention.gate``.
+
+    Their K is 10 and is not in the file; L follows from it. Gates of layers below the adapted ones are in
+    their files too, though nothing reads them: they are dropped.
+
+    Args:
+        base: the decoder that it was trained for, by name, folder or hub id.
+        shape: that decoder's sizes.
+
+    Raises:
+        UsageError: not such a file, or sizes that do not fit the base.
+    """
+    with open(path, "rb") as file:
+        try:
+            loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+        except (
+            Exception
+        ) as error:  # there is no end to what the unpickler raises over bytes that are no pickle
+            reason = " ".join(str(error).split())[:120]
+            raise UsageError(f"{path} cannot be read as weights ({reason}); give the authors' .pth") from None
+    found = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+    state: dict[str, Any] = found if isinstance(found, dict) else {}
+    query = state.get("adapter_query.weight")
+    if not isinstance(query, Tensor) or query.ndim != 2:
+        raise UsageError(
+            f"{path} has no adapter_query.weight; expected the authors' layout (LLaMA-Adapter V1)"
+        )
+    prompt_length = 10
+    if query.shape[1] != shape.hidden_size or query.shape[0] % prompt_length:
+        raise UsageError(
+            f"{path}: adapter_query.weight is {tuple(query.shape)}; for base {base!r} expected "
+            f"(layers * {prompt_length}, {shape.hidden_size})"
+        )
+    config = AdapterConfig(
+        base=base, shape=shape, adapted_layers=query.shape[0] // prompt_length, prompt_length=prompt_length
+    )
+    gates = []
+    for layer in range(config.first_layer, shape.num_layers):
+        gate = state.get(f"layers.{layer}.attention.gate")
+        if not isinstance(gate, Tensor) or gate.numel() != shape.num_heads:
+            size = "missing" if gate is None else f"{getattr(gate, 'shape', gate)}"
+            raise UsageError(
+                f"{path}: layers.{layer}.attention.gate is {size}; expected {shape.num_heads} values"
+            )
+        gates.append(gate.float().reshape(-1))
+    prompts = query.float().reshape(config.adapted_layers, prompt_length, -1)
+    return _build_adapter(config, {"prompts": prompts, "gates": torch.stack(gates)}, str(path))
+
+
+def export_pth(adapter: Adapter, path: str | Path) -> None:
+    """Write the authors' layout; layers that are not adapted get a gate of zero, as theirs do.
+
+    Raises:
+        UsageError: the layout has no room for this adapter.
+    """
+    config = adapter.config
+    if config.prompt_length != 10:
+        raise UsageError(
+            f"the authors' layout has 10 prompts a layer; this adapter has {config.prompt_length}"
+        )
+    if adapter.tuning is not None:
+        raise UsageError("the authors' layout has no room for scales and biases, which this adapter has")
+    if adapter.projection is not None:
+        raise UsageError(
+            "the authors' layout has no room for a projection of pictures, which this adapter has"
+        )
+    state = {"adapter_query.weight": adapter.prompts.detach().flatten(0, 1).float().cpu().contiguous()}
+    for layer in range(config.shape.num_layers):
+        index = layer - config.first_layer
+        gate = adapter.gates[index] if index >= 0 else torch.zeros(config.shape.num_heads)
+        state[f"layers.{layer}.attention.gate"] = gate.detach().float().cpu().reshape(1, -1, 1, 1).clone()
+    with write_atomically(Path(path)) as temporary:
+        torch.save(state, temporary)

@@ -1,0 +1,118 @@
+"""The endpoints for programs: `/answer` and `/chat` give a growing text, `/score` options' probabilities.
+
+None of them remembers anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import gradio as gr
+
+from llama_adapter.answering.engine import Engine
+from llama_adapter.common.errors import UsageError
+from llama_adapter.data.templates import Turn, question_turn
+from llama_adapter.decoding.sampling import Sampling
+from llama_adapter.decoding.streams import Answer
+from llama_adapter.page.checks import MAX_MESSAGES, check_length, read_sampling
+from llama_adapter.page.display import pace
+from llama_adapter.page.science import score
+from llama_adapter.page.uploads import open_given
+
+# What a program may send as a picture; `open_given` reads it.
+Given = str | dict[str, Any] | list[str | dict[str, Any]] | None
+
+
+class Endpoints:
+    """What `gr.api` offers by the names of these methods."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def answer(
+        self,
+        message: str,
+        image: Given = None,
+        adapter: str | None = None,
+        system: str = "",
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        top_k: int = Sampling.top_k,
+        repetition_penalty: float = Sampling.repetition_penalty,
+        max_new_tokens: int = Sampling.max_new_tokens,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """The answer to one question, as far as it has got: what comes last is all of it. `image`: a picture
+        that it is about, or a list of them, for adapters that see: `handle_file("photo.jpg")` of
+        gradio_client, a data URL ("data:image/jpeg;base64,..."), or {"path": what /gradio_api/upload
+        answered}. `adapter`: a name that the page offers, by default the one that is chosen there at first;
+        "none" is the bare base."""
+        # Gradio stops the work of a caller who leaves only between two values.
+        knobs = (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+        yield from self.chat(message, None, image, adapter, system, *knobs)
+
+    def chat(
+        self,
+        message: str,
+        history: list[dict[str, str]] | None = None,
+        image: Given = None,
+        adapter: str | None = None,
+        system: str = "",
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        top_k: int = Sampling.top_k,
+        repetition_penalty: float = Sampling.repetition_penalty,
+        max_new_tokens: int = Sampling.max_new_tokens,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """The answer to a conversation's latest message, as far as it has got. `history`: what was said
+        before, as {"role": "user" or "assistant", "content": text}; `image`: what the conversation is about;
+        the others are those of `/answer`."""
+        knobs = (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+        with _refused(), closing(self._ask(message, history or [], image, adapter, system, knobs)) as answer:
+            for _ in pace(answer):
+                yield answer.text
+            yield answer.text
+
+    def score(
+        self,
+        question: str,
+        options: list[str],
+        context: str = "",
+        image: Given = None,
+        adapter: str | None = None,
+    ) -> list[float]:
+        """The probability of each of 2 to 5 options, in their order, by the likelihood of its letter, or of
+        its text where the adapter is better at that, in ScienceQA's prompt. `context`: what one has to know
+        to answer; `image` and `adapter` are those of `/answer`."""
+        with _refused():
+            return score(self.engine.model, question, options, context, image, adapter)
+
+    def _ask(
+        self, message: Any, history: Any, image: Any, adapter: str | None, system: Any, knobs: tuple[Any, ...]
+    ) -> Answer:
+        before = [Turn("system", check_length(system))] if system else []
+        if not isinstance(history, list):
+            raise UsageError("the history is no list of messages")
+        if len(history) > MAX_MESSAGES:
+            raise UsageError(f"the history has {len(history):,} messages; leave out all but {MAX_MESSAGES}")
+        for said in history:
+            if not (isinstance(said, dict) and {"role", "content"} <= set(said)):
+                raise UsageError("a message of the history is no object with a role and a content")
+            before.append(Turn(str(said["role"]), check_length(said["content"])))
+        turns = [*before, question_turn(check_length(message))]
+        sampling = read_sampling(*knobs)
+        return self.engine.stream_chat(
+            turns, image=open_given(image) or None, adapter=adapter, sampling=sampling
+        )
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """A caller's mistake as the error that Gradio hands on."""
+    try:
+        yield
+    except UsageError as error:
+        raise gr.Error(str(error), print_exception=False) from None

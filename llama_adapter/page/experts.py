@@ -1,0 +1,73 @@
+"""The adapters that the page lets a person choose from, each with a line about it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.checkpoint import adapter_folder, read_config
+from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.weights import locations
+
+
+def load_experts(
+    model: LlamaAdapter,
+    *,
+    adapter: str | None = None,
+    weights: str | Path | None = None,
+    adapters: Path | None = None,
+) -> dict[str, str]:
+    """Load every adapter of the weights folders that fits the base; the active one stays.
+
+    Args:
+        adapter: what the active one was asked for by, where that is no name in the weights folders.
+        adapters: one more folder of adapters; names that the weights folders have are left out.
+
+    Returns:
+        A line about each by name, the bare base last.
+
+    Raises:
+        UsageError: ``adapters`` has none.
+    """
+    active = model.active_adapter
+    folders = locations.list_weights("adapter", weights)
+    if adapters is not None:
+        more = locations.list_weights("adapter", adapters)
+        if not more:
+            raise UsageError(f"--adapters: {adapters} has no folder with an adapter in it")
+        for name in more.keys() & folders.keys():
+            print(f"{more[name]} is left out: another adapter has that name", file=sys.stderr)
+        folders = {**more, **folders}
+    if active != NO_ADAPTER and adapter is not None:
+        folder = adapter_folder(locations.resolve(adapter, kind="adapter", weights=weights))
+        folders = {active: folder, **{name: other for name, other in folders.items() if name != active}}
+    lines = {}
+    for name, folder in folders.items():
+        try:
+            if name not in model.adapters:
+                if read_config(folder).shape != model.shape:
+                    continue
+                model.load_adapter(folder, name=name)
+        except UsageError as error:  # one broken folder is no reason to do without the others
+            print(f"{name} is left out: {error}", file=sys.stderr)
+        else:
+            lines[name] = describe(folder)
+    model.set_adapter(active)
+    lines[NO_ADAPTER] = f"The bare base, {model.base}, without an adapter."
+    return lines
+
+
+def describe(folder: Path) -> str:
+    """The first sentence of an adapter's model card, else its sizes."""
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # what the hub reads
+        text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE).strip()
+        if text:
+            sentence = re.split(r"(?<=[.!?])\s|\n\s*\n", text)[0]
+            return " ".join(sentence.split())
+    config = read_config(folder)
+    return f"{config.prompt_length} prompts in each of the top {config.adapted_layers} layers; no model card."

@@ -1,0 +1,87 @@
+"""The tab "Look inside": where the chosen adapter acts, and what it did to the chat's latest answer."""
+
+from __future__ import annotations
+
+import html
+
+from llama_adapter.answering.conversation import Conversation
+from llama_adapter.answering.influence import effective_gates, measure_influence
+from llama_adapter.common.errors import UsageError
+from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.page.heatmap import draw_heatmap
+
+MAX_TOKENS = 96  # of an answer: more are hard to tell apart
+
+GATES = (
+    "Each head of each adapted layer has one gate, and what the head reads from the adapter's prompts is "
+    "multiplied with its tanh: left out where that is 0 (faint), added where it is positive (green), "
+    "subtracted where it is negative (orange)."
+)
+ANSWER = (
+    "How far each layer's prompts moved each token of the answer: the length of what the layer read from its "
+    "prompts, gated, as a share of the length of what it read from the text. What the scales and biases of "
+    "an adapter with such did is not in it."
+)
+
+
+def show_gates(model: LlamaAdapter, adapter: str) -> str:
+    """HTML: a heat map of an adapter's gates, or why there is none."""
+    if adapter == NO_ADAPTER:
+        return _line("The bare base has no prompts and no gates; choose an adapter above.")
+    gates = effective_gates(model, adapter)
+    first = model.get_adapter(adapter).config.first_layer
+    layer, head = divmod(int(gates.abs().argmax()), gates.shape[1])
+    strongest = f"strongest: layer {first + layer}, head {head}, {gates[layer, head]:.2f}"
+    # The topmost layer on top.
+    return draw_heatmap(
+        gates.flip(0).tolist(),
+        rows=[str(first + number) for number in reversed(range(len(gates)))],
+        columns=[str(number) for number in range(gates.shape[1])],
+        names=("layer", "head"),
+        summary=f"Heat map of tanh(gate) of {len(gates)} layers with {gates.shape[1]} heads; {strongest}",
+    ) + _line(f"Layers upwards, heads to the right; {strongest}.")
+
+
+def show_answer(model: LlamaAdapter, chat: Conversation | None) -> str:
+    """HTML: a heat map of what the prompts did to the latest answer of a chat, or why there is none."""
+    if chat is None or not chat.exchanges:
+        return _line("Ask something in the chat, then come back.")
+    latest = chat.exchanges[-1]
+    try:
+        found = measure_influence(
+            model,
+            latest.read,
+            latest.answer.text,
+            features=latest.features,
+            adapter=latest.adapter,
+            max_tokens=MAX_TOKENS,
+        )
+    except UsageError as error:
+        return _line(f"{str(error)[:1].upper()}{str(error)[1:]}.")
+    shares = found.shares
+    layer, token = divmod(int(shares.argmax()), shares.shape[1])
+    strongest = f"layer {found.first_layer + layer}, {found.tokens[token]!r}, {shares[layer, token]:.0%}"
+    question = latest.question.text
+    asked = question if len(question) <= 80 else f"{question[:79]}…"
+    return (
+        _line(f"{latest.adapter} answered “{asked}”; most: {strongest}.")
+        + draw_heatmap(
+            shares.flip(0).tolist(),
+            rows=[str(found.first_layer + number) for number in reversed(range(len(shares)))],
+            columns=[_visible(text) for text in found.tokens],
+            names=("layer", "token"),
+            summary=f"Heat map of {len(shares)} layers and {len(found.tokens)} tokens; most: {strongest}",
+            upright=False,
+        )
+        + (_line(f"The answer's first {MAX_TOKENS} tokens.") if len(found.tokens) == MAX_TOKENS else "")
+    )
+
+
+def _visible(token: str) -> str:
+    """A token's text as a label."""
+    text = token.strip().replace("\n", "↵") or ("↵" if "\n" in token else "␣")
+    return text if len(text) <= 12 else f"{text[:11]}…"
+
+
+def _line(text: str) -> str:
+    return f'<p class="line">{html.escape(text)}</p>'

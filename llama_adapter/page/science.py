@@ -1,0 +1,89 @@
+"""The tab "ScienceQA": a question with options, a picture perhaps; how likely each option is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.data.records import PictureFile
+from llama_adapter.data.templates import check_unicode, question_turn
+from llama_adapter.model import LlamaAdapter
+from llama_adapter.page.checks import check_length
+from llama_adapter.page.uploads import PICTURE_EXAMPLES, open_given
+from llama_adapter.scienceqa.examining import Examination, trained_on_scienceqa
+from llama_adapter.scienceqa.problems import LETTERS, Problem, question_text
+
+# Questions of our own in the manner of ScienceQA: text, options a line each, context, and perhaps a picture.
+_SHAPE, _COLOUR = PICTURE_EXAMPLES
+EXAMPLES = (
+    ("Which of these animals lays eggs?", "cat\nhen\ndog\ncow", "", None),
+    (
+        "Which cup of tea cools down faster?",
+        "the one outside\nthe one in the kitchen",
+        "Two cups of tea are equally hot. One stands in a warm kitchen, the other outside in the snow.",
+        None,
+    ),
+    (_SHAPE, "circle\nsquare\ntriangle", "", _SHAPE),
+    (_COLOUR, "red\ngreen\nblue", "", _COLOUR),
+)
+
+
+def score(
+    model: LlamaAdapter, question: Any, options: Any, context: Any, image: Any, adapter: str | None
+) -> list[float]:
+    """The probability of each option, by its likelihood; they sum up to 1.
+
+    That of its letter or of its text, whichever the adapter was found to be better at (`best_for`).
+
+    Args:
+        options: 2 to 5 texts.
+        image: what `open_given` takes, one picture or none.
+
+    Raises:
+        UsageError: a text that is none or too long, too many or too few options, a picture that is of no
+            use to the adapter.
+    """
+    if not isinstance(options, list):
+        raise UsageError("the options are no list of texts")
+    choices = tuple(check_length(option).strip() for option in options)
+    if not 2 <= len(choices) <= len(LETTERS) or not all(choices):
+        raise UsageError(f"{len(choices)} options; expected 2 to {len(LETTERS)}, none of them empty")
+    check_unicode("".join(choices))
+    pictures = open_given(image)
+    if len(pictures) > 1:
+        raise UsageError(f"{len(pictures)} pictures with one question; leave out all but one")
+    name: PictureFile = b"the picture"
+    features: dict[PictureFile, torch.Tensor] = {}
+    if pictures:
+        features[name] = model.encode_images(pictures[0], adapter=adapter)[0]
+    problem = Problem(
+        pid="1",
+        question=question_turn(check_length(question)).text,
+        choices=choices,
+        answer=0,
+        hint=check_length(context).strip(),
+        image=name if pictures else None,
+    )
+    examination = Examination.best_for(model, adapter)
+    # Refuses what the base can't read.
+    model.prepare_request(question_text(problem, examination.format), adapter=adapter)
+    if examination.way == "generate":  # has no likelihoods
+        examination = replace(examination, way="letter")
+    (found,) = examination.likelihoods(model, [problem], features=features, adapter=adapter)
+    return [float(share) for share in torch.tensor(found, dtype=torch.double).softmax(0)]
+
+
+def trained_for_it(model: LlamaAdapter) -> list[str]:
+    """The names of those adapters that train.scienceqa made."""
+    return [name for name in model.adapters if trained_on_scienceqa(model, name)]
+
+
+def labelled(options: list[str], probabilities: list[float]) -> dict[str, float]:
+    """Each option's probability under its letter and its text."""
+    return {
+        f"({letter}) {option}": share
+        for letter, option, share in zip(LETTERS, options, probabilities, strict=False)
+    }

@@ -1,0 +1,137 @@
+"""The page on a port of this machine, with the rule that a browser asks nobody else for anything."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import gradio as gr
+from gradio import processing_utils
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.data.pictures import MAX_BYTES
+from llama_adapter.page.display import SCRIPT
+
+# Gradio's page has inline scripts and styles and compiles some; what counts is that all comes from here.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
+
+THEME = gr.themes.Base(
+    primary_hue="teal",
+    neutral_hue="slate",
+    radius_size="lg",
+    # The system's own: any other would be fetched.
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+).set(body_text_color_subdued="*neutral_500")
+
+CSS = """
+.gradio-container { max-width: 60rem !important; width: 100%; margin: auto !important; }
+.gradio-container .main { padding: 1rem clamp(0.5rem, 3vw, 2rem) !important; }
+#header { align-items: end; }
+#header h1 { margin-bottom: 0.25rem; }
+#line * { color: var(--body-text-color-subdued); }
+.message-row.bubble { margin: 0.75rem 0.75rem 0.5rem; }
+.message-buttons .icon-button-wrapper { margin: 0 0.75rem !important; }
+.examples { grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) !important; }
+/* The note under an answer: no bubble of its own, beside the answer's buttons. */
+.bot-row + .message-buttons + .bot-row { margin: -1.45rem 0.75rem 0.5rem 3rem !important; }
+.message-buttons:has([aria-label="Retry"]) + .bot-row { margin-left: 6.5rem !important; }
+.bot-row + .message-buttons + .bot-row .message {
+    padding: 0;
+    border: none;
+    background: none;
+    box-shadow: none;
+}
+.bot-row + .message-buttons + .bot-row .prose * {
+    color: var(--body-text-color-subdued);
+    font-size: var(--text-sm);
+}
+.bot-row + .message-buttons + .bot-row + .message-buttons { display: none; }
+/* A picture above its question, which has the buttons. */
+.message-row:has(.component) + .message-buttons { display: none; } /* nor shared with huggingface.co */
+.message-row .image-frame img { max-height: 14rem !important; }
+.multimodal-textbox .padded-button {
+    width: auto !important;
+    padding: 0 var(--size-3) !important;
+    border-radius: var(--radius-xl);
+    background: var(--button-primary-background-fill);
+    color: var(--button-primary-text-color);
+}
+.multimodal-textbox .padded-button:hover { background: var(--button-primary-background-fill-hover); }
+/* Gradio at times lays this over a chat whose waiting question was stopped; what went wrong is in a toast. */
+[data-testid="status-tracker"]:has(.error) { display: none; }
+#gates, #influence { padding: 0; }
+.heatmap { overflow-x: auto; }
+.heatmap svg { width: 100%; display: block; }
+.heatmap text { fill: currentColor; font-size: 11px; }
+.heatmap rect { stroke: currentColor; stroke-opacity: 0.15; }
+.heatmap rect:hover { stroke-opacity: 1; }
+.line { color: var(--body-text-color-subdued); }
+/* Nothing to clear where every question stands for itself. */
+.answer .icon-button-wrapper.top-panel { display: none; }
+"""
+
+
+class SameOrigin:
+    """Adds the Content-Security-Policy to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+async def _fetch_nothing(url: str, cache_dir: str) -> str:
+    raise gr.Error("URLs are not fetched; download the picture and send the file", print_exception=False)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise UsageError where the page could not be served from there."""
+    try:
+        socket.create_server((host, port)).close()
+    except OverflowError:
+        raise UsageError(f"--port is {port}; expected 1 to 65535") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(
+            f"port {port} of {host} can't be had ({reason}); choose another with --port, or --host"
+        ) from None
+
+
+def serve(
+    page: gr.Blocks, *, host: str, port: int, share: bool = False, auth: tuple[str, str] | None = None
+) -> str:
+    """Serve the page until `page.close()`; returns its address."""
+    # Gradio asks its own page whether it is there, which a proxy for the outside world can't know.
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", host]))
+    # Where a file is expected, and anywhere else, Gradio would fetch what a caller gives the address of.
+    processing_utils.async_ssrf_protected_download = _fetch_nothing
+    options: dict[str, Any] = {
+        "server_name": host,
+        "server_port": port,
+        "share": share,
+        "auth": auth,
+        "prevent_thread_lock": True,
+        "quiet": True,
+        "ssr_mode": False,
+        "enable_monitoring": False,
+        "run_history": False,
+        "max_file_size": MAX_BYTES,
+        "footer_links": ["api", "settings"],
+        "theme": THEME,
+        "css": CSS,
+        "head": f"<script>{SCRIPT}</script>",
+        "app_kwargs": {"middleware": [Middleware(SameOrigin)]},
+    }
+    _, local, public = page.launch(**options)
+    return public or local

@@ -1,0 +1,117 @@
+"""A person's pictures: opened with suspicion, kept small, shown from Gradio's folder; and two of our own."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import threading
+from pathlib import Path
+from typing import Any
+
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
+from PIL import Image, ImageDraw
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.data.pictures import open_picture
+
+MAX_PICTURES = 8  # with one question
+MAX_SIDE = 768  # pixels; larger ones are made smaller, since a chat keeps them and towers look at fewer
+
+# Decoding takes a few hundred MB for the largest picture; many at once would take all there is.
+_one_at_a_time = threading.Lock()
+
+
+def open_given(given: Any) -> list[Image.Image]:
+    """The pictures that came with a question, upright RGB with sides of up to `MAX_SIDE`.
+
+    Args:
+        given: a picture or a list of them, each the path of an upload, ``{"path": that}`` as Gradio's clients
+            send it, or a data URL; None for none.
+
+    Raises:
+        UsageError: none of these, too many, or what `open_picture` refuses.
+    """
+    several = given if isinstance(given, list) else [] if given is None else [given]
+    if len(several) > MAX_PICTURES:
+        raise UsageError(f"{len(several)} pictures with one question; leave out all but {MAX_PICTURES}")
+    return [_open(one) for one in several]
+
+
+def picture_file(image: Image.Image) -> str:
+    """Where the page gets a picture from. Written there when it is first shown, or was cleared away."""
+    file: Path | None = image.info.get("file")
+    if file is None or not file.exists():
+        file = Path(save_pil_to_cache(image, get_upload_folder(), "picture", "png"))
+        image.info["file"] = file  # no text, which would be written into the file as well
+    return str(file)
+
+
+def _open(given: Any) -> Image.Image:
+    if isinstance(given, dict):
+        given = given.get("path")
+    if not isinstance(given, str):
+        raise UsageError("an image is no uploaded file and no data URL, the two that are understood")
+    if given.startswith("data:"):
+        content = _decode(given)
+        return _small(content)
+    path = _upload(given)
+    try:
+        return _small(path)
+    except UsageError as error:
+        # It begins with where the upload lies on this machine; the person knows it by its name.
+        raise UsageError(f"{path.name}: {str(error).partition(': ')[2]}") from None
+
+
+def _small(source: Path | bytes) -> Image.Image:
+    with _one_at_a_time:
+        image = open_picture(source)
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
+
+
+def _upload(given: str) -> Path:
+    """The path of an upload, with every link followed: nothing else of this disk is opened."""
+    try:
+        path = Path(given).resolve()
+        inside = path.is_relative_to(Path(get_upload_folder()).resolve())
+    except (OSError, RuntimeError, ValueError):  # too long, links in a circle, a zero byte
+        inside = False
+    if not inside:
+        raise UsageError(f"{given!r:.80} was not uploaded here; upload the picture, or send it as a data URL")
+    return path
+
+
+def _decode(url: str) -> bytes:
+    kind, _, content = url.partition(",")
+    try:
+        if not kind.endswith(";base64"):
+            raise ValueError
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError):
+        raise UsageError("an image's data URL is damaged; expected data:image/...;base64,...") from None
+
+
+# --- our own ------------------------------------------------------------------------------------------------
+
+
+def draw_examples() -> dict[str, Image.Image]:
+    """Questions with a picture to ask them about, for who has none at hand."""
+    circle, triangle = (Image.new("RGB", (512, 512), "#eef3f6") for _ in range(2))
+    ImageDraw.Draw(circle).ellipse((120, 130, 380, 390), fill="#e02020")
+    ImageDraw.Draw(triangle).polygon([(250, 100), (90, 400), (420, 380)], fill="#2040d0")
+    drawn = {"What shape is in the image?": circle, "What color is the triangle?": triangle}
+    # Drawn large and made smaller, their edges are smooth.
+    return {question: image.resize((256, 256)) for question, image in drawn.items()}
+
+
+# Questions with a picture drawn by us, for adapters that see.
+PICTURE_EXAMPLES = draw_examples()
+
+
+def data_url(image: Image.Image) -> str:
+    """A small picture as the page can show it without a file."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,190 @@
+"""A model answers ScienceQA's problems: in its own words, or by the likelihood of each choice.
+
+Results can be kept in a file as they come, in the official layout, and taken up again from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llama_adapter.answering.records_answered import answer_likelihoods, answer_records
+from llama_adapter.common.errors import UsageError
+from llama_adapter.common.files import write_json
+from llama_adapter.data.records import PictureFile
+from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.scienceqa.grading import UNREAD, official_results, read_answer
+from llama_adapter.scienceqa.problems import DEFAULT_FORMAT, Problem, answer_text, problem_records
+
+WAYS = ("generate", "letter", "option")
+_KEPT_EVERY = 64  # problems: between two writes of the results
+
+
+def trained_on_scienceqa(model: LlamaAdapter, adapter: str) -> bool:
+    """Whether train.scienceqa made the adapter; the bare base it did not."""
+    return adapter != NO_ADAPTER and "format" in model.get_adapter(adapter).config.training.get("data", {})
+
+
+@dataclass(frozen=True)
+class Examination:
+    """How problems are put to a model and its answers are read.
+
+    Attributes:
+        way: "generate" reads the model's own words by the official expression; "letter" takes the letter
+            whose "The answer is X." is likeliest, "option" the choice whose own text is.
+        format: an official name, such as QCM-A; what follows its "-" counts for "generate" alone.
+        caption: put a machine's caption of the picture into the context.
+    """
+
+    way: str = "letter"
+    format: str = DEFAULT_FORMAT
+    caption: bool = False
+
+    def __post_init__(self) -> None:
+        if self.way not in WAYS:
+            raise UsageError(f"no way to answer {self.way!r}; expected one of {', '.join(WAYS)}")
+
+    @classmethod
+    def best_for(cls, model: LlamaAdapter, adapter: str | None = None) -> Examination:
+        """The way and the prompt that train.scienceqa recorded with an adapter as its best on validation.
+
+        For an adapter that was trained on something else, and for the bare base, the defaults.
+        """
+        name = adapter or model.active_adapter
+        training: dict[str, Any] = {} if name == NO_ADAPTER else model.get_adapter(name).config.training
+        learnt = training.get("data", {})
+        return cls(
+            training.get("answer", cls.way),
+            learnt.get("format", cls.format),
+            learnt.get("caption", cls.caption),
+        )
+
+    def answer(
+        self,
+        model: LlamaAdapter,
+        problems: Sequence[Problem],
+        *,
+        features: Mapping[PictureFile, Tensor] | None = None,
+        adapter: str | None = None,
+        batch_size: int = 16,
+    ) -> dict[str, tuple[int, str]]:
+        """The index of the choice for each pid (or `UNREAD`), and what was said.
+
+        Pictures without ``features`` are left out.
+
+        Args:
+            features: (F,) of each picture; None: nothing is seen.
+            batch_size: problems answered at once; it does not change the answers.
+        """
+        if self.way == "generate":
+            records = problem_records(
+                problems, self.format, caption=self.caption, images=features is not None
+            )
+            # A letter that comes first is soon said; an option takes its time, a lecture before it more.
+            wanted = self.format.partition("-")[2]
+            longest = 16 if wanted.startswith("A") else 64 if wanted == "O" else 512
+            said = answer_records(
+                model,
+                records,
+                features=features,
+                adapter=adapter,
+                max_new_tokens=longest,
+                batch_size=batch_size,
+            )
+            return {p.pid: (_read(text, p), text) for p, text in zip(problems, said, strict=True)}
+        found = self.likelihoods(model, problems, features=features, adapter=adapter, batch_size=batch_size)
+        chosen = {}
+        for problem, likelihoods in zip(problems, found, strict=True):
+            best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+            chosen[problem.pid] = (best, self._texts(problem)[best])
+        return chosen
+
+    def likelihoods(
+        self,
+        model: LlamaAdapter,
+        problems: Sequence[Problem],
+        *,
+        features: Mapping[PictureFile, Tensor] | None = None,
+        adapter: str | None = None,
+        batch_size: int = 16,
+    ) -> list[list[float]]:
+        """The log-probability of each choice of each problem, by its letter or its text; see `answer`."""
+        records = problem_records(problems, self.format, caption=self.caption, images=features is not None)
+        texts = [self._texts(problem) for problem in problems]
+        return answer_likelihoods(
+            model, records, texts, features=features, adapter=adapter, max_tokens=128 * batch_size
+        )
+
+    def _texts(self, problem: Problem) -> list[str]:
+        """The answers whose likelihoods are compared, one a choice."""
+        wanted = f"{self.format.partition('-')[0]}-{'O' if self.way == 'option' else 'A'}"
+        return [answer_text(problem, wanted, choice=number) for number in range(len(problem.choices))]
+
+
+def _read(text: str, problem: Problem) -> int:
+    found = read_answer(text, len(problem.choices))
+    if found == UNREAD and text.strip() in problem.choices:  # of an adapter that learnt to say the option
+        return problem.choices.index(text.strip())
+    return found
+
+
+def examine(
+    model: LlamaAdapter,
+    problems: Sequence[Problem],
+    examination: Examination,
+    *,
+    features: Mapping[PictureFile, Tensor] | None = None,
+    adapter: str | None = None,
+    batch_size: int = 16,
+    output: Path | None = None,
+    made_from: dict[str, Any] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Predictions and outputs for each pid, going on from what ``output`` holds already.
+
+    Args:
+        output: a results file, kept up to date; None keeps none.
+        made_from: what results must have been made from to be gone on with (adapter, data, settings).
+
+    Raises:
+        UsageError: a file there that is no results file, or has results of something else.
+    """
+    made_from = dict(
+        made_from or {}, way=examination.way, format=examination.format, caption=examination.caption
+    )
+    results, outputs = _take_up(output, made_from, problems)
+    left = [problem for problem in problems if problem.pid not in results]
+    # Equal lengths together, within what is written at once.
+    for start in range(0, len(left), _KEPT_EVERY):
+        progress(len(results))
+        some = left[start : start + _KEPT_EVERY]
+        answers = examination.answer(model, some, features=features, adapter=adapter, batch_size=batch_size)
+        results |= {pid: prediction for pid, (prediction, _) in answers.items()}
+        outputs |= {pid: text for pid, (_, text) in answers.items()}
+        if output is not None:
+            done = [problem for problem in problems if problem.pid in results]
+            write_json(output, {**official_results(done, results, outputs), "args": made_from})
+    progress(len(results))
+    return results, outputs
+
+
+def _take_up(
+    output: Path | None, made_from: dict[str, Any], problems: Sequence[Problem]
+) -> tuple[dict[str, int], dict[str, str]]:
+    if output is None or not output.exists():
+        return {}, {}
+    try:
+        found = json.loads(output.read_text(encoding="utf-8"))
+        results, outputs, before = found["results"], found["outputs"], found["args"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"{output} is there and holds no results of ours; choose another --output") from None
+    other = [name for name in made_from if before.get(name) != made_from[name]]
+    if other or not set(results) <= {problem.pid for problem in problems}:
+        what = f"another {other[0]}" if other else "other problems"
+        raise UsageError(f"{output} has results of {what}; choose another --output, or remove it")
+    return results, outputs

@@ -1,0 +1,411 @@
+"""The training loop that every script shares: schedule, steps, validation, exact resume.
+
+The folder of a run is the folder of its best adapter so far, with what `RunFolder` keeps beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.common.processes import running_processes
+from llama_adapter.common.progress import clock
+from llama_adapter.data.records import Example, PictureFile
+from llama_adapter.methods.adapter import Adapter
+from llama_adapter.methods.checkpoint import save_adapter
+from llama_adapter.model import LlamaAdapter
+from llama_adapter.packing.pack import accumulate_gradient, mean_answer_loss
+from llama_adapter.training.run_folder import Onlooker, RunFolder
+
+MEANS = ("tokens", "rows")
+MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train; the defaults are the paper's (section 4.1 and the authors' script).
+
+    They were chosen for larger prompts than `LlamaAdapter.new_adapter` starts from.
+
+    Attributes:
+        learning_rate: the peak; None takes the authors' rule, ``base_learning_rate * batch_size / 256``.
+        gate_learning_rate: the gates' own peak; None takes the prompts'.
+        projection_learning_rate: that of the pictures' projection; None takes the prompts'.
+        tuning_learning_rate: that of scales and biases; None takes the prompts'.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them.
+        max_steps: ends the run (and its schedule) early.
+        validate_every, checkpoint_every: in steps. None validates ten times, at least once an epoch.
+        max_tokens: what goes through the decoder at once. A batch of more is accumulated: the gradients
+            are equal.
+        mean_over: "tokens" of the answers, or "rows", where the short answer to one question counts as much
+            as the long one to another.
+    """
+
+    epochs: int = 5
+    warmup_epochs: float = 2.0
+    batch_size: int = 64
+    base_learning_rate: float = 9e-3
+    learning_rate: float | None = None
+    gate_learning_rate: float | None = None
+    projection_learning_rate: float | None = None
+    tuning_learning_rate: float | None = None
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float | None = None
+    max_steps: int | None = None
+    validate_every: int | None = None
+    checkpoint_every: int = 50
+    max_tokens: int = 1024
+    mean_over: str = "tokens"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_steps", "validate_every", "checkpoint_every", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name.replace('_', '-')} is {value}; expected 1 or more")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise UsageError(
+                f"warmup-epochs is {self.warmup_epochs}; expected 0 to {self.epochs}, the epochs"
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"weight-decay is {self.weight_decay}; expected a number, 0 or more")
+        if self.mean_over not in MEANS:
+            raise UsageError(f"mean-over is {self.mean_over!r}; expected {' or '.join(MEANS)}")
+        rates = [field.name for field in dataclasses.fields(self) if field.name.endswith("learning_rate")]
+        for name in (*rates, "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name.replace('_', '-')} is {value}; expected a number above 0")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.learning_rate or self.base_learning_rate * self.batch_size / 256
+
+    def total_steps(self, rows: int) -> int:
+        """Optimiser steps of the whole run on so many rows."""
+        steps = math.ceil(rows / self.batch_size) * self.epochs
+        return min(steps, self.max_steps or steps)
+
+    def schedule(self, step: int, total: int) -> float:
+        """Share of the peak rates: a linear warm-up, then half a cosine to zero; ``step`` counts from 0."""
+        warmup = total * self.warmup_epochs / self.epochs
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))
+
+
+@dataclass
+class _Progress:
+    """What changes from step to step and is restored by a resume."""
+
+    step: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains one adapter of a model on encoded rows.
+
+    Attributes:
+        adapter: name of the adapter in ``model``; nothing else is changed.
+        output: folder of the run and of the best adapter.
+        data: what tells these rows from others (names, fingerprints); kept with the adapter, and a resume
+            must find it again.
+        validation_examples: rows by the name of their source. The best adapter is that of the least mean over
+            the sources, since the tokens of one with long answers would drown all others.
+        features: (F,) of each picture of the rows; None where they have none.
+        occurrences: how often each training row comes up in an epoch, on average; None is once each.
+    """
+
+    model: LlamaAdapter
+    adapter: str
+    train_examples: Sequence[Example]
+    validation_examples: Mapping[str, Sequence[Example]]
+    settings: TrainingSettings
+    output: Path
+    data: dict[str, Any] = field(default_factory=dict)
+    features: Mapping[PictureFile, Tensor] | None = None
+    occurrences: Sequence[float] | None = None
+
+    def run(self, *, resume: bool = False) -> float:
+        """Train to the end, or on from the last checkpoint; returns the best validation loss in nats a token.
+
+        The first Ctrl-C (or SIGTERM) ends the run after the step in hand, with a checkpoint; resumed, it
+        goes on as if nothing had been. A second one ends it at once.
+
+        Started by `accelerate launch`, every process calls this; together they do what one alone would, with
+        another number of processes at every resume.
+
+        Raises:
+            UsageError: a folder with another run, a resume with other data or settings, or losses that stay
+                not finite.
+            KeyboardInterrupt: after a Ctrl-C.
+        """
+        adapter = self.model.adapters[self.adapter]
+        assert isinstance(adapter, Adapter)
+        adapter.requires_grad_(True)
+        processes = running_processes()
+        processes.shard(self.model.decoder)
+        adapter.to(self.model.decoder.device)  # sharding may have moved it
+        optimizer = torch.optim.AdamW(
+            self._parameter_groups(adapter),
+            betas=self.settings.betas,
+            weight_decay=self.settings.weight_decay,
+        )
+        if not self._order(0):
+            raise UsageError("the weights of the data leave no row to train on in an epoch; raise them")
+        made_of = dataclasses.replace(adapter.config, training={}).to_dict()
+        del made_of["base_fingerprint"]  # follows from the shape
+        rows = {"train_rows": len(self.train_examples), "validation_rows": self._validation_rows}
+        description = {
+            "settings": dataclasses.asdict(self.settings),
+            "data": {**self.data, **rows},
+            "adapter": made_of,
+        }
+        folder: RunFolder | Onlooker = Onlooker()
+
+        def begin() -> dict[str, Any] | None:
+            nonlocal folder
+            folder = opened = RunFolder(self.output, description, resume=resume)
+            return opened.load_checkpoint() if resume else None
+
+        progress = _Progress()
+        if (state := processes.from_main(begin)) is not None:
+            adapter.load_state_dict(state["adapter"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            progress = _Progress(**state["progress"])
+            folder.line.say(f"going on from step {progress.step}")
+        elif resume:
+            folder.line.say("there is no checkpoint yet: starting from the beginning")
+        with folder.metrics(progress.step):
+            self._steps(adapter, optimizer, progress, folder)
+        processes.any(False)  # all wait here for the one that writes
+        return progress.best_loss
+
+    def _parameter_groups(self, adapter: Adapter) -> list[dict[str, Any]]:
+        peak, settings = self.settings.peak_learning_rate, self.settings
+        groups: list[tuple[list[nn.Parameter], float]] = [
+            ([adapter.prompts], peak),
+            ([adapter.gates], settings.gate_learning_rate or peak),
+        ]
+        if adapter.projection is not None:
+            own = settings.projection_learning_rate or peak
+            groups.append((list(adapter.projection.parameters()), own))
+        if adapter.tuning is not None:
+            groups.append(([adapter.tuning], settings.tuning_learning_rate or peak))
+        return [{"params": parameters, "peak": rate} for parameters, rate in groups]
+
+    def _steps(
+        self,
+        adapter: Adapter,
+        optimizer: torch.optim.Optimizer,
+        progress: _Progress,
+        folder: RunFolder | Onlooker,
+    ) -> None:
+        settings, processes = self.settings, running_processes()
+        rows = len(self._order(0))
+        total = settings.total_steps(rows)
+        per_epoch = math.ceil(rows / settings.batch_size)
+        validate_every = settings.validate_every or min(per_epoch, math.ceil(total / 10))
+        pace = _Pace(progress, total)
+        bad = 0
+        with stop_request() as stop:
+            for batch in self._batches(progress.step, total):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * settings.schedule(progress.step, total)
+                rate = optimizer.param_groups[0]["lr"]
+                loss, norm = self._gradient(adapter, batch)
+                fine = math.isfinite(loss) and math.isfinite(norm)
+                if fine:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                bad = 0 if fine else bad + 1
+                progress.skipped_steps += not fine
+                progress.step += 1
+                progress.tokens += sum(len(example.input_ids) for example in batch)
+                progress.seconds = pace.seconds()
+                folder.measured(
+                    progress.step,
+                    loss=loss,
+                    learning_rate=rate,
+                    gradient_norm=norm,
+                    tokens=progress.tokens,
+                    seconds=round(progress.seconds, 3),
+                )
+                folder.line.show(
+                    f"step {progress.step}/{total}  loss {loss:.3f}  lr {rate:.2e}  {pace}"
+                    + (f"  {progress.skipped_steps} steps skipped" if progress.skipped_steps else "")
+                )
+                last = progress.step == total
+                stopping = processes.any(stop.is_set())
+                if bad < MAX_BAD_STEPS and (last or progress.step % validate_every == 0):
+                    self._validate(adapter, progress, folder)
+                if last or stopping or bad == MAX_BAD_STEPS or progress.step % settings.checkpoint_every == 0:
+                    state = {
+                        "adapter": adapter.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "progress": dataclasses.asdict(progress),
+                        "rng": torch.get_rng_state(),
+                    }
+                    folder.save_checkpoint(progress.step, state)
+                if bad == MAX_BAD_STEPS:
+                    numbers = ", ".join(str(example.row) for example in batch[:20])
+                    raise UsageError(
+                        f"the loss was not finite {bad} steps in a row, last in the rows {numbers}; the "
+                        f"weights before are kept in {self.output}; look at these rows "
+                        "or lower the learning rate"
+                    )
+                if stopping and not last:
+                    folder.line.say(
+                        f"stopped after step {progress.step} of {total}; "
+                        "the same command with --resume goes on from there"
+                    )
+                    raise KeyboardInterrupt
+
+    def _batches(self, first: int, last: int) -> Iterator[list[Example]]:
+        """The batches of steps first..last; an epoch's order depends on the seed and its number only."""
+        size = self.settings.batch_size
+        per_epoch = math.ceil(len(self._order(0)) / size)
+        order: list[int] = []
+        for step in range(first, last):
+            epoch, place = divmod(step, per_epoch)
+            if not order or place == 0:
+                order = self._order(epoch)
+            yield [self.train_examples[i] for i in order[place * size : (place + 1) * size]]
+
+    def _order(self, epoch: int) -> list[int]:
+        """The rows of an epoch in their order, as many in each."""
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.train_examples), generator=generator)
+        if self.occurrences is not None:
+            # Each row is a stretch of a line, as long as it is to occur; it does for each half number in it.
+            lengths = torch.tensor(self.occurrences, dtype=torch.float64)[order]
+            # Rounded, since what the lengths add up to differs in its last digits from order to order.
+            ends = (lengths.cumsum(0) + 0.5).round(decimals=6).floor().long()
+            counts = ends.diff(prepend=ends.new_zeros(1))
+            order = order.repeat_interleave(counts)
+            order = order[torch.randperm(len(order), generator=generator)]
+        rows: list[int] = order.tolist()
+        return rows
+
+    def _gradient(self, adapter: Adapter, batch: Sequence[Example]) -> tuple[float, float]:
+        """Accumulate the gradient of the batch's loss; returns the loss and the norm."""
+        processes, device = running_processes(), self.model.decoder.device
+        loss = accumulate_gradient(
+            self.model,
+            batch,
+            device=device,
+            max_tokens=self.settings.max_tokens,
+            by_rows=self.settings.mean_over == "rows",
+            features=self.features,
+            processes=processes,
+            adapter=self.adapter,
+        )
+        if processes.count > 1:
+            loss = float(processes.sum(torch.tensor(loss, device=device)))
+            processes.sum_gradients(adapter.parameters())
+        limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
+        return loss, float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), limit))
+
+    def _validate(self, adapter: Adapter, progress: _Progress, folder: RunFolder | Onlooker) -> None:
+        rows, losses, tokens, done = self._validation_rows, {}, 0, 0
+        processes = running_processes()
+        for source, examples in self.validation_examples.items():
+            losses[source], count = mean_answer_loss(
+                self.model,
+                examples,
+                device=self.model.decoder.device,
+                max_tokens=self.settings.max_tokens,
+                features=self.features,
+                progress=lambda so_far, before=done: folder.line.show(  # type: ignore[misc]
+                    f"validation {before + so_far}/{rows} rows"
+                ),
+                processes=processes,
+                adapter=self.adapter,
+            )
+            tokens, done = tokens + count, done + len(examples)
+        loss = sum(losses.values()) / len(losses)
+        apart = {f"validation_loss_{source}": value for source, value in losses.items()}
+        folder.measured(progress.step, validation_loss=loss, **(apart if len(losses) > 1 else {}))
+        if not loss < progress.best_loss:
+            best = f"best: {progress.best_loss:.4f} after step {progress.best_step}"
+        else:
+            best = "the best so far, kept"
+            progress.best_loss, progress.best_step = loss, progress.step
+            training = {
+                "data": self.data,
+                "settings": dataclasses.asdict(self.settings),
+                "step": progress.step,
+                "validation_loss": round(loss, 4),
+                "validation_tokens": tokens,
+            }
+            adapter.config = dataclasses.replace(adapter.config, training=training)
+            if processes.main:
+                save_adapter(adapter, self.output)
+        each = ", ".join(f"{source} {value:.4f}" for source, value in losses.items())
+        folder.line.say(
+            f"step {progress.step}  validation loss {loss:.4f} nats a token on {rows:,} rows ({best})"
+            + (f": {each}" if len(losses) > 1 else "")
+        )
+
+    @property
+    def _validation_rows(self) -> int:
+        return sum(map(len, self.validation_examples.values()))
+
+
+class _Pace:
+    """Seconds of the run (earlier sessions counted), rate and time left."""
+
+    def __init__(self, progress: _Progress, total: int) -> None:
+        self._progress, self._total = progress, total
+        self._first = dataclasses.replace(progress)
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        return self._first.seconds + time.monotonic() - self._started
+
+    def __str__(self) -> str:
+        spent = time.monotonic() - self._started
+        steps = self._progress.step - self._first.step
+        speed = (self._progress.tokens - self._first.tokens) / spent
+        return f"{speed:,.0f} tokens/s  {clock(spent / steps * (self._total - self._progress.step))} left"
+
+
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may listen to signals
+        return
+
+    def request(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

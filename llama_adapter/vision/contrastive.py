@@ -1,0 +1,208 @@
+"""A small CLIP of our own: pictures with texts -> an open_clip model whose picture side is a vision tower.
+
+The picture side starts from a tower that already knows pictures (ImageNet's), the text side from nothing.
+Both are trained to find each other within a batch by open_clip's own loss (Radford et al., arXiv 2103.00020).
+
+Shapes: B pairs of a batch, S side of a picture in pixels, C tokens of a text, E width of the embeddings.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import save
+from torch import Tensor
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.common.files import write_atomically, write_json
+from llama_adapter.data.pictures import open_picture
+from llama_adapter.data.records import PictureFile, read_records
+from llama_adapter.data.sources import EASY_VQA, read_rows
+from llama_adapter.data.templates import CAPTION_QUESTIONS
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and the texts that describe it, one of which is drawn each time."""
+
+    picture: PictureFile
+    texts: tuple[str, ...]
+
+
+# --- pairs --------------------------------------------------------------------------------------------------
+
+
+def read_pairs(source: str, *, split: str = "train") -> list[Pair]:
+    """The pairs of a source: rows of {"image", "captions"}, or easy-vqa.
+
+    Rows that name another split are left out. Raises UsageError where a row has no captions, or none is left.
+    """
+    if source == EASY_VQA:
+        return _shape_pairs([row for _, row in read_rows(source).rows if row["split"] == split])
+    texts: dict[PictureFile, list[str]] = {}
+    for record in read_records(source, split=split)[0]:
+        if len(record.images) != 1 or record.turns[0].text not in CAPTION_QUESTIONS:
+            raise UsageError(f"{source}: row {record.row}: expected 'image' and 'captions'")
+        texts.setdefault(record.images[0], []).append(record.turns[-1].text)
+    return [Pair(picture, tuple(several)) for picture, several in texts.items()]
+
+
+def read_names(folder: str | Path) -> list[Pair]:
+    """Pictures with one name each: names.json (file to name) beside images/; of a name the first picture.
+
+    Raises UsageError for a file that is missing, damaged, or holds something else.
+    """
+    path = Path(folder) / "names.json"
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        first = {name: file for file, name in reversed(names.items())}
+        return [
+            Pair(Path(folder) / "images" / file, (f"a photo of a {name}.",))
+            for file, name in names.items()
+            if first[name] == file
+        ]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"{path}: expected an object of files and their names: {error}") from None
+
+
+def split_names(names: Sequence[Pair], kept: int) -> tuple[list[Pair], list[Pair]]:
+    """So many names for zero-shot scoring, drawn alike every time, and the rest to train on."""
+    drawn = list(names)
+    random.Random(0).shuffle(drawn)
+    return drawn[:kept], drawn[kept:]
+
+
+def _shape_pairs(rows: Sequence[dict[str, str]]) -> list[Pair]:
+    """easy-VQA's pictures in words: the answers to "what ..." tell a picture's shape and its colour."""
+    known: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["question"].startswith("what"):
+            what = "shape" if row["answer"] in ("circle", "rectangle", "triangle") else "colour"
+            known.setdefault(row["image"], {})[what] = row["answer"]
+    pairs = []
+    for image, said in known.items():
+        if len(said) == 2:
+            colour, shape = said["colour"], said["shape"]
+            texts = (
+                f"a {colour} {shape}",
+                f"a {shape} that is {colour}",
+                f"a picture of a {colour} {shape}.",
+            )
+            pairs.append(Pair(Path(image), texts))
+    return pairs
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+def load_clip(folder: Path) -> open_clip.CLIP:
+    """The whole model of an open_clip folder, for scoring. Raises UsageError where it cannot be loaded."""
+    try:
+        clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+        clip.llama_adapter_config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except Exception as error:  # there is no end to what a config can make open_clip and timm raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"{folder}: no open_clip folder: {reason}") from None
+    return clip
+
+
+def build_clip(
+    start: Path, *, embed_dim: int = 256, text_width: int = 96, text_layers: int = 3
+) -> open_clip.CLIP:
+    """A CLIP whose picture side has the weights of the open_clip folder ``start``; the rest is random.
+
+    Its text side reads 32 tokens and has heads of width 32.
+    """
+    known = load_clip(start)
+    if not hasattr(getattr(known.visual, "trunk", None), "conv_stem"):
+        raise UsageError(f"{start}: its picture side is no EfficientNet of timm, from which this starts")
+    config = known.llama_adapter_config
+    model_config = {
+        **config["model_cfg"],
+        "embed_dim": embed_dim,
+        "text_cfg": {
+            "context_length": 32,
+            "vocab_size": 49408,
+            "width": text_width,
+            "heads": max(1, text_width // 32),
+            "layers": text_layers,
+        },
+    }
+    clip = open_clip.CLIP(**model_config)
+    clip.visual.trunk.load_state_dict(known.visual.trunk.state_dict())
+    clip.llama_adapter_config = {"model_cfg": model_config, "preprocess_cfg": config["preprocess_cfg"]}
+    return clip
+
+
+def save_clip(clip: open_clip.CLIP, folder: Path) -> None:
+    """Write an open_clip folder, in half precision."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: t.detach().cpu().half() if t.is_floating_point() else t.cpu()
+        for name, t in clip.state_dict().items()
+    }
+    with write_atomically(folder / WEIGHTS_FILE) as path:
+        path.write_bytes(save({name: t.contiguous() for name, t in state.items()}, metadata={"format": "pt"}))
+    write_json(folder / CONFIG_FILE, clip.llama_adapter_config)
+
+
+# --- scoring ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def retrieval(clip: open_clip.CLIP, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Share of texts with their picture among the first 1, 5, 10, and of pictures with a text of theirs."""
+    clip.eval()
+    images = _encode_images(clip, [pair.picture for pair in pairs])
+    owners = torch.tensor([number for number, pair in enumerate(pairs) for _ in pair.texts])
+    texts = _encode_texts(clip, [text for pair in pairs for text in pair.texts])
+    scores = texts @ images.T  # a row for each text, a column for each picture
+    figures = {}
+    for name, found in (
+        ("text_to_image", owners[:, None] == torch.arange(len(pairs))[scores.argsort(1, descending=True)]),
+        ("image_to_text", owners[scores.T.argsort(1, descending=True)] == torch.arange(len(pairs))[:, None]),
+    ):
+        for k in (1, 5, 10):
+            figures[f"{name}_r{k}"] = found[:, :k].any(1).float().mean().item()
+    return figures
+
+
+@torch.no_grad()
+def zero_shot(clip: open_clip.CLIP, pairs: Sequence[Pair]) -> float:
+    """How often a picture's own text is the nearest among the first texts of all pairs."""
+    clip.eval()
+    images = _encode_images(clip, [pair.picture for pair in pairs])
+    texts = _encode_texts(clip, [pair.texts[0] for pair in pairs])
+    return ((images @ texts.T).argmax(1) == torch.arange(len(pairs))).float().mean().item()
+
+
+def _encode_images(clip: open_clip.CLIP, pictures: Sequence[PictureFile]) -> Tensor:
+    device = next(clip.parameters()).device
+    preprocess = image_transform_v2(
+        PreprocessCfg(**clip.llama_adapter_config["preprocess_cfg"]), is_train=False
+    )
+    batches = (pictures[start : start + 8] for start in range(0, len(pictures), 8))
+    encoded = [
+        clip.encode_image(
+            torch.stack([preprocess(open_picture(p)) for p in batch]).to(device), normalize=True
+        )
+        for batch in batches
+    ]
+    return torch.cat(encoded).cpu()
+
+
+def _encode_texts(clip: open_clip.CLIP, texts: Sequence[str]) -> Tensor:
+    tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
+    device = next(clip.parameters()).device
+    batches = (tokenizer(list(texts[start : start + 64])) for start in range(0, len(texts), 64))
+    return torch.cat([clip.encode_text(batch.to(device), normalize=True) for batch in batches]).cpu()

@@ -1,0 +1,123 @@
+"""The features of pictures, computed once and kept on disk.
+
+A cache is one folder for one tower and its depths, with two files that only grow: ``features.f32``, a row of
+F numbers for each picture, and ``index.txt``, a line for each row: the SHA-256 of the picture's bytes. A
+picture is found by its content alone, so one that has changed is never served its old features; another tower
+has another folder.
+
+Shapes: N pictures, F features of one picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.common.files import alone_in
+from llama_adapter.data.pictures import open_picture, read_picture
+from llama_adapter.vision.tower import VisionTower
+
+FEATURES_FILE = "features.f32"
+INDEX_FILE = "index.txt"
+_ENCODED_AT_ONCE = 8  # pictures: more at once are no faster on a CPU
+
+
+def default_cache_folder() -> Path:
+    """Where features are kept unless something else is asked for: the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "llama-adapter" / "features"
+
+
+def _name(picture: Path | bytes) -> str:
+    """What a picture goes by in the index."""
+    return hashlib.sha256(read_picture(picture)).hexdigest()
+
+
+class FeatureCache:
+    """Looks features up, and lets a tower compute those that are not there yet."""
+
+    def __init__(self, tower: VisionTower, folder: str | Path | None = None) -> None:
+        """Open the tower's cache below ``folder``, by default the user's own.
+
+        Raises:
+            UsageError: a folder that cannot be written to.
+        """
+        self.tower = tower
+        self.folder = Path(folder or default_cache_folder()) / tower.key
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{self.folder}: no place for the features: {error.strerror}") from None
+        self._rows = self._read_index()
+
+    def _read_index(self) -> dict[str, int]:
+        """Picture to row, of the rows that are whole: a killed run may have left half of one."""
+        index, features = self.folder / INDEX_FILE, self.folder / FEATURES_FILE
+        if not index.exists() or not features.exists():
+            return {}
+        names = index.read_text(encoding="ascii").split("\n")[:-1]  # the last line may have been cut off
+        whole = features.stat().st_size // self._row_bytes
+        return {name: row for row, name in enumerate(names[:whole])}
+
+    @property
+    def _row_bytes(self) -> int:
+        return 4 * self.tower.feature_width
+
+    def encode(
+        self, pictures: Sequence[Path | bytes], *, progress: Callable[[int], None] = lambda done: None
+    ) -> Tensor:
+        """The features of picture files (or of their contents), (N, F), float32.
+
+        Args:
+            progress: gets the number of pictures that are done.
+
+        Raises:
+            UsageError: a file that is no picture or changes meanwhile, or no room on the disk.
+        """
+        names = []
+        missing: dict[str, Path | bytes] = {}
+        for picture in pictures:
+            name = _name(picture)
+            names.append(name)
+            if name not in self._rows:
+                missing[name] = picture
+        done = len(pictures) - len(missing)
+        waiting = list(missing.items())
+        for start in range(0, len(waiting), _ENCODED_AT_ONCE):
+            progress(done + start)
+            some = waiting[start : start + _ENCODED_AT_ONCE]
+            pixels = self.tower.prepare(open_picture(picture) for _, picture in some)
+            for name, picture in some:
+                if _name(picture) != name:  # its features would be kept under what it was
+                    raise UsageError(f"{picture!s}: changed while pictures were encoded; start again")
+            self._append([name for name, _ in some], self.tower.encode(pixels).cpu())
+        progress(len(pictures))
+        if not pictures:
+            return torch.zeros(0, self.tower.feature_width)
+        shape = (len(self._rows), self.tower.feature_width)
+        table = np.memmap(self.folder / FEATURES_FILE, dtype=np.float32, mode="r", shape=shape)
+        return torch.from_numpy(table[[self._rows[name] for name in names]])
+
+    def _append(self, names: Sequence[str], features: Tensor) -> None:
+        """Add rows: first the numbers, then the index, so that what is in the index is whole."""
+        try:
+            with alone_in(self.folder):
+                self._rows = self._read_index()  # another process may have added some
+                new = [place for place, name in enumerate(names) if name not in self._rows]
+                with open(self.folder / FEATURES_FILE, "ab") as file:
+                    file.truncate(len(self._rows) * self._row_bytes)  # what a killed run left behind
+                    file.write(features[new].numpy().tobytes())
+                with open(self.folder / INDEX_FILE, "a", encoding="ascii") as file:
+                    file.truncate(len(self._rows) * 65)  # 64 digits and the line's end
+                    file.write("".join(f"{names[place]}\n" for place in new))
+                for place in new:
+                    self._rows[names[place]] = len(self._rows)
+        except OSError as error:
+            raise UsageError(f"{self.folder}: the features cannot be kept: {error.strerror}") from None

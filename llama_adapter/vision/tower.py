@@ -1,0 +1,214 @@
+"""A frozen open_clip tower -> multi-scale global features (paper, section 3.3, eq. 9).
+
+Shapes: N pictures, S side of a prepared picture in pixels, F features of one picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from huggingface_hub.errors import GatedRepoError
+from open_clip.timm_model import TimmModel
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.weights import locations
+
+MAX_DEPTHS = 4  # M, how many depths are taken where nothing else is asked for
+MAX_ASPECT = 20  # of a picture; thinner ones lose their ends, or resizing by the short side makes them huge
+
+_EXTRACTION = 1  # raise it with each change to what `encode` gives: features on disk are then made anew
+
+
+class VisionTower(nn.Module):
+    """The picture side of a CLIP model, frozen: one vector of features from each of M depths.
+
+    A depth is a block of a transformer or a stage of a convolutional tower, counted from 1. Its vector is the
+    class token, else (or where timm does not show it) the mean over the patches. Where a convolutional tower
+    has layers of its own behind the last stage (EfficientNet), what its classifier would read is one depth
+    more. Each vector is scaled to a root mean square of 1, and all are concatenated.
+
+    Attributes:
+        name: what it was asked for by.
+        depths: those that are taken, lowest first.
+        fingerprint: 16 hex digits that name the weights, the architecture and the preprocessing.
+        key: the fingerprint and the depths: what features belong to.
+        feature_width: F.
+    """
+
+    def __init__(
+        self,
+        visual: Any,
+        *,
+        name: str,
+        depths: Sequence[int] | None = None,
+        architecture: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Freeze ``visual``, the picture side of an open_clip model.
+
+        Args:
+            depths: None takes up to four, evenly spaced up to the last.
+            architecture: what it was built from; weights do not tell the number of heads, nor the activation.
+
+        Raises:
+            UsageError: a tower that does not show its depths, or depths that it does not have.
+        """
+        super().__init__()
+        self.visual = visual.float().eval().requires_grad_(False)
+        self.name = name
+        if not hasattr(visual, "forward_intermediates"):
+            raise UsageError(f"tower {name!r}: open_clip shows no depths of a {type(visual).__name__}")
+        preprocess = PreprocessCfg(**visual.preprocess_cfg)
+        self._prepare = image_transform_v2(preprocess, is_train=False)
+        widths = [vector.shape[1] for vector in self._vectors(self._probe(), None)]
+        self.depths = _evenly_spaced(len(widths)) if depths is None else tuple(depths)
+        if not self.depths or list(self.depths) != sorted(set(self.depths) & set(range(1, len(widths) + 1))):
+            raise UsageError(
+                f"tower {name!r} has the depths 1 to {len(widths)}, lowest first; "
+                f"{', '.join(map(str, self.depths)) or 'none'} given"
+            )
+        self.feature_width = sum(widths[depth - 1] for depth in self.depths)
+        self.fingerprint = _fingerprint(self.visual, architecture or {})
+        self.key = f"{self.fingerprint}-{'-'.join(map(str, self.depths))}"
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """Stays in evaluation mode: its batch norms and dropouts are frozen as well."""
+        return super().train(False)
+
+    def prepare(self, images: Iterable[Image.Image]) -> Tensor:
+        """Upright RGB pictures -> pixels (N, 3, S, S), as the tower was trained with them, one by one."""
+        return torch.stack([self._prepare(_without_ends(image)) for image in images])
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, S, S) -> features (N, F), float32, on the tower's device."""
+        vectors = self._vectors(pixels.to(self._device()), self.depths)
+        return torch.cat([F.normalize(v, dim=1) * v.shape[1] ** 0.5 for v in vectors], dim=1)
+
+    def _device(self) -> torch.device:
+        return next(self.visual.parameters()).device
+
+    @torch.no_grad()
+    def _vectors(self, pixels: Tensor, depths: Sequence[int] | None) -> list[Tensor]:
+        """The vectors of the depths that are asked for, of all where it is None."""
+        if isinstance(self.visual, TimmModel):
+            return _timm_vectors(self.visual.trunk, pixels, depths)
+        indices = None if depths is None else [depth - 1 for depth in depths]
+        found = self.visual.forward_intermediates(
+            pixels, indices=indices, intermediates_only=True, output_extra_tokens=True
+        )
+        if "image_intermediates_prefix" in found:
+            return [tokens[:, 0] for tokens in found["image_intermediates_prefix"]]
+        return [places.mean((2, 3)) for places in found["image_intermediates"]]
+
+    def _probe(self) -> Tensor:
+        return self.prepare([Image.new("RGB", (8, 8))]).to(self._device())
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a picture that is very long or very tall."""
+    width, height = image.size
+    most = MAX_ASPECT * min(width, height)
+    if max(width, height) <= most:
+        return image
+    left, top = max(0, width - most) // 2, max(0, height - most) // 2
+    return image.crop((left, top, width - left, height - top))
+
+
+def _timm_vectors(trunk: Any, pixels: Tensor, depths: Sequence[int] | None) -> list[Tensor]:
+    shows_class = "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
+    has_class = shows_class and getattr(trunk, "cls_token", None) is not None
+    options = {"return_prefix_tokens": True} if has_class else {}
+    # All of them: a stage's place among the depths is then its index, and the last one is computed anyway.
+    last, found = trunk.forward_intermediates(pixels, **options)
+    vectors = [level[1][:, 0] if has_class else level.mean((2, 3)) for level in found]
+    if hasattr(trunk, "conv_head"):
+        head = trunk.forward_head(last, pre_logits=True)
+        vectors.append(
+            head if head.ndim == 2 else head.mean((2, 3))
+        )  # where attention pools it, it comes whole
+    return vectors if depths is None else [vectors[depth - 1] for depth in depths]
+
+
+def _evenly_spaced(count: int) -> tuple[int, ...]:
+    taken = min(MAX_DEPTHS, count)
+    return tuple(math.ceil(count * (number + 1) / taken) for number in range(taken))
+
+
+def _fingerprint(visual: Any, architecture: Mapping[str, Any]) -> str:
+    facts = [_EXTRACTION, architecture, visual.preprocess_cfg]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(visual.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_tower(
+    name: str,
+    *,
+    depths: Sequence[int] | None = None,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> VisionTower:
+    """Load the picture side of an open_clip model.
+
+    Args:
+        name: a name in the weights folders (clip-mini), a folder, a hub id (owner/name), each with
+            open_clip_config.json, or one of open_clip's own with its pretrained tag (ViT-B-32:openai).
+        depths: see `VisionTower`.
+
+    Raises:
+        UsageError: not found, gated, damaged, or a tower that shows no depths.
+    """
+    model, _, tag = name.removeprefix("local-dir:").partition(":")
+    found: dict[str, Any]
+    if tag and model in open_clip.list_models():
+        found = {"model_name": model, "pretrained": tag}
+        # Of OpenAI's and some others' weights; the model's own config does not know.
+        if (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"):
+            found["force_quick_gelu"] = True
+    else:
+        try:
+            place = locations.resolve(name.removeprefix("local-dir:"), kind="tower", weights=weights)
+        except UsageError:
+            if tags := open_clip.list_pretrained_tags_by_model(name):
+                own = f"tower {name!r} is one of open_clip's own; say whose weights, such as {name}:{tags[0]}"
+                raise UsageError(own) from None
+            raise
+        scheme = "local-dir:" if Path(place).is_dir() else "hf-hub:"
+        found = {"model_name": scheme + place}
+        name = locations.name_of(place, kind="tower", weights=weights)
+    log = logging.getLogger()
+    before = log.level
+    log.setLevel(logging.ERROR)  # open_clip reports each step of loading to the root logger
+    try:
+        clip: Any = open_clip.create_model(
+            **found, device=device, pretrained_text=False, require_pretrained=True
+        )
+        built = open_clip.get_model_config(found["model_name"])
+    except GatedRepoError:
+        raise UsageError(
+            f"tower {name!r} is gated: accept its terms on its hub page, then run `hf auth login` "
+            "or set HF_TOKEN"
+        ) from None
+    except Exception as error:  # there is no end to what a config can make open_clip and timm raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"tower {name!r} cannot be loaded: {reason}") from None
+    finally:
+        log.setLevel(before)
+    quick = found.get("force_quick_gelu", built.get("quick_gelu", False))
+    architecture = {"vision": built["vision_cfg"], "quick_gelu": bool(quick)}
+    return VisionTower(clip.visual, name=name, depths=depths, architecture=architecture)

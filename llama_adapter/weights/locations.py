@@ -1,0 +1,91 @@
+"""Where weights are looked for, and what a name given on a command line stands for."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.weights.catalogue import CATALOGUE
+
+Kind = Literal["adapter", "base", "tower"]
+
+# The file that tells what a folder holds.
+_MARKER: dict[Kind, str] = {
+    "adapter": "adapter_config.json",
+    "base": "config.json",
+    "tower": "open_clip_config.json",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def weights_folders(explicit: str | Path | None = None) -> list[Path]:
+    """The folders that names are looked up in, first one first; `fetch` writes to the first.
+
+    That is `explicit` (--weights), else the environment's LLAMA_ADAPTER_WEIGHTS, else weights/ of the
+    checkout followed by the user's cache folder, else (no checkout) the cache folder. None has to exist.
+    """
+    chosen = explicit or os.environ.get("LLAMA_ADAPTER_WEIGHTS")
+    if chosen:
+        return [Path(chosen).expanduser().absolute()]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "llama-adapter"
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "pyproject.toml").is_file():
+        return [checkout / "weights", cache]
+    return [cache]
+
+
+def list_weights(kind: Kind, weights: str | Path | None = None) -> dict[str, Path]:
+    """Name to folder of every adapter or base in the weights folders, by name."""
+    found: dict[str, Path] = {}
+    for folder in weights_folders(weights):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if not path.name.startswith(".") and (path / _MARKER[kind]).is_file():
+                found.setdefault(path.name, path)
+    return dict(sorted(found.items()))
+
+
+def resolve(name_or_path: str, *, kind: Kind, weights: str | Path | None = None) -> str:
+    """What `name_or_path` stands for: the absolute path of a folder, or a hub id.
+
+    A folder that exists is taken before a name in the weights folders, and that before the hub. Whether
+    the folder really holds such weights, or the hub has that id, shows when they are loaded.
+    Raises UsageError, naming what there is, when it can be none of these.
+    """
+    if not name_or_path:
+        raise UsageError(f"the {kind} is empty: give a name, a folder or a hub id")
+    if "\0" in name_or_path:  # of "~\0" no user's home can be looked up
+        raise UsageError(f"the {kind} {name_or_path!r} holds a null: give a name, a folder or a hub id")
+    path = os.path.abspath(os.path.expanduser(name_or_path))
+    if os.path.isdir(path):
+        return path
+    known = list_weights(kind, weights)
+    if name_or_path in known:
+        return str(known[name_or_path])
+    if os.path.exists(path):
+        raise UsageError(f"{name_or_path!r} is a file: give the folder of the {kind}")
+    # weights/typo looks like a hub id too, but with a folder weights/ here it was meant as a path.
+    if _HUB_ID.fullmatch(name_or_path) and not os.path.isdir(name_or_path.split("/")[0]):
+        return name_or_path
+
+    if CATALOGUE.get(name_or_path) and CATALOGUE[name_or_path].kind == kind:
+        raise UsageError(
+            f"the {kind} {name_or_path!r} is not here yet: run `llama-adapter fetch {name_or_path}`"
+        )
+    fetchable = [name for name, source in CATALOGUE.items() if source.kind == kind and name not in known]
+    places = " or ".join(str(folder) for folder in weights_folders(weights))
+    available = ", ".join(known) or "none"
+    if fetchable:
+        available += f" (and {', '.join(fetchable)} after `llama-adapter fetch NAME`)"
+    raise UsageError(
+        f"no {kind} {name_or_path!r}: it is no folder, no name in {places} and no hub id (owner/name); "
+        f"there: {available}"
+    )
+
+
+def name_of(found: str, *, kind: Kind, weights: str | Path | None = None) -> str:
+    """What to call a thing that `resolve` found: its name in the weights folders, else as it was found."""
+    names = [name for name, folder in list_weights(kind, weights).items() if str(folder) == found]
+    return names[0] if names else found

@@ -1,0 +1,154 @@
+"""train.alpaca and eval.alpaca from the command line, on a tiny base."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import eval.alpaca
+import train.alpaca
+from llama_adapter.common.errors import UsageError
+from tests.conftest import CHECKOUT
+from tests.tiny import build_tiny_tokenizer
+from tests.tiny_models import build_tiny_decoder
+
+DATA = CHECKOUT / "examples" / "instructions.jsonl"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = build_tiny_tokenizer()
+    decoder = build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=1024)
+    decoder.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def options(base: Path, output: Path, *more: str) -> list[str]:
+    given = {"--data": DATA, "--output": output, "--base": base, "--epochs": 2, "--warmup-epochs": 0.5}
+    given |= {"--batch-size": 4, "--learning-rate": 0.01, "--validation-rows": 4, "--checkpoint-every": 1}
+    return [str(part) for pair in given.items() for part in pair] + list(more)
+
+
+def run(module: object, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    module.main()  # type: ignore[attr-defined]
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_run_leaves_an_adapter_that_eval_scores(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, figures = tmp_path / "run", tmp_path / "figures.json"
+    run(train.alpaca, options(base, output), monkeypatch)
+    assert len(losses(output)) == 10  # 20 rows in batches of 4, twice
+    assert any((output / "tensorboard").iterdir())
+    printed = capsys.readouterr()
+    assert "24 rows" in printed.err and "best validation loss" in printed.out
+
+    score = ["--adapter", str(output), "--base", str(base), "--data", str(DATA), "--json", str(figures)]
+    run(eval.alpaca, [*score, "--samples", "2", "--max-new-tokens", "4"], monkeypatch)
+    scored = json.loads(figures.read_text())
+    assert set(scored) == {"adapter_loss", "base_loss", "rows", "tokens"}
+    assert scored["rows"] == 24 and scored["tokens"] > 100
+    assert scored["adapter_loss"] < scored["base_loss"]
+    assert capsys.readouterr().out.count("bare base  ") == 2
+
+    run(eval.alpaca, [*score, "--samples", "0", "--validation-rows", "4"], monkeypatch)
+    kept_back = json.loads(figures.read_text())
+    trained = json.loads((output / "adapter_config.json").read_text())["training"]
+    assert kept_back["rows"] == 4
+    assert round(kept_back["adapter_loss"], 4) == trained["validation_loss"]
+
+
+def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(base: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = [sys.executable, "-m", "train.alpaca"]
+    subprocess.run([*command, *options(base, whole)], cwd=CHECKOUT, check=True, capture_output=True)
+    victim = subprocess.Popen([*command, *options(base, cut)], cwd=CHECKOUT, stderr=subprocess.DEVNULL)
+    metrics = cut / "metrics.jsonl"
+    for _ in range(6000):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    resumed = subprocess.run(
+        [*command, *options(base, cut, "--resume")], cwd=CHECKOUT, check=True, capture_output=True, text=True
+    )
+    assert "going on from step" in resumed.stderr
+    assert losses(cut) == losses(whole)
+    final = "adapter_model.safetensors"
+    assert (cut / final).read_bytes() == (whole / final).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--batch-size", "0"], "batch-size is 0"),
+        (["--limit", "0"], "--limit"),
+        (["--limit", "3"], "cannot be split"),
+        (["--learning-rate", "nan"], "learning-rate is nan"),
+        (["--seed", "-1"], "seed of 0 to"),
+        (["--seed", str(2**32)], "seed of 0 to"),
+        (["--mean-over", "words"], "mean-over is 'words'; expected tokens or rows"),
+        (["--adapted-layers", "9"], "adapted layers: 9 given"),
+        (["--template", "poem"], "no template 'poem'"),
+        (["--data", "nowhere.json"], "nowhere.json: no such file"),
+        (["--base", "./nowhere"], "nowhere"),
+        (["--resume"], "no run to resume"),
+    ],
+)
+def test_mistakes_are_told_and_leave_nothing(
+    more: list[str], told: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=told) as error:
+        run(train.alpaca, options(base, tmp_path / "run", *more), monkeypatch)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_changed_under_a_resume_is_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = tmp_path / "rows.jsonl", tmp_path / "run"
+    data.write_text(DATA.read_text())
+    run(train.alpaca, options(base, output, "--data", str(data)), monkeypatch)
+    data.write_text(DATA.read_text().replace("Oslo", "Bergen"))
+    with pytest.raises(UsageError, match="fingerprint"):
+        run(train.alpaca, options(base, output, "--data", str(data), "--resume"), monkeypatch)
+
+
+@pytest.mark.parametrize("module", ["train.alpaca", "eval.alpaca"])
+def test_a_mistyped_option_is_told_in_one_line(module: str) -> None:
+    command = [sys.executable, "-m", module]
+    wrong = subprocess.run(
+        [*command, "--nonsense"], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("error: ")
+
+
+def test_ctrl_c_ends_a_run_with_130(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "train.alpaca", *options(base, output, "--epochs", "500")]
+    training = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
+    for _ in range(6000):
+        if (output / "metrics.jsonl").exists() and (output / "metrics.jsonl").stat().st_size:
+            break
+        time.sleep(0.01)
+    os.kill(training.pid, signal.SIGINT)
+    _, told = training.communicate(timeout=60)
+    assert training.returncode == 130
+    assert "--resume goes on from there" in told and "Traceback" not in told

@@ -1,0 +1,288 @@
+"""train.scienceqa and eval.scienceqa on a tiny base and a tiny tower."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import eval.scienceqa
+import train.scienceqa
+from llama_adapter.answering.records_answered import answer_likelihoods, answer_records
+from llama_adapter.commands.training_options import DEFAULT_TOWER
+from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.checkpoint import load_adapter
+from llama_adapter.model import LlamaAdapter
+from llama_adapter.scienceqa.examining import WAYS, Examination, examine
+from llama_adapter.scienceqa.grading import grade
+from llama_adapter.scienceqa.problems import (
+    Problem,
+    answer_text,
+    problem_records,
+    read_problems,
+    split_problems,
+)
+from tests.science import build_problems, write_official
+from tests.tiny import build_tiny_tokenizer
+from tests.tiny_models import VISION, build_tiny_decoder, build_tiny_model, build_tiny_tower_folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("science")
+    tokenizer = build_tiny_tokenizer()
+    base = folder / "weights" / "tiny-base"
+    build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=2048).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    build_tiny_tower_folder(folder / "weights" / DEFAULT_TOWER)
+    write_official(folder / "data", build_problems(folder, rows=40))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def problems(place: Path) -> list[Problem]:
+    return read_problems(place / "data", "test")[0]
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaAdapter:
+    model = build_tiny_model(
+        dtype=torch.float64, tokenizer=build_tiny_tokenizer(), vision=VISION, max_position_embeddings=2048
+    )
+    adapter = model.get_adapter("tiny")
+    adapter.config = type(adapter.config)(**{**vars(adapter.config), "template": "scienceqa"})
+    return model
+
+
+def features_of(problems: list[Problem]) -> dict[Any, torch.Tensor]:
+    pictures = dict.fromkeys(p.image for p in problems if p.image is not None)
+    generator = torch.Generator().manual_seed(2)
+    return {picture: torch.randn(VISION.feature_width, generator=generator) for picture in pictures}
+
+
+def run(module: Any, *arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        module.main()
+
+
+# --- likelihoods --------------------------------------------------------------------------------------------
+
+
+def test_likelihoods_are_those_of_each_answer_alone(model: LlamaAdapter, problems: list[Problem]) -> None:
+    features = features_of(problems)
+    records = problem_records(problems)
+    texts = [[answer_text(p, "QCM-O", choice=n) for n in range(len(p.choices))] for p in problems]
+    whole = answer_likelihoods(model, records, texts, features=features)
+    assert {len(several) for several in whole} > {2}
+    for size in (1, 300):
+        again = answer_likelihoods(model, records, texts, features=features, max_tokens=size)
+        for several, others in zip(whole, again, strict=True):
+            assert several == pytest.approx(others, abs=1e-5)  # logits are compared as float32
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    for record, several, found in zip(records, texts, whole, strict=True):
+        question = f"{record.turns[0].text}\nAnswer:"
+        for text, likelihood in zip(several, found, strict=True):
+            ids = tokenizer.encode(question, add_special_tokens=False)
+            answer = [*tokenizer.encode(" " + text, add_special_tokens=False), tokenizer.eos_token_id]
+            seen: dict[str, Any] = {}
+            if record.images:
+                seen = {"image_features": torch.stack([features[image] for image in record.images])}
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + answer]), **seen).logits[0]
+            logs = logits[len(ids) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
+            assert likelihood == pytest.approx(float(logs.sum()), abs=1e-3)
+
+
+# --- examining ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_result_does_not_depend_on_the_batch(
+    way: str, model: LlamaAdapter, problems: list[Problem]
+) -> None:
+    features = features_of(problems)
+    examination = Examination(way)
+    results = [
+        examine(model, problems, examination, features=features, batch_size=size) for size in (1, 3, 16)
+    ]
+    assert results[0] == results[1] == results[2]
+    alone: dict[str, int] = {}
+    for problem in problems:
+        alone |= examine(model, [problem], examination, features=features)[0]
+    assert results[0][0] == alone
+
+
+def test_without_features_nothing_is_seen(model: LlamaAdapter, problems: list[Problem]) -> None:
+    records = problem_records(problems, images=False)
+    said = answer_records(model, records, max_new_tokens=16)
+    _, outputs = examine(model, problems, Examination("generate"))
+    assert list(outputs.values()) == said
+
+
+def test_an_interrupted_examination_goes_on(
+    model: LlamaAdapter, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_adapter.scienceqa.examining._KEPT_EVERY", 4)
+    output = tmp_path / "results.json"
+    asked: list[str] = []
+    answer = Examination.answer
+
+    def count(self: Examination, model: Any, some: list[Problem], **options: Any) -> Any:
+        if len(asked) == 8:
+            asked.append("interrupted")
+            raise KeyboardInterrupt
+        asked.extend(p.pid for p in some)
+        return answer(self, model, some, **options)
+
+    monkeypatch.setattr(Examination, "answer", count)
+    made_from = {"data": "these"}
+    with pytest.raises(KeyboardInterrupt):
+        examine(model, problems, Examination(), output=output, made_from=made_from)
+    kept = json.loads(output.read_text())
+    assert kept["count"] == 8 and set(kept["results"]) == set(asked[:8])
+    predictions, _ = examine(model, problems, Examination(), output=output, made_from=made_from)
+    assert sorted(asked[:8] + asked[9:]) == sorted(p.pid for p in problems), "each once"
+    assert predictions == examine(model, problems, Examination())[0]
+    assert json.loads(output.read_text())["count"] == len(problems)
+    for changed, reason in (
+        ({"data": "others"}, "has results of another data"),
+        ({"data": "these", "adapter": "x"}, "has results of another adapter"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            examine(model, problems, Examination(), output=output, made_from=changed)
+    with pytest.raises(UsageError, match="has results of other problems"):
+        examine(model, problems[1:], Examination(), output=output, made_from=made_from)
+    output.write_text("[]")
+    with pytest.raises(UsageError, match="holds no results of ours"):
+        examine(model, problems, Examination(), output=output, made_from=made_from)
+
+
+def test_a_way_that_is_none_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match="no way to answer 'guess'; expected one of generate, letter, option"
+    ):
+        Examination("guess")
+
+
+# --- the commands -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
+    output = place / "trained"
+    run(train.scienceqa, *options(place, output))
+    return output
+
+
+def options(place: Path, output: Path, *more: object) -> list[object]:
+    given: dict[str, Any] = {"--data": place / "data", "--output": output, "--base": "tiny-base"}
+    given |= {"--weights": place / "weights", "--cache": place / "cache", "--epochs": 3}
+    given |= {"--warmup-epochs": 0.5, "--batch-size": 6, "--learning-rate": 0.1, "--validation-rows": 12}
+    given |= {"--prompt-length": 3, "--orders": 2}
+    if "--no-images" not in more:
+        given["--bottleneck"] = 8
+    return [part for pair in given.items() for part in pair] + list(more)
+
+
+def test_training_records_what_scoring_needs(trained: Path, place: Path) -> None:
+    config = load_adapter(trained).config
+    assert config.template == "scienceqa" and config.vision is not None
+    assert config.training["answer"] in WAYS
+    assert config.training["data"]["format"] == "QCM-A" and config.training["data"]["orders"] == 2
+    losses = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["loss"] for line in losses if "loss" in line]
+    assert len(measured) == 3 * 5, "28 to 30 problems, each once an epoch whatever the orders"
+    assert sum(measured[-5:]) < 0.9 * sum(measured[:5])
+
+
+def test_the_table_is_printed_and_written(
+    trained: Path, place: Path, tmp_path: Path, problems: list[Problem], capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--data", place / "data", "--weights", place / "weights", "--cache", place / "cache")
+    results, figures = tmp_path / "results.json", tmp_path / "figures.json"
+    run(
+        *(eval.scienceqa, "--adapter", trained, *common, "--controls"),
+        *("--output", results, "--json", figures),
+    )
+    printed = capsys.readouterr().out
+    for line in ("shuffled pictures", "no pictures", "bare base", "always ", "chance", "LLaMA-Adapter 7B"):
+        assert line in printed
+    made = json.loads(figures.read_text())
+    predictions = {pid: int(n) for pid, n in json.loads(results.read_text())["results"].items()}
+    shares = grade(problems, predictions).shares
+    assert made["AVG"] == round(shares["AVG"].percent, 2) and made["rows"] == len(problems)
+    assert {"IMG_shuffled", "IMG_no_picture", "unread"} <= set(made)
+
+    run(eval.scienceqa, *common[:2], "--predictions", results, "--json", tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again == {name: value for name, value in made.items() if not name.startswith("IMG_")}
+
+    kept = ("--split", "train", "--validation-rows", 12, "--limit", 5, "--answer", "option")
+    run(eval.scienceqa, "--adapter", trained, *common, *kept, "--json", figures)
+    assert json.loads(figures.read_text())["rows"] == 5
+    run(eval.scienceqa, "--adapter", "none", "--base", "tiny-base", *common, "--limit", 3)
+    assert "adapter none" in capsys.readouterr().out
+
+
+def test_the_best_way_is_what_training_recorded(model: LlamaAdapter) -> None:
+    assert (
+        Examination.best_for(model) == Examination.best_for(model, "none") == Examination("letter", "QCM-A")
+    )
+    adapter = model.get_adapter("tiny")
+    before = adapter.config
+    learnt = {"answer": "option", "data": {"format": "QCM-O", "caption": True}}
+    adapter.config = dataclasses.replace(before, training=learnt)
+    try:
+        assert Examination.best_for(model, "tiny") == Examination("option", "QCM-O", caption=True)
+    finally:
+        adapter.config = before
+
+
+def test_training_by_rivals_learns_to_tell_the_choices_apart(place: Path, tmp_path: Path) -> None:
+    more = ("--rivals", "--format", "QCM-O", "--epochs", 8, "--no-images")
+    run(train.scienceqa, *options(place, tmp_path / "run", *more))
+    assert load_adapter(tmp_path / "run").config.training["data"]["rivals"] is True
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["loss"] for line in lines if "loss" in line]
+    assert sum(measured[-5:]) < 0.8 * sum(measured[:5])
+
+
+def test_without_pictures_the_adapter_is_one_for_text(place: Path, tmp_path: Path) -> None:
+    run(train.scienceqa, *options(place, tmp_path / "run", "--no-images", "--max-steps", 1))
+    assert load_adapter(tmp_path / "run").config.vision is None
+    common = ("--data", place / "data", "--weights", place / "weights", "--json", tmp_path / "f.json")
+    run(eval.scienceqa, "--adapter", tmp_path / "run", *common, "--controls")
+    assert "IMG_shuffled" not in json.loads((tmp_path / "f.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--format", "QCM"), "no format 'QCM'"),
+        (("--split", "val", "--validation-rows", 3), "--validation-rows is for --split train"),
+        (("--predictions", "x.json", "--controls"), "--controls asks a model"),
+        (("--predictions", "x.json"), "x.json: cannot be read"),
+    ],
+)
+def test_mistakes_are_told(arguments: tuple[object, ...], reason: str, place: Path) -> None:
+    with pytest.raises(UsageError, match=reason):
+        run(eval.scienceqa, "--data", place / "data", "--weights", place / "weights", *arguments)
+
+
+def test_problems_with_pictures_can_come_up_more_often(place: Path, tmp_path: Path) -> None:
+    problems = read_problems(place / "data", "train")[0]
+    train_rows, kept = split_problems(problems, validation_rows=12)
+    seen = sum(problem.image is not None for problem in train_rows)
+    assert 0 < seen < len(train_rows) and kept
+    more = ("--picture-weight", 4, "--epochs", 1, "--orders", 1)
+    run(train.scienceqa, *options(place, tmp_path / "run", *more))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("loss" in line for line in lines) == math.ceil((len(train_rows) + 3 * seen) / 6)

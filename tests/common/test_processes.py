@@ -1,0 +1,171 @@
+"""Several processes of one run: what they compute together is what one computes alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_adapter.common.processes import Processes, running_processes
+from llama_adapter.data.records import Example
+from llama_adapter.packing.pack import deal
+from tests.conftest import CHECKOUT
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launch(
+    arguments: list[str], *, processes: int = 2, config: str | None = "ddp", code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run a module by `accelerate launch` (by torchrun where there is no config) and expect an exit code."""
+    places = ["--main_process_port" if config else "--master-port", str(free_port())]
+    if config:
+        started = ["accelerate.commands.launch", "--config_file", str(CHECKOUT / f"configs/{config}.yaml")]
+        started += ["--num_processes", str(processes)]
+    else:
+        started = ["torch.distributed.run", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, "-m", *started, *places, "-m", *arguments],
+        cwd=CHECKOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1)), "each step is written once"
+    return [line["loss"] for line in steps]
+
+
+def adapter_of(output: Path) -> dict[str, torch.Tensor]:
+    last = sorted((output / "checkpoints").glob("*.pt"))[-1]
+    state: dict[str, torch.Tensor] = torch.load(last, weights_only=True)["adapter"]
+    return state
+
+
+# --- one process --------------------------------------------------------------------------------------------
+
+
+def test_one_process_has_nobody_to_talk_to() -> None:
+    alone = running_processes()
+    assert (alone.index, alone.count, alone.main, alone.sharded) == (0, 1, True, False)
+    assert alone.sum(torch.tensor(3.0)) == 3 and alone.any(True) and not alone.any(False)
+    assert alone.from_main(lambda: "made") == "made"
+    with alone.main_first():
+        pass
+
+
+lengths = st.lists(st.integers(2, 600), min_size=1, max_size=40)
+
+
+@given(lengths, st.integers(1, 9))
+def test_no_row_is_lost_or_dealt_twice(lengths: list[int], processes: int) -> None:
+    rows = [Example([5] * length, [5] * length, (), row) for row, length in enumerate(lengths)]
+    shares = deal(rows, processes)
+    assert len(shares) == processes
+    assert sorted(row.row for share in shares for row in share) == list(range(len(rows)))
+    tokens = [sum(len(row.input_ids) - 1 for row in share) for share in shares]  # nothing reads the last
+    assert max(tokens) - min(tokens) <= max(lengths), "the work is even"
+
+
+def test_one_process_gets_the_rows_as_they_are() -> None:
+    rows = [Example([5] * length, [5] * length, (), row) for row, length in enumerate((3, 9, 1))]
+    assert deal(rows, 1) == [rows]
+
+
+# --- two processes, by gloo ---------------------------------------------------------------------------------
+
+
+def train(output: Path, *more: str, processes: int = 2, **options: Any) -> subprocess.CompletedProcess[str]:
+    arguments = ["tests.train_tiny", "--output", str(output), *more]
+    if processes == 1:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+    return launch(arguments, processes=processes, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alone") / "run"
+    train(output, processes=1)
+    return output
+
+
+def expect_same(output: Path, alone: Path) -> None:
+    assert losses(output) == pytest.approx(losses(alone), abs=1e-5)
+    one, several = adapter_of(alone), adapter_of(output)
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, several[name], atol=1e-4), name
+
+
+def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
+    """Pictures are in some batches only, and the last batch of an epoch is one row: one process has none."""
+    output = tmp_path / "run"
+    done = train(output)
+    expect_same(output, alone)
+    assert done.stderr.count("validation loss") == (alone.parent / "run/metrics.jsonl").read_text().count(
+        "validation_loss"
+    ), "one process tells"
+    assert done.stdout.count("group at exit: False") == 2
+    assert len(list((output / "checkpoints").glob("*.pt"))) == 2
+    record = json.loads((output / "run.json").read_text())
+    assert record["made_by"]["processes"] == 2
+    assert set(json.loads((alone / "run.json").read_text())) == set(record)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(alone: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train(output, "--stop-after", "5", processes=2, config=None, code=1)
+    assert len(losses(output)) == 5
+    done = train(output, "--resume", processes=1)
+    assert "going on from step 5" in done.stderr
+    expect_same(output, alone)
+
+
+def test_a_mistake_ends_all_processes_with_one_line(alone: Path) -> None:
+    done = train(alone, config=None, code=1)
+    assert done.stderr.count("holds a run already") == 1
+
+
+def test_a_sharded_decoder_gives_the_same(alone: Path, tmp_path: Path) -> None:
+    """accelerate shards on accelerators only: here the decoder is sharded by the call that it makes."""
+    output = tmp_path / "run"
+    train(output, "--shard", config=None)
+    expect_same(output, alone)
+
+
+def test_the_decoder_is_not_sharded_unless_asked() -> None:
+    module = torch.nn.Linear(2, 2)
+    Processes().shard(module)
+    assert type(module) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_the_shipped_configs_are_what_accelerate_reads(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CHECKOUT / f"configs/{name}.yaml"))
+    assert config.num_processes == 2 and str(config.distributed_type.value) in ("MULTI_GPU", "FSDP")
