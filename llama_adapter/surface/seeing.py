@@ -1,0 +1,86 @@
+"""What the adapters of a model know of pictures: their vision towers, and the features of a picture.
+
+Shapes: I pictures, F features of one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.data.pictures import Picture, open_picture
+from llama_adapter.methods.config import VisionConfig
+from llama_adapter.surface.named_adapters import NO_ADAPTER, NamedAdapters
+
+if TYPE_CHECKING:  # slow to import, and text alone does without
+    from llama_adapter.vision.tower import VisionTower
+
+_LOADING_A_TOWER = threading.Lock()  # no model's own: a model can be copied and pickled
+
+
+class Seeing(NamedAdapters):
+    """The pictures of `LlamaAdapter`."""
+
+    _towers: dict[Any, VisionTower]  # a plain dict: a tower is no part of the model's state
+
+    def _vision(self, name: str) -> VisionConfig:
+        if name == NO_ADAPTER:
+            raise UsageError("the bare base knows nothing of pictures; choose an adapter that does")
+        vision = self.get_adapter(name).config.vision
+        if vision is None:
+            raise UsageError(
+                f"adapter {name!r} knows nothing of pictures; choose one that was trained on them"
+            )
+        return vision
+
+    def sees(self, adapter: str | None = None) -> bool:
+        """Whether an adapter (the active one) was trained on pictures."""
+        name = self._name(adapter)
+        return name != NO_ADAPTER and self.get_adapter(name).config.vision is not None
+
+    def tower(self, adapter: str | None = None) -> VisionTower:
+        """The vision tower of an adapter (the active one), loaded when it is first asked for.
+
+        Raises:
+            UsageError: an adapter without one, or a tower that is not the one it was trained with.
+        """
+        from llama_adapter.vision.tower import load_tower
+
+        name = self._name(adapter)
+        vision = self._vision(name)
+        key = (vision.tower_fingerprint, vision.depths)
+        with _LOADING_A_TOWER:
+            if key not in self._towers:
+                tower = load_tower(
+                    vision.tower, depths=vision.depths, weights=self.weights, device=self.decoder.device
+                )
+                if tower.fingerprint != vision.tower_fingerprint:
+                    raise UsageError(
+                        f"adapter {name!r} was trained with a tower {vision.tower!r} of fingerprint "
+                        f"{vision.tower_fingerprint}; the one here has {tower.fingerprint}: get the right one"
+                    )
+                self._towers[key] = tower
+            return self._towers[key]
+
+    def encode_images(
+        self, images: Picture | Sequence[Picture], *, adapter: str | None = None, allow_urls: bool = False
+    ) -> Tensor:
+        """The features of pictures for an adapter, (I, F): of files, their contents, or opened pictures.
+
+        Raises:
+            UsageError: what is no picture, or an adapter that knows nothing of them.
+        """
+        single = isinstance(images, (str, Path, bytes, Image.Image))
+        several = cast("Sequence[Picture]", [images] if single else images)
+        tower = self.tower(adapter)
+        if not several:
+            return torch.zeros(0, tower.feature_width)
+        opened = (open_picture(image, allow_urls=allow_urls) for image in several)
+        return tower.encode(tower.prepare(opened))
