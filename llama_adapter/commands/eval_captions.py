@@ -40,11 +40,12 @@ def main() -> None:
     records = list(rows.values())
     captions = [references[record.images] for record in records]
 
-    conditions = {
-        "adapter": records,
-        "picture of another row": shuffle_pictures(records, seed=arguments.seed),
-        "no picture": [dataclasses.replace(record, images=()) for record in records],
-    }
+    conditions, missing = {"adapter": records}, ""
+    try:
+        conditions["picture of another row"] = shuffle_pictures(records, seed=arguments.seed)
+    except UsageError as error:
+        missing = f"control missing: picture of another row: {error}"
+    conditions["no picture"] = [dataclasses.replace(record, images=()) for record in records]
     scores, said = {}, {}
     for name, asked in conditions.items():
         # Without pictures all rows are the same question, so one answer does for all.
@@ -67,13 +68,11 @@ def main() -> None:
     print(f"\n{'':<24} {'CIDEr':>8} {'BLEU-4':>8}   ({len(records):,} pictures, beams {arguments.beams})")
     for name, score in scores.items():
         print(f"{name:<24} {score.cider:>8.3f} {score.bleu4:>8.3f}")
-    shuffled = scores["picture of another row"]
-    figures = {
-        "cider": scores["adapter"].cider,
-        "bleu4": scores["adapter"].bleu4,
-        "cider_shuffled": shuffled.cider,
-        "bleu4_shuffled": shuffled.bleu4,
-        "cider_no_image": scores["no picture"].cider,
-        "rows": len(records),
-    }
+    figures = {"cider": scores["adapter"].cider, "bleu4": scores["adapter"].bleu4}
+    if missing:
+        print(missing)
+    else:
+        shuffled = scores["picture of another row"]
+        figures |= {"cider_shuffled": shuffled.cider, "bleu4_shuffled": shuffled.bleu4}
+    figures |= {"cider_no_image": scores["no picture"].cider, "rows": len(records)}
     report(figures, arguments.json)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from llama_adapter.scienceqa.grading import Grades
     from llama_adapter.scienceqa.problems import Problem
 
+SHUFFLED, NO_PICTURES, BARE_BASE = CONTROLS = ("shuffled pictures", "no pictures", "bare base")
+
 
 def main() -> None:
     parser = Parser(prog="python -m eval.scienceqa", description=__doc__)
@@ -69,7 +71,9 @@ def main() -> None:
         help="draw a choice where no answer can be read, as the official script does (else: wrong)",
     )
     parser.add_argument(
-        "--controls", action="store_true", help="what is reached without pictures, and the like"
+        "--controls",
+        action="store_true",
+        help="score other problems' pictures, no pictures, the bare base and chance as well",
     )
     parser.add_argument("--seed", type=seed_number, default=0, help="of whatever is drawn (0)")
     parser.add_argument(
@@ -96,21 +100,23 @@ def main() -> None:
         drawn = set(random.Random(arguments.seed).sample(range(len(problems)), arguments.limit))
         problems = [problem for number, problem in enumerate(problems) if number in drawn]
 
-    rows: dict[str, dict[str, int]] = {}
     if arguments.predictions is not None:
-        if arguments.controls:
-            raise UsageError("--controls asks a model; leave out --predictions")
-        rows[arguments.predictions.name] = read_predictions(arguments.predictions, problems)
+        rows = {arguments.predictions.name: read_predictions(arguments.predictions, problems)}
+        why = "--predictions loads no model; score the adapter itself with --adapter"
+        missing = {name: why for name in CONTROLS}
     else:
-        rows = _ask(arguments, problems, summary.fingerprint)
+        rows, missing = _ask(arguments, problems, summary.fingerprint)
     if arguments.official_fallback:
         rows = {name: guess_unread(found, problems, seed=arguments.seed) for name, found in rows.items()}
     grades = {name: grade(problems, found) for name, found in rows.items()}
     _print(grades, problems, controls=arguments.controls)
+    if arguments.controls:
+        for name, reason in missing.items():
+            print(f"control missing: {name}: {reason}")
     main_row = next(iter(grades.values()))
     figures: dict[str, Any] = {name: round(share.percent, 2) for name, share in main_row.shares.items()}
     figures |= {"rows": len(problems), "unread": main_row.unread}
-    for name, key in (("shuffled pictures", "IMG_shuffled"), ("no pictures", "IMG_no_picture")):
+    for name, key in ((SHUFFLED, "IMG_shuffled"), (NO_PICTURES, "IMG_no_picture")):
         if name in grades and "IMG" in grades[name].shares:
             figures[key] = round(grades[name].shares["IMG"].percent, 2)
     report(figures, arguments.json)
@@ -118,8 +124,8 @@ def main() -> None:
 
 def _ask(
     arguments: argparse.Namespace, problems: list[Problem], fingerprint: str
-) -> dict[str, dict[str, int]]:
-    """Predictions of the adapter, and of the controls where they are asked for."""
+) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """Predictions of the adapter and of the controls that are asked for, and why controls are missing."""
     from llama_adapter.common.progress import RowProgress
     from llama_adapter.model import NO_ADAPTER
     from llama_adapter.scienceqa.examining import Examination, examine
@@ -134,10 +140,22 @@ def _ask(
         weights = hashlib.sha256(
             b"".join(tensor.cpu().numpy().tobytes() for tensor in adapter.state_dict().values())
         ).hexdigest()
+        learnt = adapter.config.training.get("data", {})
+        if arguments.validation_rows is not None and learnt.get("fingerprint", fingerprint) != fingerprint:
+            print(
+                f"{arguments.data} differs from the data that {name} was trained on, pictures included: "
+                "--validation-rows may keep back other problems than its training did",
+                file=sys.stderr,
+            )
         if model.sees():
             features = picture_features(
                 model.tower(), arguments.cache, [p.image for p in problems if p.image is not None]
             )
+            pictured = sum(p.has_image is True for p in problems)
+            if lost := pictured - sum(p.image is not None for p in problems):
+                print(
+                    f"{lost:,} of {pictured:,} problems with a picture are asked without it: it is not here"
+                )
     best = Examination.best_for(model)
     examination = Examination(
         arguments.answer or best.way,
@@ -161,13 +179,23 @@ def _ask(
         progress=RowProgress(name, len(problems)),
     )
     if not arguments.controls:
-        return rows
+        return rows, {}
     controls: dict[str, tuple[list[Problem], Any, str]] = {}
-    if features is not None and any(p.image is not None for p in problems):
-        controls["shuffled pictures"] = (shuffle_pictures(problems, seed=arguments.seed), features, name)
-        controls["no pictures"] = (problems, None, name)
+    missing = {}
+    if not features:
+        why = f"{name} knows nothing of pictures" if features is None else "no problem has its picture here"
+        missing = {SHUFFLED: why, NO_PICTURES: why}
+    else:
+        controls[NO_PICTURES] = (problems, None, name)
+        try:
+            shuffled = shuffle_pictures(problems, seed=arguments.seed)
+            controls = {SHUFFLED: (shuffled, features, name), **controls}
+        except UsageError as error:
+            missing[SHUFFLED] = str(error)
     if name != NO_ADAPTER:
-        controls["bare base"] = (problems, None, NO_ADAPTER)
+        controls[BARE_BASE] = (problems, None, NO_ADAPTER)
+    else:
+        missing[BARE_BASE] = "the bare base is what is scored"
     for label, (asked, seen, adapter_name) in controls.items():
         rows[label], _ = examine(
             model,
@@ -178,7 +206,7 @@ def _ask(
             batch_size=arguments.batch_size,
             progress=RowProgress(label, len(asked)),
         )
-    return rows
+    return rows, missing
 
 
 def _print(grades: dict[str, Grades], problems: list[Problem], *, controls: bool) -> None:
@@ -221,6 +249,7 @@ def _print(grades: dict[str, Grades], problems: list[Problem], *, controls: bool
         (first.subject_unknown, "subject unknown: in no column of subjects"),
         (first.grade_unknown, "grade unknown: in no column of grades"),
         (sum(p.hint is None for p in problems), "hint unknown: neither TXT nor NO"),
+        (sum(p.has_image is None for p in problems), "picture unknown: neither IMG nor NO"),
         (first.unread, "answers could not be read"),
     ):
         if count:

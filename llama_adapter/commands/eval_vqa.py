@@ -7,6 +7,7 @@ from collections import defaultdict
 
 from llama_adapter.commands.arguments import Parser, add_json_option, positive_int, report
 from llama_adapter.commands.picture_options import add_picture_scoring_options, load_records_to_score
+from llama_adapter.common.errors import UsageError
 
 
 def main() -> None:
@@ -25,12 +26,17 @@ def main() -> None:
     to_score = load_records_to_score(arguments)
     records = to_score.records
     blind = [dataclasses.replace(record, images=()) for record in records]
-    conditions = {"adapter": records, "picture of another row": [], "no picture": blind}
-    if to_score.features:
-        conditions["picture of another row"] = shuffle_pictures(records, seed=arguments.seed)
-    else:
+    missing = ""
+    if not to_score.features:
         print("the adapter knows nothing of pictures: whatever is shown, its answers are the same")
         conditions = {"adapter": blind}
+    else:
+        conditions = {"adapter": records}
+        try:
+            conditions["picture of another row"] = shuffle_pictures(records, seed=arguments.seed)
+        except UsageError as error:
+            missing = f"control missing: picture of another row: {error}"
+        conditions["no picture"] = blind
     kinds = [question_type(record.turns[-2].text, record.turns[-1].text) for record in records]
     right: dict[str, list[bool]] = {}
     for name, asked in conditions.items():
@@ -60,6 +66,8 @@ def main() -> None:
         f"{'rows':<24}"
         + "".join(f"{n:>12,}" for n in [len(kinds), *(len(places[k]) for k in sorted(places))])
     )
+    if missing:
+        print(missing)
     low, high = accuracy_interval(sum(right["adapter"]), len(records))
     print(f"95 % interval of the adapter's accuracy (beams {arguments.beams}): {low:.1%} to {high:.1%}")
     figures = {
@@ -68,4 +76,6 @@ def main() -> None:
         "accuracy_no_image": sum(right.get("no picture", right["adapter"])) / len(records),
         "rows": len(records),
     }
+    if missing:
+        del figures["accuracy_shuffled"]
     report(figures, arguments.json)

@@ -12,10 +12,10 @@ import random
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.sources import read_rows
@@ -24,6 +24,7 @@ from llama_adapter.data.templates import CAPTION_QUESTIONS, Turn, check_unicode,
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
 
+Pictures = TypeVar("Pictures", bound=Hashable)
 PictureFile = Path | bytes  # its name, or what is in it
 
 IGNORED = -100  # the label that transformers' losses leave out
@@ -305,16 +306,24 @@ def draw_pictures(records: Sequence[Record], count: int, *, seed: int) -> list[R
     return [record for record in records if record.images in drawn]
 
 
+def exchange_pictures(pictures: Iterable[Pictures], *, seed: int) -> dict[Pictures, Pictures]:
+    """Another picture (or set of pictures) for each of these, none of them its own; each is given once.
+
+    Raises UsageError where there are not two different ones.
+    """
+    order = list(dict.fromkeys(pictures))
+    if len(order) < 2:
+        raise UsageError("all rows have the same picture, so none can be exchanged; give rows of several")
+    random.Random(seed).shuffle(order)
+    return dict(zip(order, order[1:] + order[:1], strict=True))
+
+
 def shuffle_pictures(records: Sequence[Record], *, seed: int) -> list[Record]:
     """The records with the pictures of others: what is still right then was not read from the picture.
 
     Every set of pictures goes to another's records. Raises UsageError where there is only one.
     """
-    sets = list(dict.fromkeys(record.images for record in records))
-    if len(sets) < 2:
-        raise UsageError("all rows have the same picture, so none can be exchanged; give rows of several")
-    random.Random(seed).shuffle(sets)
-    other = dict(zip(sets, sets[1:] + sets[:1], strict=True))
+    other = exchange_pictures((record.images for record in records), seed=seed)
     return [replace(record, images=other[record.images]) for record in records]
 
 

@@ -29,8 +29,7 @@ PUBLISHED: Mapping[str, tuple[float, ...]] = {
 }
 
 _OFFICIAL = re.compile(r"The answer is ([A-Z]).")
-_LLAVA_FORMS = (re.compile(r"([A-E])\Z"), re.compile(r"([A-E])\. "))
-_LLAVA_WITHIN = (re.compile(r"The answer is ([A-E])\."), re.compile(r"The answer is ([A-E])"))
+_LLAVA = re.compile(r"([A-E])(?:\Z|\. )")
 
 
 # --- one answer ---------------------------------------------------------------------------------------------
@@ -46,15 +45,13 @@ def read_answer(text: str, choices: int) -> int:
 
 
 def _read_llava(text: str, choices: int) -> int:
-    """As LLaVA's eval_science_qa.py: "B", "B. ...", or "The answer is B" anywhere."""
-    text = text.replace("\n", ". ")
-    for form in _LLAVA_FORMS:
-        if match := form.match(text.strip() if form is _LLAVA_FORMS[0] else text):
-            return _index(match[1], choices)
-    for form in _LLAVA_WITHIN:
-        if match := form.search(text):
-            return _index(match[1], choices)
-    return UNREAD
+    """As LLaVA's eval_science_qa.py: "B", or "B. ..." from the start, else by the official expression.
+
+    Nothing else is read: not " B", not a letter before a line break, and no more than there.
+    """
+    if found := _LLAVA.match(text):
+        return _index(found[1], choices)
+    return read_answer(text, choices)
 
 
 def _index(letter: str, choices: int) -> int:

@@ -1,8 +1,11 @@
 """ScienceQA (Lu et al., arXiv 2209.09513): files -> problems, and problems -> prompts by the official names.
 
 The official release is a folder with problems.json, pid_splits.json, captions.json and pictures at
-images/SPLIT/PID/; the hub's copy is a data set with the pictures' bytes in its rows, which are numbered from
-1 within their split. Both come to the same problems. Fields that are null are unknown.
+images/SPLIT/PID/. The hub's copy is a data set with the pictures' bytes in its rows, which are numbered from
+1 within their split. Both give the same problems. A text field that is null is unknown.
+
+Whether a problem has a picture is a fact of the problem, read from its row. Whether the file of that picture
+is here is another matter: it decides what a model can be shown, never in which column a problem counts.
 """
 
 from __future__ import annotations
@@ -11,12 +14,12 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.records import Example, PictureFile, Record, encode_records
+from llama_adapter.data.records import Example, PictureFile, Record, encode_records, exchange_pictures
 from llama_adapter.data.sources import read_dataset
 from llama_adapter.data.templates import Turn, check_unicode
 
@@ -57,7 +60,9 @@ class Problem:
         pid: its id; in the hub's copy its number within the split, from 1.
         answer: index of the right choice.
         hint: its context in words; "" where it has none, None where that is unknown.
-        image: its picture, or None; a picture that several problems have is the same everywhere.
+        image: its picture as it can be shown, or None: it has none, or its file is not here. A picture that
+            several problems have is the same everywhere.
+        has_image: whether it has a picture, here or not; None where its row does not say.
         caption: a machine's words for its picture, or "".
         subject, grade: as in the files, such as "natural science" and "grade2"; None where unknown.
     """
@@ -73,11 +78,27 @@ class Problem:
     grade: str | None = None
     lecture: str = ""
     solution: str = ""
+    # Not in the repr, from which the fingerprint of the data is made: that has to stay the same for runs that
+    # are resumed and results that are continued.
+    has_image: bool | None = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.image is not None:
+            object.__setattr__(self, "has_image", True)
 
 
 @dataclass(frozen=True)
 class ProblemsSummary:
-    """What was found; `fingerprint` tells changed data from the same."""
+    """What was found.
+
+    Attributes:
+        with_picture: problems that have a picture, here or not.
+        pictures: different pictures that are here.
+        without_file: problems whose picture is not here.
+        by_caption: problems of `with_picture` of which only a caption says that they have one.
+        unknown_picture, unknown_hint, unknown_subject, unknown_grade: problems whose row does not say.
+        fingerprint: tells changed data from the same.
+    """
 
     source: str
     split: str
@@ -85,6 +106,8 @@ class ProblemsSummary:
     with_picture: int
     pictures: int
     without_file: int
+    by_caption: int
+    unknown_picture: int
     unknown_hint: int
     unknown_subject: int
     unknown_grade: int
@@ -93,10 +116,12 @@ class ProblemsSummary:
     def __str__(self) -> str:
         parts = [f"{self.source}, {self.split}: {self.rows:,} problems"]
         if self.with_picture:
-            parts.append(f"{self.with_picture:,} with a picture ({self.pictures:,} different ones)")
+            parts.append(f"{self.with_picture:,} with a picture ({self.pictures:,} different ones here)")
+        if self.by_caption:
+            parts.append(f"{self.by_caption:,} of them known by their caption alone")
         if self.without_file:
-            parts.append(f"{self.without_file:,} whose picture is not here (taken as text)")
-        for what in ("hint", "subject", "grade"):
+            parts.append(f"{self.without_file:,} whose picture is not here (shown as text)")
+        for what in ("picture", "hint", "subject", "grade"):
             if count := getattr(self, f"unknown_{what}"):
                 parts.append(f"{what} unknown: {count:,}")
         return ", ".join(parts)
@@ -116,27 +141,36 @@ def read_problems(source: str | Path, split: str) -> tuple[list[Problem], Proble
         UsageError: a source that is neither, a split that it lacks, or a row at fault, which is named.
     """
     folder = Path(source)
-    if (folder / "problems.json").is_file():
+    official = (folder / "problems.json").is_file()
+    if official:
         rows, root, captions = _official_rows(folder, split)
     elif folder.is_dir() and any(path.suffix == ".json" for path in folder.glob("pid_splits*")):
         raise UsageError(f"{folder}: there is pid_splits.json but no problems.json; get the whole release")
     else:
         data = read_dataset(source, "validation" if split == "val" else split)
         rows = [(str(number), row) for number, row in enumerate(data, start=1)]
-        root, captions = None, {}
+        root, captions = folder if folder.is_dir() else folder.parent, {}
     if not rows:
         raise UsageError(f"{source}: no problem in its split {split!r}")
     problems = []
     same: dict[str, PictureFile] = {}
-    without_file = 0
+    by_caption = 0
     digest = hashlib.sha256()
     for pid, row in rows:
+        caption = captions.get(pid, "")
         try:
-            image, missing = _picture(row, pid, split, root, same)
-            problem = _problem(pid, row, image, captions.get(pid, ""))
+            if not isinstance(row, dict):
+                raise UsageError(f"expected an object, found {type(row).__name__}")
+            has_image = _has_image(row)
+            # Of a picture that was taken out of the data its caption may be all that is left.
+            only_caption = bool(caption) and not has_image and row.get("has_image") is None
+            splits = (str(row.get("split") or split), split)
+            folders = [root / name / pid for name in splits] if official else [root]
+            image = _picture(row, folders, same)
+            problem = _problem(pid, row, image, True if only_caption else has_image, caption)
         except UsageError as error:
             raise UsageError(f"{source}: problem {pid}: {error}") from None
-        without_file += missing
+        by_caption += only_caption
         problems.append(problem)
         digest.update(repr(replace(problem, image=None)).encode("utf-8", "surrogatepass"))
     for content in same:
@@ -145,9 +179,11 @@ def read_problems(source: str | Path, split: str) -> tuple[list[Problem], Proble
         source=str(source),
         split=split,
         rows=len(problems),
-        with_picture=sum(problem.image is not None for problem in problems),
+        with_picture=sum(problem.has_image is True for problem in problems),
         pictures=len({problem.image for problem in problems} - {None}),
-        without_file=without_file,
+        without_file=sum(problem.has_image is True and problem.image is None for problem in problems),
+        by_caption=by_caption,
+        unknown_picture=sum(problem.has_image is None for problem in problems),
         unknown_hint=sum(problem.hint is None for problem in problems),
         unknown_subject=sum(problem.subject is None for problem in problems),
         unknown_grade=sum(problem.grade is None for problem in problems),
@@ -192,29 +228,54 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def _has_image(row: dict[str, Any]) -> bool | None:
+    """Whether a row says that its problem has a picture; None where it says neither.
+
+    `image` names or holds the picture; null means none, as in the official release. Data from which the
+    pictures were taken out may say it in `has_image` instead.
+    """
+    named, said = row.get("image"), row.get("has_image")
+    if isinstance(named, dict):  # the hub's layout: bytes, path or both
+        named = named.get("bytes") or named.get("path")
+    if said is not None and not isinstance(said, bool):
+        raise UsageError(f"field 'has_image': expected true, false or null, found {said!r:.60}")
+    if named and said is False:
+        raise UsageError("field 'has_image' is false, but 'image' names a picture; correct one of the two")
+    if named or said:
+        return True
+    return False if "image" in row or said is False else None
+
+
 def _picture(
-    row: Any, pid: str, split: str, root: Path | None, same: dict[str, PictureFile]
-) -> tuple[PictureFile | None, bool]:
-    """The row's picture, and whether it names one that is not here."""
-    named = row.get("image") if isinstance(row, dict) else None
+    row: dict[str, Any], folders: Sequence[Path], same: dict[str, PictureFile]
+) -> PictureFile | None:
+    """The row's picture where it is here.
+
+    Args:
+        folders: where a file of its name may be.
+        same: the pictures so far by their SHA-256, each of which is given again; grows.
+    """
+    named = row.get("image")
+    plain = not isinstance(named, dict)
+    if isinstance(named, dict):  # the hub's layout: bytes, or where they are
+        if content := named.get("bytes"):
+            if not isinstance(content, bytes):
+                raise UsageError("field 'image': expected the bytes of a picture, as in the hub's layout")
+            return same.setdefault(hashlib.sha256(content).hexdigest(), content)
+        named = named.get("path")
     if not named:
-        return None, False
-    if root is None:
-        content = named.get("bytes") if isinstance(named, dict) else None
-        if not isinstance(content, bytes):
-            raise UsageError("field 'image': expected the bytes of a picture, as in the hub's layout")
-        return same.setdefault(hashlib.sha256(content).hexdigest(), content), False
-    if not isinstance(named, str) or Path(named).name != named:
+        return None
+    if not isinstance(named, str) or (plain and Path(named).name != named):
         raise UsageError(f"field 'image': expected the name of a file, found {named!r:.60}")
-    for path in (root / str(row.get("split") or split) / pid / named, root / split / pid / named):
-        if path.is_file():
-            return same.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path), False
-    return None, True
+    for folder in folders:
+        if (path := folder / named).is_file():
+            return same.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path)
+    return None
 
 
-def _problem(pid: str, row: Any, image: PictureFile | None, caption: str) -> Problem:
-    if not isinstance(row, dict):
-        raise UsageError(f"expected an object, found {type(row).__name__}")
+def _problem(
+    pid: str, row: dict[str, Any], image: PictureFile | None, has_image: bool | None, caption: str
+) -> Problem:
     question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise UsageError(f"field 'question': expected text, found {question!r:.60}")
@@ -238,6 +299,7 @@ def _problem(pid: str, row: Any, image: PictureFile | None, caption: str) -> Pro
         answer=answer,
         hint=texts["hint"],
         image=image,
+        has_image=has_image,
         caption=caption,
         subject=texts["subject"],
         grade=texts["grade"],
@@ -256,10 +318,27 @@ def split_problems(
 
     Problems with the same picture fall on the same side. Those with the same question need not: the official
     splits were drawn at random, so a test problem's question is often among those trained on.
+
+    Raises:
+        UsageError: nothing would be left to train on, or nothing to validate on.
     """
+    kept = _kept_back(problems, validation_rows, seed)
+    if not 0 < len(kept) < len(problems):
+        works = (n for n in range(max(1, len(problems) // 10), len(problems)))
+        fits = next((n for n in works if 0 < len(_kept_back(problems, n, seed)) < len(problems)), None)
+        raise UsageError(
+            f"{len(problems):,} problems cannot be split into {validation_rows:,} for validation "
+            "(--validation-rows) and the rest for training; "
+            + (f"give --validation-rows {fits}, or more problems" if fits else "give more problems")
+        )
+    return [p for p in problems if p.pid not in kept], [p for p in problems if p.pid in kept]
+
+
+def _kept_back(problems: Sequence[Problem], validation_rows: int, seed: int) -> set[str]:
+    """The pids of the problems to validate on: about ``validation_rows``, never more."""
     kept: set[str] = set()
     with_picture = [problem for problem in problems if problem.image is not None]
-    share = len(with_picture) / len(problems)
+    share = len(with_picture) / max(1, len(problems))
     for part, count in (
         (with_picture, round(validation_rows * share)),
         ([problem for problem in problems if problem.image is None], round(validation_rows * (1 - share))),
@@ -274,12 +353,7 @@ def split_problems(
             if len(drawn) + len(group) <= count:
                 drawn += group
         kept.update(drawn)
-    if not kept or len(kept) == len(problems):
-        raise UsageError(
-            f"{len(problems):,} problems cannot be split into {validation_rows:,} for validation and the "
-            "rest for training; ask for another number"
-        )
-    return [p for p in problems if p.pid not in kept], [p for p in problems if p.pid in kept]
+    return kept
 
 
 def shuffle_choices(problem: Problem, *, seed: int) -> Problem:
@@ -294,12 +368,11 @@ def shuffle_choices(problem: Problem, *, seed: int) -> Problem:
 
 
 def shuffle_pictures(problems: Sequence[Problem], *, seed: int) -> list[Problem]:
-    """The problems with other problems' pictures; those without one stay so."""
-    pictures = list(dict.fromkeys(p.image for p in problems if p.image is not None))
-    if len(pictures) < 2:
-        raise UsageError("all problems have the same picture, so none can be exchanged; give more problems")
-    random.Random(seed).shuffle(pictures)
-    other = dict(zip(pictures, pictures[1:] + pictures[:1], strict=True))
+    """The problems with other problems' pictures; those without one stay so.
+
+    Raises UsageError where there are not two different pictures.
+    """
+    other = exchange_pictures((p.image for p in problems if p.image is not None), seed=seed)
     return [p if p.image is None else replace(p, image=other[p.image]) for p in problems]
 
 
@@ -411,17 +484,18 @@ GROUPS = (*SUBJECTS, "TXT", "IMG", "NO", "G1-6", "G7-12", "AVG")  # the paper's 
 def groups_of(problem: Problem) -> set[str]:
     """The columns of the table that a problem counts in; one with unknown fields may count in AVG alone.
 
-    As in the official evaluate_acc.py: TXT has a hint, IMG a picture (both may hold), NO neither.
+    As in the official evaluate_acc.py: TXT has a hint, IMG a picture (both may hold), NO neither. Whether the
+    picture's file is here plays no part.
     """
     found = {"AVG"}
     found |= {name for name, subject in SUBJECTS.items() if problem.subject == subject}
     if problem.hint:
         found.add("TXT")
-    if problem.image is not None:
+    if problem.has_image:
         found.add("IMG")
-    if problem.hint == "" and problem.image is None:
+    if problem.hint == "" and problem.has_image is False:
         found.add("NO")
     grade = (problem.grade or "").removeprefix("grade")
-    if grade.isdigit() and 1 <= int(grade) <= 12:
+    if grade.isdecimal() and 1 <= int(grade) <= 12:
         found.add("G1-6" if int(grade) <= 6 else "G7-12")
     return found

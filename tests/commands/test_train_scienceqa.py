@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -255,12 +256,52 @@ def test_training_by_rivals_learns_to_tell_the_choices_apart(place: Path, tmp_pa
     assert sum(measured[-5:]) < 0.8 * sum(measured[:5])
 
 
-def test_without_pictures_the_adapter_is_one_for_text(place: Path, tmp_path: Path) -> None:
+def test_without_pictures_the_adapter_is_one_for_text(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(train.scienceqa, *options(place, tmp_path / "run", "--no-images", "--max-steps", 1))
     assert load_adapter(tmp_path / "run").config.vision is None
     common = ("--data", place / "data", "--weights", place / "weights", "--json", tmp_path / "f.json")
+    capsys.readouterr()
     run(eval.scienceqa, "--adapter", tmp_path / "run", *common, "--controls")
     assert "IMG_shuffled" not in json.loads((tmp_path / "f.json").read_text())
+    printed = capsys.readouterr().out
+    assert printed.count("knows nothing of pictures") == 2 and "control missing: no pictures: " in printed
+
+
+def test_controls_that_cannot_be_had_are_named_below_the_table(
+    trained: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = build_problems(tmp_path, rows=2)
+    first = next(row["image"] for row in splits["test"] if row["image"])
+    same = [{**row, "image": first if row["image"] else None} for row in splits["test"]]
+    folder = write_official(tmp_path / "data", {"test": same})
+    common = ("--weights", place / "weights", "--cache", place / "cache", "--controls", "--split", "test")
+    run(eval.scienceqa, "--adapter", trained, "--data", folder, *common, "--output", tmp_path / "r.json")
+    printed = capsys.readouterr().out
+    assert "no pictures   " in printed and "bare base   " in printed and "chance   " in printed
+    assert "control missing: shuffled pictures: all rows have the same picture" in printed
+
+    shutil.rmtree(folder / "images")
+    run(eval.scienceqa, "--adapter", "none", "--base", "tiny-base", "--data", folder, *common)
+    printed = capsys.readouterr().out
+    assert "control missing: bare base: the bare base is what is scored" in printed
+    run(eval.scienceqa, "--adapter", trained, "--data", folder, *common)
+    printed = capsys.readouterr().out
+    pictured = sum(row["image"] is not None for row in same)
+    assert f"{pictured} of {pictured} problems with a picture are asked without it" in printed
+    assert "control missing: no pictures: no problem has its picture here" in printed
+
+    run(eval.scienceqa, "--predictions", tmp_path / "r.json", "--data", folder, *common)
+    printed = capsys.readouterr().out
+    assert "chance   " in printed and printed.count("--predictions loads no model") == 3
+
+
+def test_too_few_problems_name_the_option_to_change(place: Path, tmp_path: Path) -> None:
+    few = write_official(tmp_path / "few", {"train": build_problems(tmp_path, rows=24)["train"]})
+    with pytest.raises(UsageError, match="24 problems cannot be split into 400") as error:
+        run(train.scienceqa, "--data", few, "--output", tmp_path / "run", "--base", "tiny-base")
+    assert "--validation-rows 2," in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +309,6 @@ def test_without_pictures_the_adapter_is_one_for_text(place: Path, tmp_path: Pat
     [
         (("--format", "QCM"), "no format 'QCM'"),
         (("--split", "val", "--validation-rows", 3), "--validation-rows is for --split train"),
-        (("--predictions", "x.json", "--controls"), "--controls asks a model"),
         (("--predictions", "x.json"), "x.json: cannot be read"),
     ],
 )

@@ -45,8 +45,8 @@ def official_scores(problems: list[Problem], predictions: dict[str, int]) -> dic
         "SOC": lambda p: p.subject == "social science",
         "LAN": lambda p: p.subject == "language science",
         "TXT": lambda p: bool(p.hint),
-        "IMG": lambda p: bool(p.image),
-        "NO": lambda p: not p.hint and not p.image,
+        "IMG": lambda p: bool(p.has_image),
+        "NO": lambda p: not p.hint and not p.has_image,
         "G1-6": lambda p: p.grade in [f"grade{n}" for n in range(1, 7)],
         "G7-12": lambda p: p.grade in [f"grade{n}" for n in range(7, 13)],
         "AVG": lambda p: True,
@@ -141,10 +141,20 @@ def test_the_official_layout_comes_back(problems: list[Problem], tmp_path: Path)
     [
         ("B", 1),
         ("B. Because it is.", 1),
+        ("B. ", 1),
         ("I think so.\nThe answer is C.", 2),
-        ("The answer is C", 2),
+        ("The answer is C,", 2),
         ("E", UNREAD),
+        ("E. The answer is A.", UNREAD),
         ("It is B", UNREAD),
+        # All of these an earlier version of ours read; LLaVA counts them as failed.
+        (" B ", UNREAD),
+        ("B\nbecause", UNREAD),
+        ("The answer is C", UNREAD),
+        ("The answer is B. No: The answer is C.", UNREAD),
+        ("B.", UNREAD),
+        ("", UNREAD),
+        ("AB", UNREAD),
     ],
 )
 def test_llavas_answers_are_read_as_llava_does(text: str, expected: int, tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -140,14 +143,79 @@ def test_what_was_found_is_told(tmp_path: Path) -> None:
     lost = next(p for p in problems["train"] if p["image"])
     (folder / "images" / "train" / lost["pid"] / "image.png").unlink()
     found, summary = read_problems(folder, "train")
-    assert summary.without_file == 1 and "whose picture is not here (taken as text)" in str(summary)
-    assert next(p for p in found if p.pid == lost["pid"]).image is None
-    with_picture = [p for p in found if p.image is not None]
-    assert (
-        summary.with_picture == len(with_picture) > summary.pictures == len({p.image for p in with_picture})
-    )
+    assert summary.without_file == 1 and "whose picture is not here (shown as text)" in str(summary)
+    without = next(p for p in found if p.pid == lost["pid"])
+    assert without.image is None and without.has_image
+    here = [p for p in found if p.image is not None]
+    assert summary.with_picture == len(here) + 1 == sum(p["image"] is not None for p in problems["train"])
+    assert len(here) > summary.pictures == len({p.image for p in here})
     assert summary.unknown_hint == sum(p.hint is None for p in found) > 0
     assert f"hint unknown: {summary.unknown_hint}" in str(summary)
+
+
+def test_without_the_pictures_files_every_problem_counts_where_it_did(tmp_path: Path) -> None:
+    folder = write_official(tmp_path / "official", build_problems(tmp_path, rows=60))
+    before, _ = read_problems(folder, "train")
+    shutil.rmtree(folder / "images")
+    for captions in (True, False):  # the names of the files alone tell it
+        after, summary = read_problems(folder, "train")
+        assert [groups_of(p) for p in after] == [groups_of(p) for p in before]
+        assert summary.without_file == summary.with_picture > 0 and not any(p.image for p in after)
+        if captions:
+            (folder / "captions.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("fields", "caption", "expected"),
+    [
+        ({"image": "image.png"}, False, True),
+        ({"image": None}, False, False),
+        ({"image": ""}, False, False),
+        ({}, False, None),
+        ({"image": None, "has_image": True}, False, True),
+        ({"has_image": True}, False, True),
+        ({"has_image": False}, False, False),
+        ({"image": None, "has_image": None}, False, False),
+        ({"image": None}, True, True),  # a caption is of a picture
+        ({}, True, True),
+        ({"image": None, "has_image": False}, True, False),
+    ],
+)
+def test_a_row_says_whether_its_problem_has_a_picture(
+    fields: dict[str, Any], caption: bool, expected: bool | None, tmp_path: Path
+) -> None:
+    row = {"question": "?", "choices": ["a", "b"], "answer": 0, "hint": "", "split": "val", **fields}
+    (tmp_path / "problems.json").write_text(json.dumps({"1": row}))
+    (tmp_path / "captions.json").write_text(json.dumps({"captions": {"1": "A dog."} if caption else {}}))
+    (problem,), summary = read_problems(tmp_path, "val")
+    assert problem.has_image is expected and problem.image is None
+    columns = {True: {"IMG"}, False: {"NO"}, None: set[str]()}[expected]
+    assert groups_of(problem) == columns | {"AVG"}
+    assert summary.unknown_picture == (expected is None) and summary.without_file == (expected is True)
+
+
+def test_the_hubs_rows_may_name_their_pictures(tmp_path: Path) -> None:
+    rows = build_problems(tmp_path)
+    folder = write_hub(tmp_path / "hub", rows)
+    before, _ = read_problems(folder, "train")
+    data = datasets.load_from_disk(str(folder))["train"]
+    table = data.with_format("arrow")[:].to_pylist()
+    for number, row in enumerate(table):
+        if row["image"]:
+            row["image"] = {"bytes": None, "path": f"{number}.png"}
+    named = tmp_path / "named.parquet"
+    datasets.Dataset.from_list(table).to_parquet(str(named))
+    after, summary = read_problems(named, "train")
+    assert [groups_of(p) for p in after] == [groups_of(p) for p in before]
+    assert summary.without_file == summary.with_picture > 0
+    for number, problem in enumerate(before):
+        if isinstance(problem.image, bytes):
+            (tmp_path / f"{number}.png").write_bytes(problem.image)
+    again, summary = read_problems(named, "train")
+    assert summary.without_file == 0
+    assert [p.image.read_bytes() if isinstance(p.image, Path) else None for p in again] == [
+        p.image for p in before
+    ]
 
 
 def test_a_picture_of_several_problems_is_the_same_for_all(tmp_path: Path) -> None:
@@ -190,6 +258,8 @@ def test_changed_data_have_another_fingerprint(tmp_path: Path) -> None:
         ({"answer": True}, "field 'answer': expected the number of a choice"),
         ({"hint": 3}, "field 'hint': expected text or null"),
         ({"image": "../../x.png"}, "field 'image': expected the name of a file"),
+        ({"has_image": "yes"}, "field 'has_image': expected true, false or null, found 'yes'"),
+        ({"image": "image.png", "has_image": False}, "'has_image' is false, but 'image' names a picture"),
         ({"question": "\ud800"}, "not valid Unicode"),
     ],
 )
@@ -221,9 +291,10 @@ def test_what_is_no_scienceqa_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data/scienceqa here")
 def test_the_real_data_are_read() -> None:
-    for split, rows, pictures in (("train", 8873, 1400), ("val", 2126, 0)):
+    for split, rows, pictures, here in (("train", 8873, 7129, 1400), ("val", 4241, 2097, 0)):
         found, summary = read_problems(SHARED, split)
         assert (len(found), summary.with_picture) == (rows, pictures)
+        assert summary.with_picture - summary.without_file == here
 
 
 # --- choosing -----------------------------------------------------------------------------------------------
@@ -237,8 +308,12 @@ def test_the_split_keeps_pictures_apart(tmp_path: Path) -> None:
     assert not {p.image for p in train} & {p.image for p in kept} - {None}
     assert any(p.image for p in kept) and any(not p.image for p in kept)
     assert split_problems(problems, validation_rows=20) == (train, kept)
-    with pytest.raises(UsageError, match="cannot be split"):
+    with pytest.raises(UsageError, match="60 problems cannot be split into 10,000 for validation") as error:
         split_problems(problems, validation_rows=10_000)
+    fits = re.search(r"give --validation-rows (\d+)", str(error.value))
+    assert fits is not None and all(split_problems(problems, validation_rows=int(fits[1])))
+    with pytest.raises(UsageError, match="give more problems"):
+        split_problems(problems[:1], validation_rows=1)
 
 
 @given(st.integers(2, 5), st.integers(0, 4), st.integers(0, 20))
@@ -259,7 +334,7 @@ def test_pictures_are_exchanged_between_problems_that_have_one() -> None:
     for before, after in zip(problems, shuffle_pictures(problems, seed=1), strict=True):
         assert (after.image is None) == (before.image is None)
         assert before.image is None or after.image != before.image
-    with pytest.raises(UsageError, match="all problems have the same picture"):
+    with pytest.raises(UsageError, match="all rows have the same picture"):
         shuffle_pictures(problems[3:], seed=1)
 
 
@@ -305,6 +380,9 @@ def test_rivals_are_the_other_choices_answers(tmp_path: Path) -> None:
         ({"hint": None, "image": b"x"}, {"IMG"}),
         ({"hint": None}, set()),
         ({"hint": "", "grade": "grade13"}, {"NO"}),
+        ({"hint": "", "grade": "grade²"}, {"NO"}),
+        ({"hint": "", "has_image": True}, {"IMG"}),
+        ({"hint": "", "has_image": None}, set()),
     ],
 )
 def test_a_problem_counts_in_the_official_columns(fields: dict[str, Any], expected: set[str]) -> None:
