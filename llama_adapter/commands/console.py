@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from llama_adapter.decoding.streams import Answer
+    from llama_adapter.methods.adapter import Adapter
     from llama_adapter.methods.config import VisionConfig
 
 MAX_QUESTION_BYTES = 4 << 20  # more than any decoder reads, and little enough to hold
@@ -101,6 +103,12 @@ def _parser() -> Parser:
     added.add_argument("source", metavar="FROM", help="a .pth file; or an adapter's name, folder or hub id")
     added.add_argument("target", metavar="TO", type=Path, help="the folder or the .pth file to write")
     added.add_argument("--base", help="what the .pth was trained for: name, folder or hub id of the decoder")
+    added.add_argument(
+        "--raw-gates",
+        action="store_true",
+        help="the .pth is for code that applies no tanh to the gates, as the authors' inference code; "
+        "else (their training code) tanh is applied",
+    )
     add_weights_option(added)
     return parser
 
@@ -336,13 +344,26 @@ def _convert(arguments: argparse.Namespace) -> None:
             raise UsageError(f"give --base, the decoder that {source} was trained for")
         base = locations.resolve(arguments.base, kind="base", weights=weights)
         base_name = locations.name_of(base, kind="base", weights=weights)
-        save_adapter(import_pth(source, base=base_name, shape=load_shape(base)), target)
+        adapter = import_pth(source, base=base_name, shape=load_shape(base), raw_gates=arguments.raw_gates)
+        save_adapter(adapter, target)
+        print(_gates_read(adapter, raw=arguments.raw_gates), file=sys.stderr)
     else:
         if target.suffix != ".pth":
             raise UsageError(f"{target}: an adapter is converted to a file; give a name that ends in .pth")
         if arguments.base is not None:
             raise UsageError("--base goes with a .pth; an adapter itself says what its base is")
-        export_pth(
-            load_adapter(adapter_folder(locations.resolve(source, kind="adapter", weights=weights))), target
-        )
+        folder = adapter_folder(locations.resolve(source, kind="adapter", weights=weights))
+        export_pth(load_adapter(folder), target, raw_gates=arguments.raw_gates)
     print(target)
+
+
+def _gates_read(adapter: Adapter, *, raw: bool) -> str:
+    """How the gates of a .pth were taken, and what the other way would have made of the largest."""
+    gate = float(adapter.gates.detach().abs().max())
+    largest = math.tanh(gate)
+    if raw:
+        return (
+            f"largest gate: {largest:.4g} as it is in the file; without --raw-gates, {math.tanh(largest):.4g}"
+        )
+    other = f"with --raw-gates, {gate:.4g}" if gate < 1 else "too large for --raw-gates"
+    return f"largest gate: {largest:.4g}, by tanh of the {gate:.4g} in the file; {other}"

@@ -118,18 +118,21 @@ def _build_adapter(config: AdapterConfig, state: dict[str, Tensor], source: str)
     return adapter
 
 
-def import_pth(path: str | Path, *, base: str, shape: DecoderShape) -> Adapter:
+def import_pth(path: str | Path, *, base: str, shape: DecoderShape, raw_gates: bool = False) -> Adapter:
     """Read the authors' layout: ``adapter_query.weight`` (L * K, D) and ``layers.N.attention.gate``.
 
-    Their K is 10 and is not in the file; L follows from it. Gates of layers below the adapted ones are in
-    their files too, though nothing reads them: they are dropped.
+    Their K is 10 and is not in the file; L follows from it. A layer has one gate a head, or, in their first
+    version, one for all heads. Gates of layers below the adapted ones are in their files too, though nothing
+    reads them: they are dropped.
 
     Args:
         base: the decoder that it was trained for, by name, folder or hub id.
         shape: that decoder's sizes.
+        raw_gates: the file's gates are what prompts are multiplied by, as in the authors' inference code
+            (llama/model.py); else tanh of them is, as in their training code (alpaca_finetuning_v1) and here.
 
     Raises:
-        UsageError: not such a file, or sizes that do not fit the base.
+        UsageError: not such a file, sizes that do not fit the base, or a raw gate that is no tanh.
     """
     with open(path, "rb") as file:
         try:
@@ -158,18 +161,29 @@ def import_pth(path: str | Path, *, base: str, shape: DecoderShape) -> Adapter:
     gates = []
     for layer in range(config.first_layer, shape.num_layers):
         gate = state.get(f"layers.{layer}.attention.gate")
-        if not isinstance(gate, Tensor) or gate.numel() != shape.num_heads:
+        if not isinstance(gate, Tensor) or gate.numel() not in (1, shape.num_heads):
             size = "missing" if gate is None else f"{getattr(gate, 'shape', gate)}"
             raise UsageError(
-                f"{path}: layers.{layer}.attention.gate is {size}; expected {shape.num_heads} values"
+                f"{path}: layers.{layer}.attention.gate is {size}; expected {shape.num_heads} values, or one"
             )
-        gates.append(gate.float().reshape(-1))
+        gate = gate.double().reshape(-1).expand(shape.num_heads)
+        if raw_gates:
+            if (gate.abs() >= 1).any():
+                raise UsageError(
+                    f"{path}: layers.{layer}.attention.gate has {gate[gate.abs().argmax()]:.4g}; raw gates "
+                    "have to lie between -1 and 1, since this project applies tanh; leave --raw-gates out"
+                )
+            gate = gate.atanh()
+        gates.append(gate.float())
     prompts = query.float().reshape(config.adapted_layers, prompt_length, -1)
     return _build_adapter(config, {"prompts": prompts, "gates": torch.stack(gates)}, str(path))
 
 
-def export_pth(adapter: Adapter, path: str | Path) -> None:
+def export_pth(adapter: Adapter, path: str | Path, *, raw_gates: bool = False) -> None:
     """Write the authors' layout; layers that are not adapted get a gate of zero, as theirs do.
+
+    Args:
+        raw_gates: write tanh of the gates, for code that applies none; see `import_pth`.
 
     Raises:
         UsageError: the layout has no room for this adapter.
@@ -189,6 +203,7 @@ def export_pth(adapter: Adapter, path: str | Path) -> None:
     for layer in range(config.shape.num_layers):
         index = layer - config.first_layer
         gate = adapter.gates[index] if index >= 0 else torch.zeros(config.shape.num_heads)
+        gate = gate.tanh() if raw_gates else gate
         state[f"layers.{layer}.attention.gate"] = gate.detach().float().cpu().reshape(1, -1, 1, 1).clone()
     with write_atomically(Path(path)) as temporary:
         torch.save(state, temporary)

@@ -591,11 +591,22 @@ def test_info_by_name_says_where_it_is(weights: Path) -> None:
 def test_the_authors_layout_goes_out_and_comes_back(weights: Path, tmp_path: Path) -> None:
     file, folder = tmp_path / "adapter.pth", tmp_path / "adapter"
     assert invoke("convert", ADAPTER, str(file)) == (0, f"{file}\n", "")
-    assert invoke("convert", str(file), str(folder), "--base", BASE) == (0, f"{folder}\n", "")
+    told = invoke("convert", str(file), str(folder), "--base", BASE)
+    assert told[:2] == (0, f"{folder}\n") and "by tanh of the" in told.err
     before, after = load_adapter(weights / ADAPTER), load_adapter(folder)
     assert after.config == before.config
     assert all(torch.equal(after.state_dict()[key], tensor) for key, tensor in before.state_dict().items())
     assert invoke("ask", "Hi", *GREEDY, "--adapter", str(folder)).out == invoke("ask", "Hi", *GREEDY).out
+
+
+def test_gates_can_go_out_and_come_back_without_tanh(weights: Path, tmp_path: Path) -> None:
+    file, folder = tmp_path / "adapter.pth", tmp_path / "adapter"
+    assert invoke("convert", ADAPTER, str(file), "--raw-gates") == (0, f"{file}\n", "")
+    told = invoke("convert", str(file), str(folder), "--base", BASE, "--raw-gates")
+    assert told[:2] == (0, f"{folder}\n") and "as it is in the file" in told.err
+    before, after = load_adapter(weights / ADAPTER), load_adapter(folder)
+    torch.testing.assert_close(after.gates, before.gates)
+    assert torch.equal(after.prompts, before.prompts)
 
 
 def test_convert_refuses_what_makes_no_sense(weights: Path, tmp_path: Path) -> None:

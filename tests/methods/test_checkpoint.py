@@ -261,6 +261,65 @@ def test_what_is_exported_can_be_imported_bit_for_bit(adapter: Adapter, tmp_path
         assert torch.equal(again.get_parameter(name), parameter) and again.get_parameter(name).requires_grad
 
 
+def multiplied(query: Tensor, gates: Tensor, *, tanh: bool) -> Tensor:
+    """The prompts' part of an attention's output as the authors compute it: gate * softmax(q k) v.
+
+    ``query`` (heads, d), ``gates`` (heads,) as in the file; keys and values are random, the same each time.
+    """
+    generator = torch.Generator().manual_seed(1)
+    keys, values = (
+        torch.randn(len(gates), 10, query.shape[-1], generator=generator, dtype=query.dtype) for _ in "kv"
+    )
+    weights = torch.softmax((keys @ query[..., None]).squeeze(-1), dim=-1)
+    return (gates.tanh() if tanh else gates)[:, None] * (weights[:, None] @ values).squeeze(1)
+
+
+@pytest.mark.parametrize("raw_gates", [False, True])
+def test_gates_with_and_without_tanh_come_to_the_same_product(
+    adapter: Adapter, tmp_path: Path, raw_gates: bool
+) -> None:
+    """Written for their inference code (raw) or for their training code (tanh): either multiplies alike."""
+    with torch.no_grad():
+        adapter.gates.copy_(torch.linspace(-2, 2, adapter.gates.numel()).view_as(adapter.gates))
+    export_pth(adapter, tmp_path / "theirs.pth", raw_gates=raw_gates)
+    state = torch.load(tmp_path / "theirs.pth", weights_only=True)
+    query = torch.randn(4, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for layer in range(2, 8):
+        theirs = state[f"layers.{layer}.attention.gate"].flatten().double()
+        ours = adapter.gates[layer - 2].detach().double()
+        torch.testing.assert_close(
+            multiplied(query, theirs, tanh=not raw_gates),
+            multiplied(query, ours, tanh=True),
+            rtol=1e-6,
+            atol=1e-7,
+        )
+    again = import_pth(tmp_path / "theirs.pth", base="base", shape=SHAPE, raw_gates=raw_gates)
+    torch.testing.assert_close(again.gates.tanh(), adapter.gates.tanh(), rtol=1e-6, atol=1e-7)
+    assert again.gates.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [1.0, -1.5, 40.0])
+def test_raw_gates_that_are_no_tanh_are_refused(tmp_path: Path, value: float) -> None:
+    gate = torch.zeros(1, 4, 1, 1)
+    gate[0, 2] = value
+    path = tmp_path / "theirs.pth"
+    torch.save(their_state(layers__5__attention__gate=gate), path)
+    message = refusal(lambda: import_pth(path, base="base", shape=SHAPE, raw_gates=True))
+    assert f"layers.5.attention.gate has {value:g}; raw gates have to lie between -1 and 1" in message
+    assert import_pth(path, base="base", shape=SHAPE).gates[3, 2] == value
+    torch.save(their_state(layers__1__attention__gate=gate), path)
+    import_pth(path, base="base", shape=SHAPE, raw_gates=True)  # of a layer that nothing reads
+
+
+@pytest.mark.parametrize("raw_gates", [False, True])
+def test_one_gate_for_all_heads_is_the_same_in_each(tmp_path: Path, raw_gates: bool) -> None:
+    state = their_state() | {f"layers.{n}.attention.gate": torch.tensor([n / 10]) for n in range(8)}
+    torch.save(state, tmp_path / "theirs.pth")
+    adapter = import_pth(tmp_path / "theirs.pth", base="base", shape=SHAPE, raw_gates=raw_gates)
+    used = adapter.gates.tanh() if raw_gates else adapter.gates
+    torch.testing.assert_close(used, torch.arange(2, 8)[:, None].expand(6, 4) / 10)
+
+
 def their_state(**changes: Any) -> dict[str, Any]:
     state: dict[str, Any] = {"adapter_query.weight": torch.zeros(60, 64)}
     state |= {f"layers.{n}.attention.gate": torch.zeros(1, 4, 1, 1) for n in range(8)}
