@@ -29,6 +29,7 @@ from llama_adapter.commands.arguments import (
     load_model,
     sampling_settings,
 )
+from llama_adapter.commands.scripts import run_script
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.pictures import open_picture
 from llama_adapter.data.templates import Turn, question_turn
@@ -53,6 +54,8 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without some letter shows "?" in its place
             stream.reconfigure(errors="replace")
+    if run_script(sys.argv[1:]):
+        return
     arguments = _parser().parse_args()
     command: Callable[[argparse.Namespace], None] = arguments.command
     command(arguments)
@@ -70,7 +73,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="llama-adapter",
         description="A frozen decoder of the LLaMA family that learnt to follow instructions.",
-        epilog="llama-adapter COMMAND --help lists a command's options.",
+        epilog="llama-adapter COMMAND --help lists a command's options. "
+        "`llama-adapter train`, `eval` and `demo` run the scripts of these names.",
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")

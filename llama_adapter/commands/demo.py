@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from llama_adapter.commands.arguments import Parser, add_adapter_option, add_model_options, load_model
 from llama_adapter.common.errors import UsageError
 
 
-def main() -> None:
-    arguments = _parser().parse_args()
+def main(words: Sequence[str] | None = None, *, program: str = "python -m demo") -> None:
+    arguments = _parser(program).parse_args(words)
     auth = _auth(arguments.auth)
     if arguments.max_queue < 1:
         raise UsageError(f"--max-queue is {arguments.max_queue}; expected 1 or more")
@@ -35,8 +36,8 @@ def main() -> None:
         page.close(verbose=False)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m demo", description=__doc__)
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=program, description=__doc__)
     add_adapter_option(parser)
     add_model_options(parser)
     group = parser.add_argument_group("page")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import sys
 import textwrap
+from collections.abc import Sequence
 
 from llama_adapter.commands.arguments import (
     Parser,
@@ -23,8 +24,8 @@ from llama_adapter.commands.arguments import (
 from llama_adapter.common.errors import UsageError
 
 
-def main() -> None:
-    parser = Parser(prog="python -m eval.alpaca", description=__doc__)
+def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.alpaca") -> None:
+    parser = Parser(prog=program, description=__doc__)
     parser.add_argument("--data", required=True, help="whatever train.alpaca reads")
     parser.add_argument(
         "--validation-rows",
@@ -39,7 +40,7 @@ def main() -> None:
     add_adapter_option(parser)
     add_model_options(parser)
     add_json_option(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.common.progress import RowProgress

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from llama_adapter.commands.arguments import Parser, add_json_option, positive_int, report
 from llama_adapter.commands.picture_options import add_picture_scoring_options, load_records_to_score
 from llama_adapter.common.errors import UsageError
 
 
-def main() -> None:
-    parser = Parser(prog="python -m eval.captions", description=__doc__)
+def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.captions") -> None:
+    parser = Parser(prog=program, description=__doc__)
     add_picture_scoring_options(parser, default_split="val")
     parser.add_argument("--max-new-tokens", type=positive_int, default=40, help="tokens of a caption (40)")
     parser.add_argument("--samples", type=int, default=5, help="captions that are shown (5)")
     add_json_option(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.answering.records_answered import answer_records

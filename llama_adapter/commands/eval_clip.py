@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from llama_adapter.commands.arguments import (
@@ -16,8 +17,8 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.weights import locations
 
 
-def main() -> None:
-    parser = Parser(prog="python -m eval.clip", description=__doc__)
+def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.clip") -> None:
+    parser = Parser(prog=program, description=__doc__)
     parser.add_argument(
         "--model", default="clip-mini", help="name or folder of an open_clip model (clip-mini)"
     )
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     add_weights_option(parser)
     add_json_option(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.retrieval is None and arguments.names is None:
         raise UsageError("nothing to score: give --retrieval, --names or both")
 

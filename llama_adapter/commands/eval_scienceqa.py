@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 SHUFFLED, NO_PICTURES, BARE_BASE = CONTROLS = ("shuffled pictures", "no pictures", "bare base")
 
 
-def main() -> None:
-    parser = Parser(prog="python -m eval.scienceqa", description=__doc__)
+def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.scienceqa") -> None:
+    parser = Parser(prog=program, description=__doc__)
     parser.add_argument(
         "--data", required=True, help="the official folder (problems.json, ...), or the hub's layout"
     )
@@ -82,7 +83,7 @@ def main() -> None:
     add_adapter_option(parser)
     add_model_options(parser)
     add_json_option(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.scienceqa.grading import grade, guess_unread, read_predictions

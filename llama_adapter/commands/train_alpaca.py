@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from llama_adapter.commands.arguments import Parser, add_model_options, positive_int
@@ -13,8 +14,8 @@ from llama_adapter.commands.training_options import (
 )
 
 
-def main() -> None:
-    parser = Parser(prog="python -m train.alpaca", description=__doc__)
+def main(words: Sequence[str] | None = None, *, program: str = "python -m train.alpaca") -> None:
+    parser = Parser(prog=program, description=__doc__)
     parser.add_argument(
         "--data", required=True, help="Alpaca JSON, JSONL, chat messages, ShareGPT, or a hub data set"
     )
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
     add_model_options(parser)
     add_training_options(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.common.processes import running_processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from llama_adapter.commands.arguments import (
@@ -18,8 +19,8 @@ from llama_adapter.weights import locations
 START = "efficientnet-lite0-imagenet"  # of the catalogue: ImageNet's weights
 
 
-def main() -> None:
-    parser = Parser(prog="python -m train.clip", description=__doc__)
+def main(words: Sequence[str] | None = None, *, program: str = "python -m train.clip") -> None:
+    parser = Parser(prog=program, description=__doc__)
     parser.add_argument(
         "--data",
         required=True,
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     add_weights_option(parser)
     _add_settings(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     # Slow to import, and not needed to say that an option is wrong.
     import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from llama_adapter.commands.arguments import Parser, add_model_options, positive_float, positive_int
@@ -21,8 +22,8 @@ from llama_adapter.commands.training_options import (
 PAPER_EPOCHS = 30  # of the paper's ablations on ScienceQA (section 4.4)
 
 
-def main() -> None:
-    parser = Parser(prog="python -m train.scienceqa", description=__doc__)
+def main(words: Sequence[str] | None = None, *, program: str = "python -m train.scienceqa") -> None:
+    parser = Parser(prog=program, description=__doc__)
     parser.add_argument(
         "--data", required=True, help="the official folder (problems.json, ...), or the hub's layout"
     )
@@ -67,7 +68,7 @@ def main() -> None:
     add_vision_options(parser)
     add_training_options(parser)
     parser.set_defaults(epochs=PAPER_EPOCHS, template="scienceqa")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.common.processes import running_processes

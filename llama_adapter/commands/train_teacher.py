@@ -11,6 +11,7 @@ loss tells how well it is followed; eval.vqa on SOURCE tells how often people's 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from llama_adapter.data.teacher import QuestionRow
 
 
-def main() -> None:
-    parser = Parser(prog="python -m train.teacher", description=__doc__)
+def main(words: Sequence[str] | None = None, *, program: str = "python -m train.teacher") -> None:
+    parser = Parser(prog=program, description=__doc__)
     parser.add_argument(
         "--data", required=True, metavar="SOURCE", help="rows of {image, question, answer}, or without image"
     )
@@ -60,7 +61,7 @@ def main() -> None:
         "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
     )
     add_weights_option(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     for option, given in (("--tower", arguments.tower), ("--more-pictures", arguments.more_pictures)):
         if arguments.no_images and given:
             raise UsageError(f"{option} is for pictures, which --no-images leaves out; give one of the two")

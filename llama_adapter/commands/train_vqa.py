@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from llama_adapter.data.records import Example, Record
 
 
-def main() -> None:
-    parser = Parser(prog="python -m train.vqa", description=__doc__)
+def main(words: Sequence[str] | None = None, *, program: str = "python -m train.vqa") -> None:
+    parser = Parser(prog=program, description=__doc__)
     parser.add_argument(
         "--data",
         required=True,
@@ -58,7 +59,7 @@ def main() -> None:
     add_model_options(parser)
     add_vision_options(parser)
     add_training_options(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.common.processes import running_processes

@@ -11,6 +11,17 @@ from collections.abc import Callable
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+# Packages that only some commands need, and the extra of this package that installs each.
+EXTRAS = {
+    "accelerate": "train",
+    "datasets": "train",
+    "easy_vqa": "eval",
+    "gradio": "demo",
+    "pycocoevalcap": "eval",
+    "tensorboard": "train",
+}
+
+
 class UsageError(ValueError):
     """A user's mistake, told in one line: what was given, what was expected, what to do about it."""
 
@@ -18,9 +29,10 @@ class UsageError(ValueError):
 def run_command(main: Callable[[], int | None]) -> int:
     """Run `main` as a command and return its exit code. Every entry point ends through here.
 
-    Returns what `main` returns (None is 0); 2 after a `UsageError`, a full disk or a path that can't be
-    used, each told in one line on standard error; 130 after Ctrl-C; 141 when the reader of standard
-    output went away. Any other exception is a bug and goes through with its traceback.
+    Returns what `main` returns (None is 0); 2 after a `UsageError`, a full disk, a path that can't be used or
+    a package of an extra that is not installed, each told in one line on standard error; 130 after Ctrl-C;
+    141 when the reader of standard output went away. Any other exception is a bug and goes through with its
+    traceback.
     """
     try:
         code = main() or 0
@@ -28,6 +40,11 @@ def run_command(main: Callable[[], int | None]) -> int:
         return code
     except UsageError as error:
         return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        return _refuse(f"this needs {package}: run `pip install 'llama-adapter[{EXTRAS[package]}]'`")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -25,7 +25,8 @@ def weights_folders(explicit: str | Path | None = None) -> list[Path]:
     """The folders that names are looked up in, first one first; `fetch` writes to the first.
 
     That is `explicit` (--weights), else the environment's LLAMA_ADAPTER_WEIGHTS, else weights/ of the
-    checkout followed by the user's cache folder, else (no checkout) the cache folder. None has to exist.
+    checkout followed by the user's cache folder, else (installed from a wheel) the cache folder followed by
+    the adapters in the package. None has to exist.
     """
     chosen = explicit or os.environ.get("LLAMA_ADAPTER_WEIGHTS")
     if chosen:
@@ -34,7 +35,7 @@ def weights_folders(explicit: str | Path | None = None) -> list[Path]:
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "pyproject.toml").is_file():
         return [checkout / "weights", cache]
-    return [cache]
+    return [cache, Path(__file__).resolve().parents[1] / "shipped"]
 
 
 def list_weights(kind: Kind, weights: str | Path | None = None) -> dict[str, Path]:

@@ -168,7 +168,7 @@ def test_the_console_command_is_the_module() -> None:
     module = subprocess.run(
         [sys.executable, "-m", "llama_adapter", "--version"], capture_output=True, text=True
     )
-    assert re.fullmatch(r"llama-adapter \d+\.\d+\.\d+\n", module.stdout)
+    assert re.fullmatch(r"llama-adapter \d+\.\d+\.\d+\S*\n", module.stdout)
 
 
 MISTAKES: list[tuple[list[str], str]] = [

@@ -1,4 +1,4 @@
-"""Where rows with pictures come from; tests/test_data.py reads the other sources."""
+"""Where rows with pictures come from; tests/data/test_records.py reads the other sources."""
 
 from __future__ import annotations
 

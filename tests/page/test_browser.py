@@ -2,7 +2,7 @@
 
 The README's picture is made by the one test here that needs the real base and its adapter:
 
-    pytest -m slow tests/test_demo_browser.py
+    pytest -m slow tests/page/test_browser.py
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_train_alpaca import DATA, base, options  # noqa: F401  (base is a fixture)
-from tests.test_training import losses, trainer, weights
 
 import train.alpaca
 from llama_adapter.common.errors import run_command
 from llama_adapter.training import run_folder
+from tests.commands.test_train_alpaca import DATA, base, options  # noqa: F401  (base is a fixture)
 from tests.conftest import CHECKOUT
+from tests.training.test_trainer import losses, trainer, weights
 
 EPOCHS = 40  # of four steps, a checkpoint after each
 

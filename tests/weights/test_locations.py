@@ -39,13 +39,12 @@ def test_order_of_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert weights_folders("given") == [tmp_path / "work" / "given"]
     monkeypatch.delenv("LLAMA_ADAPTER_WEIGHTS")
     # Installed, not in a checkout.
-    monkeypatch.setattr(
-        locations, "__file__", str(tmp_path / "site-packages" / "llama_adapter" / "weights" / "locations.py")
-    )
-    assert weights_folders() == [cache]
+    package = tmp_path / "site-packages" / "llama_adapter"
+    monkeypatch.setattr(locations, "__file__", str(package / "weights" / "locations.py"))
+    assert weights_folders() == [cache, package / "shipped"]
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert weights_folders() == [tmp_path / "home" / ".cache" / "llama-adapter"]
+    assert weights_folders()[0] == tmp_path / "home" / ".cache" / "llama-adapter"
 
 
 def test_list_tells_adapters_from_bases_and_skips_what_is_half_made(tmp_path: Path) -> None:
