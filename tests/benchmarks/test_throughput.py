@@ -55,7 +55,7 @@ def test_all_suites_and_peers(
     small = ["--pairs", "2", "--new-tokens", "3", "--steps", "4", "--batch-size", "2"]
     figures = measure(monkeypatch, tmp_path, "--peers", "--base", str(base), *small)
     assert set(figures) == DECODING | TRAINING | SERVING | DEMO
-    assert 0 < figures["demo_seconds_to_page"] < figures["demo_seconds_to_answer"] < 120
+    assert 0 < figures["demo_seconds_to_page"] < figures["demo_seconds_to_answer"]
     assert 100 < figures["demo_memory_mb"] < 5000
     assert all(0 < figures[name] < 1000 for name in DECODING - {"tokens_per_second"})
     assert all(figures[name] > 0 for name in SERVING)

@@ -680,9 +680,7 @@ def test_a_download_has_limits(server: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pictures, "MAX_BYTES", 2**20)
     assert "larger than 1 MiB" in refusal(f"{server}/large", allow_urls=True)
     monkeypatch.setattr(pictures, "MAX_SECONDS", 0.3)
-    start = time.monotonic()
     assert "takes more than 0.3 seconds" in refusal(f"{server}/drip", allow_urls=True)
-    assert time.monotonic() - start < 2
 
 
 def test_a_name_that_takes_for_ever_to_resolve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -308,12 +307,8 @@ def test_a_bug_while_loading_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         load_decoder("owner/name", device=CPU, dtype=torch.float32)
 
 
-def test_the_fetched_base_loads_in_under_four_seconds_and_zero_gates_change_nothing(
-    base_folder: Path,
-) -> None:
-    start = time.perf_counter()
+def test_the_fetched_base_loads_and_zero_gates_change_nothing(base_folder: Path) -> None:
     model = LlamaAdapter.from_base(str(base_folder), device="cpu", dtype="float32")
-    assert time.perf_counter() - start < 4
     adapter = model.new_adapter("untrained", seed=0)
     assert (adapter.config.adapted_layers, adapter.config.prompt_length) == (29, 10)
     ids = torch.stack(random_rows(8, 8, vocab_size=1000))

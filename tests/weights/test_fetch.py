@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -231,14 +230,12 @@ class TestFetchedSmolLM2:
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         )
 
-    def test_it_is_a_plain_decoder_that_loads_fast_and_knows_things(self, base_folder: Path) -> None:
+    def test_it_is_a_plain_decoder_that_knows_things(self, base_folder: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(base_folder)
-        started = time.monotonic()
         decoder = AutoModelForCausalLM.from_pretrained(base_folder)
-        assert time.monotonic() - started < 4
         assert decoder.dtype == torch.float32 and not hasattr(decoder.config, "quantization_config")
         assert (decoder.generation_config.eos_token_id, decoder.generation_config.pad_token_id) == (2, 2)
         with torch.no_grad():
