@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test base
+.PHONY: demo test test-slow docs base
 .DELETE_ON_ERROR:
 
 demo: base
@@ -16,6 +16,13 @@ test: base .venv/chromium
 	$(BIN)/ruff format --check
 	$(BIN)/mypy llama_adapter train eval demo benchmarks
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What takes minutes each.
+test-slow: base .venv/chromium
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+
+docs: .venv/installed
+	$(BIN)/python -m sphinx -W docs build/site
 
 base: .venv/installed
 	$(BIN)/llama-adapter fetch smollm2-135m-instruct
