@@ -4,11 +4,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# The base that `make demo` answers with. Left out, it is the default one or, where that can't be had, this:
+BASE ?=
+SMALL_BASE := smollm2-135m-instruct
+
 .PHONY: demo test test-slow docs base
 .DELETE_ON_ERROR:
 
-demo: base
-	$(BIN)/python -m demo
+demo: .venv/installed
+	@base=$$($(BIN)/llama-adapter fetch $(or $(BASE),--else $(SMALL_BASE))) && exec $(BIN)/python -m demo --base "$$base"
 
 # Two workers with one thread each: more threads than cores makes torch many times slower.
 test: base .venv/chromium
@@ -24,8 +28,9 @@ test-slow: base .venv/chromium
 docs: .venv/installed
 	$(BIN)/python -m sphinx -W docs build/site
 
+# What the tests need; those of a larger base skip where it has not been fetched.
 base: .venv/installed
-	$(BIN)/llama-adapter fetch smollm2-135m-instruct
+	$(BIN)/llama-adapter fetch $(SMALL_BASE)
 	$(BIN)/llama-adapter fetch efficientnet-lite0-imagenet
 
 # Empty files in .venv say what has been done.

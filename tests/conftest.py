@@ -26,6 +26,15 @@ def base_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_folder() -> Path:
+    """The fetched base of half a billion parameters, which `make test` does not download."""
+    folder = CHECKOUT / "weights" / "qwen2.5-coder-0.5b-instruct"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("no 0.5B base: run `llama-adapter fetch qwen2.5-coder-0.5b-instruct`")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The data sets beside the checkout."""
     folder = CHECKOUT.parent / "shared" / "data"

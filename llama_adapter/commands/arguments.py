@@ -6,15 +6,16 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import write_json
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.weights import locations
+from llama_adapter.weights.catalogue import DEFAULT_BASE
 
 if TYPE_CHECKING:  # slow to import: --help and a mistyped option are answered without torch
     from torch import Tensor
@@ -23,7 +24,6 @@ if TYPE_CHECKING:  # slow to import: --help and a mistyped option are answered w
     from llama_adapter.model import LlamaAdapter
     from llama_adapter.vision.tower import VisionTower
 
-DEFAULT_BASE = "smollm2-135m-instruct"
 # The shipped adapters, the one that does most first.
 SHIPPED_ADAPTERS = ("smollm2-135m-vision", "smollm2-135m-alpaca")
 
@@ -45,27 +45,37 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
-Number = TypeVar("Number", int, float)
+def positive_int(text: str) -> int:
+    """An option's type: a whole number, 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
-def _number_type(
-    kind: Callable[[str], Number], fits: Callable[[Number], bool], name: str
-) -> Callable[[str], Number]:
-    """An option's type: a number of a kind and range; argparse tells `name`: invalid ... value: '0'."""
-
-    def read(text: str) -> Number:
-        number = kind(text)
-        if not fits(number):
-            raise ValueError
-        return number
-
-    read.__name__ = name
-    return read
+positive_int.__name__ = "whole number above 0"  # argparse tells it: invalid ... value: '0'
 
 
-positive_int = _number_type(int, lambda number: number >= 1, "whole number above 0")
-positive_float = _number_type(float, lambda number: 0 < number < math.inf, "number above 0")
-seed_number = _number_type(int, lambda number: 0 <= number < 2**32, "seed of 0 to 2**32 - 1")
+def positive_float(text: str) -> float:
+    """An option's type: a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+positive_float.__name__ = "number above 0"
+
+
+def seed_number(text: str) -> int:
+    """An option's type: what random numbers start from."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise ValueError
+    return number
+
+
+seed_number.__name__ = "seed of 0 to 2**32 - 1"
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:

@@ -31,10 +31,11 @@ from llama_adapter.commands.arguments import (
 )
 from llama_adapter.commands.scripts import run_script
 from llama_adapter.common.errors import UsageError
+from llama_adapter.common.progress import ProgressLine
 from llama_adapter.data.pictures import open_picture
 from llama_adapter.data.templates import Turn, question_turn
 from llama_adapter.weights import locations
-from llama_adapter.weights.fetch import fetch
+from llama_adapter.weights.catalogue import CATALOGUE, DEFAULT_BASE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,7 +86,16 @@ def _parser() -> Parser:
         return added
 
     added = command("fetch", _fetch, "fetch a base model or a vision tower into the weights folder, once")
-    added.add_argument("name", metavar="NAME", help="such as smollm2-135m-instruct")
+    added.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        default=DEFAULT_BASE,
+        help=f"one of {', '.join(CATALOGUE)} ({DEFAULT_BASE})",
+    )
+    added.add_argument(
+        "--else", dest="other", metavar="OTHER", help="where NAME can't be had: say so, and fetch this one"
+    )
     add_weights_option(added)
 
     added = command("ask", _ask, "answer one question")
@@ -128,7 +138,20 @@ def _add_answering_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
-    print(fetch(arguments.name, arguments.weights, progress=lambda line: print(line, file=sys.stderr)))
+    from llama_adapter.weights.fetch import fetch
+
+    line = ProgressLine()
+
+    def get(name: str) -> Path:
+        return fetch(name, arguments.weights, progress=line.say, passing=line.show)
+
+    try:
+        print(get(arguments.name))
+    except UsageError as error:
+        if arguments.other in (None, arguments.name) or arguments.name not in CATALOGUE:
+            raise
+        line.say(f"{error}; going on with {arguments.other}")
+        print(get(arguments.other))
 
 
 # --- ask ----------------------------------------------------------------------------------------------------

@@ -53,12 +53,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in lower-case hexadecimal."""
+def sha256_file(path: str | os.PathLike[str], *, each_block: Callable[[], None] = lambda: None) -> str:
+    """The SHA-256 of a file's bytes, in lower-case hexadecimal; `each_block` is called after each MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            each_block()
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import Answer
 from llama_adapter.methods.checkpoint import CONFIG_FILE, load_adapter, save_adapter
 from llama_adapter.model import LlamaAdapter
+from llama_adapter.weights.catalogue import DEFAULT_BASE
 from llama_adapter.weights.fetch import PROVENANCE
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
@@ -185,7 +187,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["chat", "--system", "\udcff"], "not valid Unicode"),
     (["ask", "hi", "--dtype", "float8"], "'float8'"),
     (["fetch", "nothing"], BASE),
-    (["fetch"], "NAME"),
+    (["fetch", BASE, "--else"], "--else"),
     (["info"], "ADAPTER"),
     (["convert", "x"], "TO"),
 ]
@@ -321,6 +323,50 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
 
 class Sudden(Exception):
     """Stands for a bug."""
+
+
+@pytest.fixture
+def no_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither package registry nor hub, and an environment without pip, which starts faster."""
+    (tmp_path / "pip.py").write_text("raise SystemExit(1)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for other processes
+
+
+@pytest.mark.usefixtures("no_source")
+def test_fetch_goes_on_with_another_where_one_cannot_be_had(weights: Path) -> None:
+    code, out, err = invoke("fetch", "qwen2.5-coder-0.5b-instruct", "--else", BASE)
+    assert (code, out) == (0, f"{weights / BASE}\n")
+    last = err.splitlines()[-1]
+    assert last.startswith("can't fetch qwen2.5-coder-0.5b-instruct: ")
+    assert last.endswith(f"; going on with {BASE}")
+    code, out, err = invoke("fetch", "qwen2.5-coder-0.5b-instruct")
+    assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: can't fetch qwen2.5-coder")
+    assert "'nothing'" in refusal("fetch", "nothing", "--else", BASE)
+    assert not list(weights.glob(".*"))
+
+
+def test_fetch_without_a_name_takes_the_default_base(tmp_path: Path) -> None:
+    (tmp_path / DEFAULT_BASE).mkdir()
+    (tmp_path / DEFAULT_BASE / PROVENANCE).write_text('{"file_bytes": {}}')
+    assert invoke("fetch", "--weights", str(tmp_path)) == (0, f"{tmp_path / DEFAULT_BASE}\n", "")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.usefixtures("no_source")
+@pytest.mark.parametrize("words", [[], [f"BASE={BASE}"]])
+def test_make_demo_answers_with_the_base_that_is_there(
+    weights: Path, tmp_path: Path, words: list[str]
+) -> None:
+    for name, does in (("llama-adapter", f'{sys.executable} -m llama_adapter "$@"'), ("python", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["make", "demo", *words, f"BIN={tmp_path}", "--old-file", ".venv/installed", "--silent"]
+    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"-m demo --base {weights / BASE}\n")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
