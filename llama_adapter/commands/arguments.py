@@ -6,10 +6,10 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import write_json
@@ -45,37 +45,27 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
-def positive_int(text: str) -> int:
-    """An option's type: a whole number, 1 or more."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+Number = TypeVar("Number", int, float)
 
 
-positive_int.__name__ = "whole number above 0"  # argparse tells it: invalid ... value: '0'
+def _number_type(
+    kind: Callable[[str], Number], fits: Callable[[Number], bool], name: str
+) -> Callable[[str], Number]:
+    """An option's type: a number of a kind and range; argparse tells `name`: invalid ... value: '0'."""
+
+    def read(text: str) -> Number:
+        number = kind(text)
+        if not fits(number):
+            raise ValueError
+        return number
+
+    read.__name__ = name
+    return read
 
 
-def positive_float(text: str) -> float:
-    """An option's type: a finite number above 0."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise ValueError
-    return number
-
-
-positive_float.__name__ = "number above 0"
-
-
-def seed_number(text: str) -> int:
-    """An option's type: what random numbers start from."""
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise ValueError
-    return number
-
-
-seed_number.__name__ = "seed of 0 to 2**32 - 1"
+positive_int = _number_type(int, lambda number: number >= 1, "whole number above 0")
+positive_float = _number_type(float, lambda number: 0 < number < math.inf, "number above 0")
+seed_number = _number_type(int, lambda number: 0 <= number < 2**32, "seed of 0 to 2**32 - 1")
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:

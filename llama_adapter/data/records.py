@@ -277,14 +277,22 @@ def split_records(
         groups.setdefault(record.images or record.turns[:-1], []).append(index)
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
-    validation: set[int] = set()
-    for group in shuffled:
-        if len(validation) + len(group) <= validation_rows:
-            validation.update(group)
+
+    def kept_back(count: int) -> set[int]:
+        kept: set[int] = set()
+        for group in shuffled:
+            if len(kept) + len(group) <= count:
+                kept.update(group)
+        return kept
+
+    validation = kept_back(validation_rows)
     if len(validation) == len(records) or (validation_rows and not validation):
+        works = range(max(1, len(records) // 10), len(records))
+        fits = next((count for count in works if 0 < len(kept_back(count)) < len(records)), None)
         raise UsageError(
             f"{len(records):,} rows (with {len(groups):,} distinct questions) cannot be split into "
-            f"{validation_rows:,} for validation and the rest for training; ask for fewer"
+            f"{validation_rows:,} for validation (--validation-rows) and the rest for training; "
+            + (f"give --validation-rows {fits}, or more rows" if fits else "give more rows")
         )
     train = [record for index, record in enumerate(records) if index not in validation]
     return train, [records[index] for index in sorted(validation)]
@@ -344,7 +352,7 @@ def encode_records(
             if any(is_answer[:max_length]):
                 examples.append(Example(ids[:max_length], labels[:max_length], record.images, record.row))
     if not examples:
-        raise UsageError(f"no answer starts within {max_length:,} tokens; allow longer rows")
+        raise UsageError(f"no answer starts within {max_length:,} tokens; give a larger --max-length")
     return examples
 
 

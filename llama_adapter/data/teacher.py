@@ -171,7 +171,8 @@ def answer_from_other_rows(
         groups.setdefault(_subject(row), []).append(number)
     if len(groups) < 2:
         raise UsageError(
-            f"{len(groups)} pictures or questions; expected 2 or more: none is answered by itself"
+            f"{len(groups)} pictures or questions; expected 2 or more: none is answered by itself. Give more "
+            "rows as --data, or a smaller --validation-rows"
         )
     draw = random.Random(0)
     dealt = list(groups)
@@ -222,7 +223,7 @@ def _of_other_pictures(
     if len(seen) < count + 2:
         raise UsageError(
             f"{len(seen)} pictures; expected {count + 2} or more to ask each question of {count} other "
-            "pictures"
+            "pictures; give a smaller --more-pictures"
         )
     more: list[tuple[QuestionRow, list[str | Path]]] = []
     for row in rows:

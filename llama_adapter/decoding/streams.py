@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -176,13 +177,9 @@ def stream_text(
     A stop string ends the text before it, and the beginning of one is held back until it is clear that it is
     none.
     """
-    ids: list[int] = []
     sent = ""
     text = ""
-    for token in tokens:
-        ids.append(token)
-        # Cleaning up would take back spaces that were sent.
-        text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    for text in _texts(tokens, tokenizer):
         stops = [at for at in (text.find(stop) for stop in stop_strings) if at >= 0]
         if stops:
             text = text[: min(stops)].rstrip()
@@ -194,6 +191,24 @@ def stream_text(
     text = text.lstrip()
     if len(text) > len(sent):
         yield text[len(sent) :]
+
+
+def _texts(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The whole text after each token, and once more when they end, with what was still half a character."""
+    ids: list[int] = []
+
+    def decode() -> str:
+        # Cleaning up would take back spaces that were sent.
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    stream = DecodeStream(skip_special_tokens=True)
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers in pure Python have none
+    text = ""
+    for token in tokens:
+        ids.append(token)
+        text = decode() if backend is None else text + (stream.step(backend, token) or "")
+        yield text
+    yield decode()
 
 
 def _settled(text: str, stop_strings: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import write_atomically, write_json
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.config import AdapterConfig, DecoderShape
+from llama_adapter.weights.hub import gated_error
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -47,10 +48,7 @@ def adapter_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "README.md"]))
     except GatedRepoError:
-        raise UsageError(
-            f"adapter {name!r} is gated: accept its terms on its hub page, then run `hf auth login` "
-            "or set HF_TOKEN"
-        ) from None
+        raise gated_error("adapter", name) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UsageError(

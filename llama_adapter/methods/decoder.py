@@ -40,6 +40,7 @@ from llama_adapter.methods.attention import (
 )
 from llama_adapter.methods.config import DecoderShape
 from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
+from llama_adapter.weights.hub import gated_error
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -109,10 +110,7 @@ class _clear_errors:
         if not causes or isinstance(causes[0], UsageError):
             return
         if any(isinstance(cause, GatedRepoError) or "gated repo" in str(cause) for cause in causes):
-            raise UsageError(
-                f"base {self.base!r} is gated: accept its terms on its hub page, then run `hf auth login` "
-                "or set HF_TOKEN"
-            ) from None
+            raise gated_error("base", self.base) from None
         hub = (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError)
         damaged = (OSError, ValueError, RuntimeError, SafetensorError)  # RuntimeError: sizes that do not fit
         if isinstance(causes[0], (*damaged, *hub)):

@@ -26,6 +26,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.common.progress import clock
 from llama_adapter.data.pictures import open_picture
 from llama_adapter.training.run_folder import RunFolder
+from llama_adapter.training.schedule import warmup_cosine
 from llama_adapter.training.trainer import stop_request
 from llama_adapter.vision.contrastive import Pair, save_clip
 
@@ -63,14 +64,18 @@ class ClipSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "crops", "checkpoint_every", "max_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"{name.replace('_', '-')} is {value}; expected 1 or more")
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
         for name in ("learning_rate", "trunk_learning_rate", "weight_decay"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise UsageError(f"{name.replace('_', '-')} is {value}; expected a number, 0 or more")
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; expected a number, 0 or more")
         if not 0 < self.crop <= 1:
-            raise UsageError(f"crop is {self.crop}; expected a share above 0, at most 1")
+            raise UsageError(f"--crop is {self.crop}; expected a share above 0, at most 1")
         if self.frozen_blocks < 0:
-            raise UsageError(f"frozen-blocks is {self.frozen_blocks}; expected 0 or more")
+            raise UsageError(f"--frozen-blocks is {self.frozen_blocks}; expected 0 or more")
+        if self.warmup_steps < 0:
+            raise UsageError(f"--warmup-steps is {self.warmup_steps}; expected 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed is {self.seed}; expected 0 to 2**32 - 1")
 
 
 def train_clip(
@@ -94,7 +99,10 @@ def train_clip(
     """
     device = next(clip.parameters()).device
     if len(pairs) < settings.batch_size:
-        raise UsageError(f"{len(pairs)} pairs are fewer than a batch of {settings.batch_size}")
+        raise UsageError(
+            f"{len(pairs)} pairs are fewer than a batch of {settings.batch_size}; give more --data, or a "
+            "smaller --batch-size"
+        )
     tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
     frozen = _freeze(clip, settings.frozen_blocks)
     clip.visual.to(memory_format=torch.channels_last)  # which its convolutions are faster with
@@ -133,7 +141,7 @@ def train_clip(
             batch = _draw(pairs, step, settings)
             pixels = crops.of_step([number for number, _ in batch], step).to(device)
             texts = tokenizer([text for _, text in batch]).to(device)
-            rate = _schedule(step, total, settings.warmup_steps)
+            rate = warmup_cosine(step, total, settings.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             clip.train()
@@ -174,7 +182,7 @@ def _freeze(clip: open_clip.CLIP, blocks: int) -> list[torch.nn.Module]:
     """Take the lowest blocks of the picture side, and what comes before them, out of the training."""
     trunk = clip.visual.trunk
     if blocks > len(trunk.blocks):
-        raise UsageError(f"frozen-blocks is {blocks}; the picture side has {len(trunk.blocks)} blocks")
+        raise UsageError(f"--frozen-blocks is {blocks}; the picture side has {len(trunk.blocks)} blocks")
     frozen = [trunk.conv_stem, trunk.bn1, *trunk.blocks[:blocks]] if blocks else []
     for module in frozen:
         module.requires_grad_(False)
@@ -267,9 +275,3 @@ def _draw(pairs: Sequence[Pair], step: int, settings: ClipSettings) -> list[tupl
         seen.add(pairs[number].texts)
     chosen = (new + again)[: settings.batch_size]
     return [(number, draw.choice(pairs[number].texts)) for number in chosen]
-
-
-def _schedule(step: int, total: int, warmup: int) -> float:
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

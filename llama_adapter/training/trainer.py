@@ -28,6 +28,7 @@ from llama_adapter.methods.checkpoint import save_adapter
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.packing.pack import accumulate_gradient, mean_answer_loss
 from llama_adapter.training.run_folder import Onlooker, RunFolder
+from llama_adapter.training.schedule import warmup_cosine
 
 MEANS = ("tokens", "rows")
 MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
@@ -75,20 +76,22 @@ class TrainingSettings:
         for name in ("epochs", "batch_size", "max_steps", "validate_every", "checkpoint_every", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"{name.replace('_', '-')} is {value}; expected 1 or more")
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise UsageError(
-                f"warmup-epochs is {self.warmup_epochs}; expected 0 to {self.epochs}, the epochs"
+                f"--warmup-epochs is {self.warmup_epochs}; expected 0 to {self.epochs}, the epochs"
             )
         if not 0 <= self.weight_decay < math.inf:
-            raise UsageError(f"weight-decay is {self.weight_decay}; expected a number, 0 or more")
+            raise UsageError(f"--weight-decay is {self.weight_decay}; expected a number, 0 or more")
         if self.mean_over not in MEANS:
-            raise UsageError(f"mean-over is {self.mean_over!r}; expected {' or '.join(MEANS)}")
+            raise UsageError(f"--mean-over is {self.mean_over!r}; expected {' or '.join(MEANS)}")
         rates = [field.name for field in dataclasses.fields(self) if field.name.endswith("learning_rate")]
         for name in (*rates, "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"{name.replace('_', '-')} is {value}; expected a number above 0")
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; expected a number above 0")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed is {self.seed}; expected 0 to 2**32 - 1")
 
     @property
     def peak_learning_rate(self) -> float:
@@ -102,10 +105,7 @@ class TrainingSettings:
 
     def schedule(self, step: int, total: int) -> float:
         """Share of the peak rates: a linear warm-up, then half a cosine to zero; ``step`` counts from 0."""
-        warmup = total * self.warmup_epochs / self.epochs
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))
+        return warmup_cosine(step, total, total * self.warmup_epochs / self.epochs)
 
 
 @dataclass
@@ -171,7 +171,10 @@ class Trainer:
             weight_decay=self.settings.weight_decay,
         )
         if not self._order(0):
-            raise UsageError("the weights of the data leave no row to train on in an epoch; raise them")
+            raise UsageError(
+                "the weights of the data (--data SOURCE=WEIGHT) leave no row to train on in an epoch; raise "
+                "them"
+            )
         made_of = dataclasses.replace(adapter.config, training={}).to_dict()
         del made_of["base_fingerprint"]  # follows from the shape
         rows = {"train_rows": len(self.train_examples), "validation_rows": self._validation_rows}
@@ -272,7 +275,7 @@ class Trainer:
                     raise UsageError(
                         f"the loss was not finite {bad} steps in a row, last in the rows {numbers}; the "
                         f"weights before are kept in {self.output}; look at these rows "
-                        "or lower the learning rate"
+                        "or lower --learning-rate"
                     )
                 if stopping and not last:
                     folder.line.say(

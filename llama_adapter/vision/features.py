@@ -11,7 +11,6 @@ Shapes: N pictures, F features of one picture.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import alone_in
 from llama_adapter.data.pictures import open_picture, read_picture
 from llama_adapter.vision.tower import VisionTower
+from llama_adapter.weights.locations import cache_folder
 
 FEATURES_FILE = "features.f32"
 INDEX_FILE = "index.txt"
@@ -31,8 +31,7 @@ _ENCODED_AT_ONCE = 8  # pictures: more at once are no faster on a CPU
 
 def default_cache_folder() -> Path:
     """Where features are kept unless something else is asked for: the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "llama-adapter" / "features"
+    return cache_folder() / "features"
 
 
 def _name(picture: Path | bytes) -> str:

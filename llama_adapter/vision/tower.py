@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.weights import locations
+from llama_adapter.weights.hub import gated_error
 
 MAX_DEPTHS = 4  # M, how many depths are taken where nothing else is asked for
 MAX_ASPECT = 20  # of a picture; thinner ones lose their ends, or resizing by the short side makes them huge
@@ -200,10 +201,7 @@ def load_tower(
         )
         built = open_clip.get_model_config(found["model_name"])
     except GatedRepoError:
-        raise UsageError(
-            f"tower {name!r} is gated: accept its terms on its hub page, then run `hf auth login` "
-            "or set HF_TOKEN"
-        ) from None
+        raise gated_error("tower", name) from None
     except Exception as error:  # there is no end to what a config can make open_clip and timm raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"tower {name!r} cannot be loaded: {reason}") from None

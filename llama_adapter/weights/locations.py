@@ -21,6 +21,12 @@ _MARKER: dict[Kind, str] = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
+def cache_folder() -> Path:
+    """This library's folder in the user's cache: $XDG_CACHE_HOME, else ~/.cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return cache.expanduser().absolute() / "llama-adapter"
+
+
 def weights_folders(explicit: str | Path | None = None) -> list[Path]:
     """The folders that names are looked up in, first one first; `fetch` writes to the first.
 
@@ -31,11 +37,10 @@ def weights_folders(explicit: str | Path | None = None) -> list[Path]:
     chosen = explicit or os.environ.get("LLAMA_ADAPTER_WEIGHTS")
     if chosen:
         return [Path(chosen).expanduser().absolute()]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "llama-adapter"
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "pyproject.toml").is_file():
-        return [checkout / "weights", cache]
-    return [cache, Path(__file__).resolve().parents[1] / "shipped"]
+        return [checkout / "weights", cache_folder()]
+    return [cache_folder(), Path(__file__).resolve().parents[1] / "shipped"]
 
 
 def list_weights(kind: Kind, weights: str | Path | None = None) -> dict[str, Path]:

@@ -475,7 +475,9 @@ def test_a_question_or_picture_is_never_on_both_sides(names: list[str], seed: in
 
 
 def test_a_split_that_leaves_a_side_empty_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"2 rows .* cannot be split into 2 for validation"):
+    with pytest.raises(
+        UsageError, match=r"2 rows .* cannot be split into 2 for validation .*--validation-rows 1"
+    ):
         split_records([record("a"), record("b")], validation_rows=2, seed=0)
     with pytest.raises(UsageError, match=r"2 rows \(with 1 distinct questions\)"):
         split_records([record("a"), record("a")], validation_rows=1, seed=0)

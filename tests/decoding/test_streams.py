@@ -17,7 +17,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import build_processors, stream_text, stream_tokens
 from llama_adapter.model import LlamaAdapter
-from tests.tiny import build_tiny_tokenizer
+from tests.tiny import build_tiny_sentencepiece_tokenizer, build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder, build_tiny_model, padded, random_rows
 
 TOKENIZER = build_tiny_tokenizer()
@@ -337,6 +337,27 @@ def test_the_pieces_are_the_whole_up_to_the_first_stop_string(ids: list[int], st
     pieces = list(stream_text(ids, TOKENIZER, stops))
     assert "".join(pieces) == expected_text(ids, stops)
     assert all(pieces)
+
+
+SENTENCEPIECE = build_tiny_sentencepiece_tokenizer()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="aé€😀 \n", max_size=12))
+def test_a_sentencepiece_text_comes_back(text: str) -> None:
+    ids = SENTENCEPIECE(text)["input_ids"]
+    whole = SENTENCEPIECE.decode(ids, skip_special_tokens=True)
+    assert "".join(stream_text(ids, SENTENCEPIECE)) == whole.lstrip()
+
+
+def test_a_tokenizer_in_pure_python_streams_too() -> None:
+    class Plain:
+        def decode(self, ids: list[int], **kwargs: object) -> str:
+            return str(TOKENIZER.decode(ids, skip_special_tokens=True))
+
+    ids = TOKENIZER("a é€ word")["input_ids"]
+    pieces = list(stream_text(ids, Plain()))  # type: ignore[arg-type]
+    assert "".join(pieces) == "a é€ word" and len(pieces) > 3
 
 
 @settings(max_examples=100, deadline=None)

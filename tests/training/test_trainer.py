@@ -116,6 +116,8 @@ def test_steps_are_counted_in_whole_epochs_unless_cut() -> None:
         {"batch_size": -1},
         {"learning_rate": float("nan")},
         {"warmup_epochs": 9},
+        {"seed": -1},
+        {"seed": 2**60},
         {"max_tokens": 0},
     ],
 )

@@ -269,7 +269,9 @@ def test_what_frozen_blocks_give_is_computed_once_and_is_the_same(
         ({"batch_size": 0}, "batch-size is 0; expected 1 or more"),
         ({"crop": 1.5}, "crop is 1.5; expected a share above 0"),
         ({"frozen_blocks": -1}, "frozen-blocks is -1"),
-        ({"max_steps": 0}, "max-steps is 0; expected 1 or more"),
+        ({"max_steps": 0}, "--max-steps is 0; expected 1 or more"),
+        ({"warmup_steps": -1}, "--warmup-steps is -1; expected 0 or more"),
+        ({"seed": 2**60}, "--seed is 1152921504606846976; expected 0 to"),
         ({"learning_rate": -1.0}, "learning-rate is -1.0; expected a number, 0 or more"),
     ],
 )
