@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_adapter.weights.fetch import PROVENANCE
+
 # A shell that starts the tests in the background (`nohup make test &`) lets them ignore Ctrl-C, and every
 # process that they start inherits that. The tests send Ctrl-C themselves, so it has to work as in a terminal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -29,7 +31,7 @@ def base_folder() -> Path:
 def qwen_folder() -> Path:
     """The fetched base of half a billion parameters, which `make test` does not download."""
     folder = CHECKOUT / "weights" / "qwen2.5-coder-0.5b-instruct"
-    if not (folder / "model.safetensors").is_file():
+    if not (folder / PROVENANCE).is_file():
         pytest.skip("no 0.5B base: run `llama-adapter fetch qwen2.5-coder-0.5b-instruct`")
     return folder
 
