@@ -1,4 +1,4 @@
-"""What the README says: its commands and its Python run, and its file tree is true."""
+"""What the README says: its commands and its Python run, and its tree of files is the tree."""
 
 from __future__ import annotations
 
@@ -56,12 +56,29 @@ def test_there_is_something_to_run() -> None:
     assert len(blocks("bash")) >= 2 and len(blocks("python")) >= 1
 
 
-@pytest.mark.parametrize(
-    "module", sorted(path.stem for path in (CHECKOUT / "llama_adapter").glob("[a-z]*.py"))
-)
-def test_every_module_stands_in_the_file_tree(module: str) -> None:
-    tree = README.partition("## The files")[2].partition("\n## ")[0]
-    assert re.search(rf"\b{module}\b", tree)
+def tree() -> dict[str, list[str]]:
+    """The folders of the README's tree, and the library's own, as they are written there."""
+    lines = README.partition("## The files")[2].partition("\n## ")[0].splitlines()
+    named: dict[str, list[str]] = {"top": [], "library": []}
+    for line in lines:
+        if found := re.match(r"( {4}| {8})((?:[a-z_]+(?:/|\.py) ?)+) ", line):
+            named["library" if len(found[1]) == 8 else "top"] += found[2].split()
+    return named
+
+
+def test_the_tree_is_the_tree() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    paths = [Path(line) for line in tracked.stdout.splitlines()]
+    top = {f"{path.parts[0]}/" for path in paths if len(path.parts) > 1 and path.parts[0][0] != "."}
+    assert {*tree()["top"]} == top
+    inside = [path.relative_to("llama_adapter") for path in paths if path.parts[0] == "llama_adapter"]
+    library = {f"{path.parts[0]}/" for path in inside if len(path.parts) > 1}
+    library |= {path.name for path in inside if len(path.parts) == 1 and re.match("[a-z].*[.]py$", path.name)}
+    assert {*tree()["library"]} == library
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 130
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))
