@@ -1,0 +1,153 @@
+"""Plain questions with short answers that rules can check: how well a decoder does what it is asked.
+
+The 60 questions beside this file are our own. Each carries answers that have to pass and answers that have to
+fail, which a test tries.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.common.errors import UsageError
+
+OWN_QUESTIONS = Path(__file__).with_name("questions.jsonl")
+
+_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?")
+_QUOTED = re.compile(r'"([^"]+ [^"]+ [^"]+)"')
+_NUMBER_WORDS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
+    *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a right answer has to be; all that is given has to hold.
+
+    Words and phrases are compared whole, without case and punctuation; each may be a regular expression.
+
+    Attributes:
+        words: one of these occurs.
+        all: all of these occur.
+        none: none of these occurs.
+        first: one of these occurs, before any of `others`.
+        others: what may not come first.
+        least: how many different ones of `of` occur at least.
+        of: see `least`.
+        number: the last number that the question itself does not have; in words, where the answer has none
+            in digits.
+        matches: one of these regular expressions is found in the answer as it stands, case and all.
+    """
+
+    words: Sequence[str] = ()
+    all: Sequence[str] = ()
+    none: Sequence[str] = ()
+    first: Sequence[str] = ()
+    others: Sequence[str] = ()
+    least: int = 0
+    of: Sequence[str] = ()
+    number: float | None = None
+    matches: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, and what tells right answers from wrong ones."""
+
+    kind: str
+    text: str
+    check: Check
+    right: Sequence[str]
+    """Answers that pass; the first is shown as the expected one."""
+    wrong: Sequence[str] = field(default=())
+    """Answers that fail."""
+
+    def is_right(self, answer: str) -> bool:
+        """Whether the answer passes the check; what it only repeats of the question does not count."""
+        check = self.check
+        for repeated in (self.text, *_QUOTED.findall(self.text)):
+            answer = answer.replace(repeated, "")
+        answer = answer.replace("’", "'").strip()
+        plain = _plain(answer)
+        return (
+            (not check.words or any(_place(word, plain) is not None for word in check.words))
+            and all(_place(word, plain) is not None for word in check.all)
+            and all(_place(word, plain) is None for word in check.none)
+            and (not check.first or _comes_first(check.first, check.others, plain))
+            and sum(_place(word, plain) is not None for word in check.of) >= check.least
+            and (check.number is None or _states(check.number, answer, self.text))
+            and (not check.matches or any(re.search(pattern, answer) for pattern in check.matches))
+        )
+
+
+def _plain(text: str) -> str:
+    """The words alone, in lower case with one space between."""
+    return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower()))
+
+
+def _place(words: str, plain: str) -> int | None:
+    """Where a word or a phrase first occurs as a whole."""
+    found = re.search(rf"(?<![^ ])(?:{words})(?![^ ])", plain)
+    return found and found.start()
+
+
+def _comes_first(wanted: Sequence[str], others: Sequence[str], plain: str) -> bool:
+    at = [place for word in wanted if (place := _place(word, plain)) is not None]
+    before = [place for word in others if (place := _place(word, plain)) is not None]
+    return bool(at) and min(at) < min(before, default=len(plain) + 1)
+
+
+def _states(number: float, answer: str, question: str) -> bool:
+    given = set(_numbers(question))
+    stated = [found for found in _numbers(answer) if found not in given]
+    if stated:
+        return stated[-1] == number
+    words = [word for word in _plain(answer).split() if word in _NUMBER_WORDS]
+    return bool(words) and _NUMBER_WORDS.index(words[-1]) == number
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(found.replace(",", "")) for found in _NUMBER.findall(text)]
+
+
+def load_questions(path: Path = OWN_QUESTIONS) -> list[Question]:
+    """Questions from a JSONL file, a row each: kind, question, check (as `Check`), right, wrong.
+
+    Raises UsageError, naming the line, for what is no such row.
+    """
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(_question(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+            raise UsageError(
+                f"{path}, line {number}: {type(error).__name__} {error}; expected an object with kind, "
+                f"question, check (of {', '.join(item.name for item in fields(Check))}) and right"
+            ) from None
+    if not questions:
+        raise UsageError(f"{path} holds no question")
+    return questions
+
+
+def _question(row: Mapping[str, Any]) -> Question:
+    check = Check(**row["check"])
+    for pattern in (
+        *check.words,
+        *check.all,
+        *check.none,
+        *check.first,
+        *check.others,
+        *check.of,
+        *check.matches,
+    ):
+        re.compile(pattern)
+    if check == Check():
+        raise ValueError("an empty check")
+    return Question(row["kind"], row["question"], check, tuple(row["right"]), tuple(row.get("wrong", ())))
