@@ -1,4 +1,4 @@
-"""The console command: llama-adapter fetch, ask, chat, info, convert.
+"""The console command: llama-adapter list, fetch, ask, chat, info, convert.
 
 torch and transformers take seconds to import, so a command imports what it needs once it is known to need it:
 help, a mistyped option and an empty question are answered at once.
@@ -30,6 +30,7 @@ from llama_adapter.commands.arguments import (
     sampling_settings,
 )
 from llama_adapter.commands.scripts import run_script
+from llama_adapter.commands.weights_shown import print_base_or_tower, print_list
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.progress import ProgressLine
 from llama_adapter.data.pictures import open_picture
@@ -85,13 +86,16 @@ def _parser() -> Parser:
         added.set_defaults(command=function)
         return added
 
+    added = command("list", print_list, "list bases, towers and adapters, here or to be fetched")
+    added.add_argument("--json", action="store_true", help="print them as JSON")
+    add_weights_option(added)
+
     added = command("fetch", _fetch, "fetch a base model or a vision tower into the weights folder, once")
     added.add_argument(
         "name",
         metavar="NAME",
         nargs="?",
-        default=DEFAULT_BASE,
-        help=f"one of {', '.join(CATALOGUE)} ({DEFAULT_BASE})",
+        help=f"one of {', '.join(CATALOGUE)} ({DEFAULT_BASE}); `llama-adapter list` shows all",
     )
     added.add_argument(
         "--else", dest="other", metavar="OTHER", help="where NAME can't be had: say so, and fetch this one"
@@ -109,8 +113,8 @@ def _parser() -> Parser:
     added = command("chat", _chat, "chat in the terminal")
     _add_answering_options(added)
 
-    added = command("info", _info, "tell what an adapter is")
-    added.add_argument("adapter", metavar="ADAPTER", help="name, folder or hub id")
+    added = command("info", _info, "tell what an adapter, a base or a tower is")
+    added.add_argument("adapter", metavar="NAME", nargs="?", help="name, or an adapter's folder or hub id")
     add_weights_option(added)
 
     added = command("convert", _convert, "convert the method's authors' .pth to an adapter folder, or back")
@@ -141,14 +145,20 @@ def _fetch(arguments: argparse.Namespace) -> None:
     from llama_adapter.weights.fetch import fetch
 
     line = ProgressLine()
+    wanted = arguments.name
+    if wanted is None:
+        wanted = DEFAULT_BASE
+        line.say(
+            f"no name given, so the default base {wanted}; `llama-adapter list` shows what else there is"
+        )
 
     def get(name: str) -> Path:
         return fetch(name, arguments.weights, progress=line.say, passing=line.show)
 
     try:
-        print(get(arguments.name))
+        print(get(wanted))
     except UsageError as error:
-        if arguments.other in (None, arguments.name) or arguments.name not in CATALOGUE:
+        if arguments.other in (None, wanted) or wanted not in CATALOGUE:
             raise
         line.say(f"{error}; going on with {arguments.other}")
         print(get(arguments.other))
@@ -239,6 +249,8 @@ def _chat(arguments: argparse.Namespace) -> None:
             if prompt:
                 print()
             return
+        if line and not prompt:  # of a file or a pipe, whose lines nobody sees otherwise
+            print(f"> {''.join(letter if letter.isprintable() else '?' for letter in line)}", flush=True)
         try:
             if line:
                 _act(chat, line, images, arguments)
@@ -316,7 +328,15 @@ def _choose_adapter(chat: Conversation, name: str, weights: str | None) -> None:
 def _info(arguments: argparse.Namespace) -> None:
     from llama_adapter.methods.checkpoint import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, load_adapter
 
-    folder = adapter_folder(locations.resolve(arguments.adapter, kind="adapter", weights=arguments.weights))
+    if arguments.adapter is None:
+        raise UsageError("give a name: `llama-adapter list` shows what there is")
+    try:
+        found = locations.resolve(arguments.adapter, kind="adapter", weights=arguments.weights)
+    except UsageError:
+        if print_base_or_tower(arguments.adapter, arguments.weights):
+            return
+        raise
+    folder = adapter_folder(found)
     adapter = load_adapter(folder)
     config = adapter.config
     size = sum((folder / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama_adapter.commands.arguments import Parser, add_model_options, positive_int
+from llama_adapter.commands.next_steps import adapter_steps, question_of
 from llama_adapter.commands.training_options import (
     add_training_options,
     load_model_to_train,
@@ -57,3 +58,8 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     trainer = Trainer(model, "trained", train_examples, kept, settings, arguments.output, data)
     best = trainer.run(resume=arguments.resume)
     processes.say(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+    scoring: list[object] = ["alpaca", "--data", arguments.data]
+    # Of all rows others are kept back than of the first few.
+    rows = "--validation-rows" if arguments.limit is None else "--limit"
+    scoring += [rows, arguments.validation_rows]
+    processes.say(adapter_steps(arguments, question=question_of(validation), scoring=scoring))

@@ -13,6 +13,7 @@ from llama_adapter.commands.arguments import (
     quieten_libraries,
     seed_number,
 )
+from llama_adapter.commands.next_steps import steps_text
 from llama_adapter.common.errors import UsageError
 from llama_adapter.weights import locations
 
@@ -89,6 +90,22 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     data = {"sources": [Path(source).name for source in arguments.data], "start": Path(start).name}
     train_clip(clip, pairs, settings, arguments.output, data=data, validate=validate, resume=arguments.resume)
     print(arguments.output)
+    weights = [] if arguments.weights is None else ["--weights", arguments.weights]
+    scoring = ["--retrieval", arguments.retrieval or arguments.data[0]]
+    if arguments.retrieval is None:
+        scoring += ["--split", "train"]
+    if arguments.names is not None:
+        scoring += ["--names", arguments.names, "--kept-names", arguments.kept_names]
+    see = ["--data", arguments.data[0], "--tower", arguments.output]
+    run = arguments.output.with_name(f"{arguments.output.name}-sees")
+    print(
+        steps_text(
+            [
+                ("score it", ["eval", "clip", "--model", arguments.output, *scoring, *weights]),
+                ("train an adapter that sees with it", ["train", "vqa", *see, "--output", run, *weights]),
+            ]
+        )
+    )
 
 
 def _add_settings(parser: Parser) -> None:

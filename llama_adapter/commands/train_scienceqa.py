@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama_adapter.commands.arguments import Parser, add_model_options, positive_float, positive_int
+from llama_adapter.commands.next_steps import adapter_steps
 from llama_adapter.commands.training_options import (
     add_training_options,
     add_vision_options,
@@ -79,6 +80,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     from llama_adapter.scienceqa.problems import (
         check_format,
         encode_problems,
+        question_text,
         read_problems,
         shuffle_choices,
         split_problems,
@@ -147,3 +149,13 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     adapter.config = dataclasses.replace(adapter.config, training=training)
     if processes.main:
         save_adapter(adapter, arguments.output)
+    scoring: list[object] = ["scienceqa", "--data", arguments.data, "--split", "train"]
+    # Of all problems others are kept back than of the first few.
+    scoring += ["--validation-rows" if arguments.limit is None else "--limit", arguments.validation_rows]
+    if arguments.cache is not None:
+        scoring += ["--cache", arguments.cache]
+    shortest = min(validation, key=lambda p: (arguments.images and p.image is None, len(p.question)))
+    question: list[object] = [question_text(shortest, arguments.format, caption=arguments.caption)]
+    if arguments.images and isinstance(shortest.image, Path):
+        question += ["--image", shortest.image]
+    processes.say(adapter_steps(arguments, question=question, scoring=scoring))

@@ -22,6 +22,7 @@ from llama_adapter.commands.arguments import (
     positive_int,
     quieten_libraries,
 )
+from llama_adapter.commands.next_steps import steps_text
 from llama_adapter.commands.training_options import DEFAULT_TOWER
 from llama_adapter.common.errors import UsageError
 
@@ -123,6 +124,16 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
             for row in rows
         ],
     )
+    taught_rows = ["--data", arguments.output, "--validation-rows", arguments.validation_rows]
+    run = arguments.output.with_suffix("")
+    run = run if run != arguments.output else run.with_name(f"{run.name}-run")
+    more_words = ["--no-images"] if arguments.no_images else []
+    if arguments.tower is not None:
+        more_words += ["--tower", arguments.tower]
+    if arguments.weights is not None:
+        more_words += ["--weights", arguments.weights]
+    words = ["train", "vqa", *taught_rows, "--output", run, *more_words]
+    print(steps_text([("train an adapter on these rows", words)]))
 
 
 def _question_row(record: Record, source: str) -> QuestionRow:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_adapter.commands.arguments import Parser, add_model_options, positive_int
+from llama_adapter.commands.next_steps import adapter_steps, question_of
 from llama_adapter.commands.training_options import (
     add_training_options,
     add_vision_options,
@@ -72,11 +73,13 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     sources += [(*_weighted("--text-of", text), False) for text in arguments.text_of]
     train: list[list[Record]] = []
     validation: list[list[Record]] = []
+    pictured: list[bool] = []  # whether a source's rows have pictures, shown or not
     facts = []
     for source, weight, images in sources:
         records, summary = read_records(source, image_root=arguments.image_root, split=arguments.split)
         processes.say(summary, file=sys.stderr)
         parts = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
+        pictured.append(any(record.images for record in parts[1]))
         for part, whole in zip(parts, (train, validation), strict=True):
             # Pictures are left out after the split, which is by pictures.
             whole.append(part if images else [dataclasses.replace(row, images=()) for row in part])
@@ -129,6 +132,26 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     )
     best = trainer.run(resume=arguments.resume)
     processes.say(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+    shown = next((number for number, (_, _, images) in enumerate(sources) if images), 0)
+    scoring = [_scoring_script(validation[shown], pictured=pictured[shown]), "--data", sources[shown][0]]
+    # Of all rows others are kept back than of the first few.
+    rows = "--validation-rows" if arguments.limit is None else "--limit"
+    scoring += [rows, arguments.validation_rows]
+    if pictured[shown]:
+        scoring += ["--split", arguments.split]
+        for option in ("image_root", "cache"):
+            if (value := getattr(arguments, option)) is not None:
+                scoring += [f"--{option.replace('_', '-')}", value]
+    question = question_of(validation[shown], images=any(record.images for record in validation[shown]))
+    processes.say(adapter_steps(arguments, question=question, scoring=scoring))
+
+
+def _scoring_script(rows: list[Record], *, pictured: bool) -> object:
+    """Which of eval's scripts scores rows like these."""
+    from llama_adapter.data.templates import CAPTION_QUESTIONS
+
+    captions = all(row.images and row.turns[0].text in CAPTION_QUESTIONS for row in rows)
+    return ("captions" if captions else "vqa") if pictured else "alpaca"
 
 
 def _weighted(option: str, text: str) -> tuple[str, float]:

@@ -85,6 +85,12 @@ def resolve(name_or_path: str, *, kind: Kind, weights: str | Path | None = None)
     available = ", ".join(known) or "none"
     if fetchable:
         available += f" (and {', '.join(fetchable)} after `llama-adapter fetch NAME`)"
+    for other in ("base", "tower", "adapter"):
+        if other != kind and name_or_path in list_weights(other, weights):
+            raise UsageError(
+                f"{name_or_path!r} is the name of {'an' if other == 'adapter' else 'a'} {other}; expected "
+                f"{'an' if kind == 'adapter' else 'a'} {kind}: {available}"
+            )
     raise UsageError(
         f"no {kind} {name_or_path!r}: it is no folder, no name in {places} and no hub id (owner/name); "
         f"there: {available}"

@@ -28,7 +28,7 @@ from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import Answer
 from llama_adapter.methods.checkpoint import CONFIG_FILE, load_adapter, save_adapter
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.weights.catalogue import DEFAULT_BASE
+from llama_adapter.weights.catalogue import CATALOGUE, DEFAULT_BASE
 from llama_adapter.weights.fetch import PROVENANCE
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
@@ -148,7 +148,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main()
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"\n    {name} " in shown for name in ("fetch", "ask", "chat", "info", "convert"))
+    assert all(f"\n    {name} " in shown for name in ("list", "fetch", "ask", "chat", "info", "convert"))
 
 
 def test_the_package_names_its_parts_without_importing_them() -> None:
@@ -188,7 +188,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["ask", "hi", "--dtype", "float8"], "'float8'"),
     (["fetch", "nothing"], BASE),
     (["fetch", BASE, "--else"], "--else"),
-    (["info"], "ADAPTER"),
+    (["info"], "`llama-adapter list` shows what there is"),
+    (["info", "nothing"], "no adapter 'nothing'"),
+    (["info", "qwen2.5-coder-0.5b-instruct"], "run `llama-adapter fetch qwen2.5-coder-0.5b-instruct`"),
+    (["ask", "hi", "--adapter", BASE], f"{BASE!r} is the name of a base; expected an adapter: "),
     (["convert", "x"], "TO"),
 ]
 
@@ -352,7 +355,9 @@ def test_fetch_goes_on_with_another_where_one_cannot_be_had(weights: Path) -> No
 def test_fetch_without_a_name_takes_the_default_base(tmp_path: Path) -> None:
     (tmp_path / DEFAULT_BASE).mkdir()
     (tmp_path / DEFAULT_BASE / PROVENANCE).write_text('{"file_bytes": {}}')
-    assert invoke("fetch", "--weights", str(tmp_path)) == (0, f"{tmp_path / DEFAULT_BASE}\n", "")
+    code, out, err = invoke("fetch", "--weights", str(tmp_path))
+    assert (code, out) == (0, f"{tmp_path / DEFAULT_BASE}\n")
+    assert DEFAULT_BASE in err and "`llama-adapter list` shows" in err and err.count("\n") == 1
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
@@ -396,8 +401,19 @@ def test_any_text_is_answered_or_refused(model: LlamaAdapter, text: str, as_json
 
 
 def chat(*lines: str | bytes, options: tuple[str, ...] = GREEDY) -> Result:
+    """What a chat says to these lines; the lines themselves, which it shows, are left out."""
     typed = b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines)
-    return invoke("chat", *options, stdin=typed)
+    code, out, err = invoke("chat", *options, stdin=typed)
+    return Result(code, re.sub(r"^> .*\n", "", out, flags=re.MULTILINE), err)
+
+
+def test_a_chat_shows_the_questions_of_a_pipe(model: LlamaAdapter) -> None:
+    typed = b"Hello?\n\n  /clear  \nWhat\x1b[2J?\n/exit\nNo more\n"
+    code, out, err = invoke("chat", *GREEDY, stdin=typed)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"> Hello?\n{greedy(model, 'Hello?')}\n> /clear\neverything said is forgotten\n")
+    shown = [line for line in out.splitlines() if line.startswith("> ")]
+    assert shown == ["> Hello?", "> /clear", "> What?[2J?", "> /exit"]
 
 
 def test_a_conversation_goes_on_until_the_input_ends(model: LlamaAdapter) -> None:
@@ -631,7 +647,34 @@ def test_info_tells_how_an_adapter_sees(weights: Path) -> None:
 def test_info_by_name_says_where_it_is(weights: Path) -> None:
     assert str(weights / ADAPTER) in invoke("info", ADAPTER).out
     assert CONFIG_FILE in refusal("info", str(weights / BASE))
-    assert "'nothing'" in refusal("info", "nothing")
+    for name, kind in ((BASE, "base"), ("tiny-tower", "tower")):
+        said = invoke("info", name)
+        assert said.code == 0 and said.err == ""
+        assert (
+            said.out.startswith(kind) and str(weights / name) in said.out and f"--{kind} {name}" in said.out
+        )
+
+
+def test_the_list_has_what_is_here_and_what_can_be_fetched(weights: Path) -> None:
+    code, out, err = invoke("list")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    headings = [line for line in lines if line.endswith(")") and not line.startswith(" ")]
+    assert headings == ["bases (--base)", "towers (--tower)", "adapters (--adapter)"]
+    states = {line.split()[0]: line.split()[3] for line in lines if line.startswith("  ")}
+    here = {BASE: "here", "other-base": "here", "tiny-tower": "here", ADAPTER: "here", SEEING: "here"}
+    assert states == {**{name: "fetch" for name in CATALOGUE}, **here}
+    assert "Apache-2.0" in next(line for line in lines if "qwen" in line)
+    told = json.loads(invoke("list", "--json").out)
+    assert {row["name"]: "here" if row["here"] else "fetch" for row in told} == states
+    for row in told:
+        assert set(row) == {"kind", "name", "here", "folder", "bytes", "about"}
+        assert row["bytes"] > 0 and row["about"] and (row["folder"] is not None) == row["here"]
+
+
+def test_the_list_of_an_empty_folder_is_what_can_be_fetched(tmp_path: Path) -> None:
+    code, out, err = invoke("list", "--weights", str(tmp_path / "none"))
+    assert (code, err) == (0, "") and "adapters (--adapter)\n  none\n" in out and " here " not in out
 
 
 def test_the_authors_layout_goes_out_and_comes_back(weights: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import eval.alpaca
 import train.alpaca
 from llama_adapter.common.errors import UsageError
 from tests.conftest import CHECKOUT
+from tests.pasted import run_pasted
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder
 
@@ -71,6 +72,24 @@ def test_a_run_leaves_an_adapter_that_eval_scores(
     trained = json.loads((output / "adapter_config.json").read_text())["training"]
     assert kept_back["rows"] == 4
     assert round(kept_back["adapter_loss"], 4) == trained["validation_loss"]
+
+
+@pytest.mark.parametrize("more", [[], ["--limit", "12", "--device", "cpu"]])
+def test_the_commands_that_it_ends_with_work(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+) -> None:
+    output = tmp_path / "my run"  # a name that has to be quoted
+    run(train.alpaca, options(base, output, "--max-steps", "1", *more), monkeypatch)
+    printed = capsys.readouterr().out
+    ask, page, score = run_pasted(printed, monkeypatch)
+    assert (ask[0], page[0], score[:2]) == ("ask", "demo", ["eval", "alpaca"])
+    assert all(words[words.index("--adapter") + 1] == str(output) for words in (ask, page, score))
+    assert ("--device" in ask) == ("--device" in score) == bool(more)
+    assert ("--validation-rows" in score) == (not more)
 
 
 def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(base: Path, tmp_path: Path) -> None:

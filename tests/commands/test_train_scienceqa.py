@@ -29,6 +29,7 @@ from llama_adapter.scienceqa.problems import (
     read_problems,
     split_problems,
 )
+from tests.pasted import run_pasted
 from tests.science import build_problems, write_official
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import VISION, build_tiny_decoder, build_tiny_model, build_tiny_tower_folder
@@ -295,6 +296,15 @@ def test_controls_that_cannot_be_had_are_named_below_the_table(
     run(eval.scienceqa, "--predictions", tmp_path / "r.json", "--data", folder, *common)
     printed = capsys.readouterr().out
     assert "chance   " in printed and printed.count("--predictions loads no model") == 3
+
+
+def test_the_commands_that_a_training_ends_with_work(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(train.scienceqa, *options(place, tmp_path / "run", "--max-steps", 1))
+    ask, _, score = run_pasted(capsys.readouterr().out, monkeypatch)
+    assert "--image" in ask and "Options: (A)" in ask[1]
+    assert score[:2] == ["eval", "scienceqa"] and score[score.index("--validation-rows") + 1] == "12"
 
 
 def test_too_few_problems_name_the_option_to_change(place: Path, tmp_path: Path) -> None:

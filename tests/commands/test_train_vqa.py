@@ -24,6 +24,7 @@ from llama_adapter.data.records import IGNORED, Example
 from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.model import LlamaAdapter
 from tests.conftest import CHECKOUT
+from tests.pasted import run_pasted
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder, build_tiny_tower_folder, draw_picture
 
@@ -89,6 +90,35 @@ def refusal(module: Any, arguments: list[str]) -> str:
 def losses(output: Path) -> list[float]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "script"),
+    [
+        ("questions", [], "vqa"),
+        ("captions", ["--limit", "12"], "captions"),
+        ("questions", ["--no-images"], "vqa"),
+        ("text", [], "alpaca"),
+    ],
+)
+def test_the_commands_that_it_ends_with_work(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    data: str,
+    more: list[str],
+    script: str,
+) -> None:
+    source = TEXT if data == "text" else place / data
+    given = options(place, tmp_path / "run", "--max-steps", "1", *more)
+    given[given.index("--data") + 1] = str(source)
+    if data == "text":
+        del given[given.index("--bottleneck") : given.index("--bottleneck") + 2]
+    run(train.vqa, given)
+    ask, _, score = run_pasted(capsys.readouterr().out, monkeypatch)
+    assert score[:2] == ["eval", script]
+    assert ("--image" in ask) == (data != "text" and "--no-images" not in more)
 
 
 @pytest.fixture(scope="module")
