@@ -29,7 +29,7 @@ from llama_adapter.commands.arguments import (
     load_model,
     sampling_settings,
 )
-from llama_adapter.commands.scripts import run_script
+from llama_adapter.commands.scripts import SCRIPTS, run_script
 from llama_adapter.commands.weights_shown import print_base_or_tower, print_list
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.progress import ProgressLine
@@ -75,8 +75,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="llama-adapter",
         description="A frozen decoder of the LLaMA family that learnt to follow instructions.",
-        epilog="llama-adapter COMMAND --help lists a command's options. "
-        "`llama-adapter train`, `eval` and `demo` run the scripts of these names.",
+        epilog="llama-adapter COMMAND --help lists a command's options.",
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
@@ -85,6 +84,14 @@ def _parser() -> Parser:
         added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         added.set_defaults(command=function)
         return added
+
+    # `run_script` runs these; here they are to be found in the help.
+    for name, text in (
+        ("demo", "serve the page: a chat in the browser"),
+        ("train", f"train: {', '.join(SCRIPTS['train'])}"),
+        ("eval", f"score: {', '.join(SCRIPTS['eval'])}"),
+    ):
+        commands.add_parser(name, help=text, add_help=False)
 
     added = command("list", print_list, "list bases, towers and adapters, here or to be fetched")
     added.add_argument("--json", action="store_true", help="print them as JSON")
@@ -222,7 +229,7 @@ CHAT_HELP = """\
 /undo          take the last question and its answer back
 /clear         start anew
 /adapter NAME  let another adapter answer, by name, folder or hub id; none is the bare base
-/exit          end, as Ctrl-D does
+/exit          end, as /quit and Ctrl-D do
 Ctrl-C stops an answer; at the prompt it ends the chat."""
 
 
@@ -296,7 +303,7 @@ def _act(chat: Conversation, line: str, images: list[Image.Image], arguments: ar
             print(f"{chat.adapter} knows nothing of pictures: those for the next question are dropped")
     elif command == "/help":
         print(CHAT_HELP)
-    elif command == "/exit":
+    elif command in ("/exit", "/quit"):
         raise _ChatEnd
     else:
         raise UsageError(f"no command {command}; /help lists them")

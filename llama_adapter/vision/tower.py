@@ -78,7 +78,7 @@ class VisionTower(nn.Module):
         if not self.depths or list(self.depths) != sorted(set(self.depths) & set(range(1, len(widths) + 1))):
             raise UsageError(
                 f"tower {name!r} has the depths 1 to {len(widths)}, lowest first; "
-                f"{', '.join(map(str, self.depths)) or 'none'} given"
+                f"{', '.join(map(str, self.depths)) or 'none'} given (--depths)"
             )
         self.feature_width = sum(widths[depth - 1] for depth in self.depths)
         self.fingerprint = _fingerprint(self.visual, architecture or {})

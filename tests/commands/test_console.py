@@ -148,7 +148,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main()
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"\n    {name} " in shown for name in ("list", "fetch", "ask", "chat", "info", "convert"))
+    assert all(
+        f"\n    {name} " in shown for name in ("list", "fetch", "ask", "chat", "info", "convert", "demo")
+    )
 
 
 def test_the_package_names_its_parts_without_importing_them() -> None:
@@ -424,7 +426,7 @@ def test_a_conversation_goes_on_until_the_input_ends(model: LlamaAdapter) -> Non
 
 
 def test_exit_ends_the_chat() -> None:
-    assert chat("/exit", "Hello?") == (0, "", "")
+    assert chat("/exit", "Hello?") == chat("/quit", "Hello?") == (0, "", "")
 
 
 def test_retry_undo_and_clear(model: LlamaAdapter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -264,7 +265,13 @@ def test_the_command_writes_rows_that_keep_the_same_ones_back(
 ) -> None:
     output = tmp_path / "taught.json"
     run(train.teacher, options(place, output, "--no-images"))
-    assert "30 rows to train on: " in (out := capsys.readouterr().out) and "6 rows kept back: " in out
+    out = capsys.readouterr().out
+    assert "30 rows to train on: " in out and "6 rows kept back: " in out
+    next_step = shlex.split(out.splitlines()[-1])
+    assert next_step[next_step.index("train") :] == [
+        *("train", "vqa", "--data", str(output), "--validation-rows", "6"),
+        *("--output", str(tmp_path / "taught"), "--no-images", "--weights", str(place / "weights")),
+    ]
     taught, given = rows_of(output), rows_of(place / "qa.json")
     assert [row["question"] for row in taught] == [row["question"] for row in given]
     assert {row["answer"] for row in taught if row["question"] == "Is it drawn?"} == {"yes"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 import eval.clip
 import train.clip
+from llama_adapter.__main__ import main
 from llama_adapter.common.errors import UsageError
 from llama_adapter.training import clip_training
 from llama_adapter.training.clip_training import ClipSettings, train_clip
@@ -332,6 +334,13 @@ def test_the_commands_train_and_score(
     run(train.clip, *data, *names, "--output", tmp_path / "run", "--start", "start", *sizes, *steps, *weights)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("loss" in row for row in rows) == 3, "12 captions and 12 of 16 names, 8 a step"
+    printed = capsys.readouterr().out
+    scored, see = (line.partition("llama")[2] for line in printed.splitlines() if line.startswith("    "))
+    assert f" eval clip --model {tmp_path / 'run'} --retrieval {place / 'captions'} --names " in scored
+    assert f" --tower {tmp_path / 'run'} --output {tmp_path / 'run-sees'} " in see
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["llama-adapter", *shlex.split(scored[scored.index("eval") :])])
+        assert main() == 0
     capsys.readouterr()
 
     json_file = tmp_path / "scores.json"
