@@ -22,11 +22,10 @@ from llama_adapter.methods.attention import (
     Prompts,
 )
 from llama_adapter.methods.decoder import (
-    attention_layers,
     decoder_shape,
-    prepare_decoder,
 )
 from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
+from llama_adapter.methods.probe import attention_layers, prepare_decoder
 from llama_adapter.surface.answers import Answers
 from llama_adapter.surface.folders import Folders
 from llama_adapter.surface.named_adapters import NO_ADAPTER
@@ -109,9 +108,10 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
         """The decoder's own forward, with the prompts of an adapter in its attention.
 
         Args:
-            input_ids: (B, T). attention_mask: (B, T), padding on either side.
-            position_ids: (B, T); by default counted from the mask (or the segments), since the prompts' term
-                depends on the position that a query was rotated to.
+            input_ids: (B, T). attention_mask: (B, T), padding on either side; holes elsewhere are hidden and
+                keep their positions.
+            position_ids: (B, T); by default counted from the end of the padding in front (or by the
+                segments), since the prompts' term depends on the position that a query was rotated to.
             labels: (B, T), -100 where there is no loss; the output then has ``loss``.
             adapter: the adapter's name; None takes the active one.
             prompt_keys, prompt_values: (B or 1, L, H, K, d) from `project`, in place of ``adapter``.
@@ -127,10 +127,11 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             tokens = input_ids if input_ids is not None else inputs_embeds
             assert tokens is not None
-            position_ids = _positions(attention_mask)[:, -tokens.shape[1] :]
+            cached = attention_mask.shape[1] > tokens.shape[1]
+            position_ids = _positions(attention_mask, cached=cached)[:, -tokens.shape[1] :]
         if labels is not None and attention_mask is not None and attention_mask.ndim == 2:
             # Padding predicts nothing: on the left it would be made to guess a row's first token.
-            behind_padding = F.pad(attention_mask[:, :-1] == 0, (1, 0))
+            behind_padding = F.pad(_padding(attention_mask)[:, :-1], (1, 0))
             labels = labels.masked_fill(behind_padding, -100)
         if segments is not None and position_ids is None:
             position_ids = segment_positions(segments).to(self.decoder.device)
@@ -253,11 +254,22 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
             return getattr(self.decoder, name)
 
 
-def _positions(mask: Tensor) -> Tensor:
-    """Each token's place among the real ones, (B, T); padding behind them counts on, as in the base."""
+def _positions(mask: Tensor, *, cached: bool) -> Tensor:
+    """Each token's position, (B, T): its place behind the padding in front; a hole counts, as in the base.
+
+    Behind a cache a hole is padding at the end of what was read before, and does not count, as in `generate`.
+    """
     real = mask != 0
-    behind = real.flip(-1).cumsum(-1).flip(-1) == 0
-    return ((real | behind).cumsum(-1) - 1).clamp_min(0)
+    if not cached:
+        in_front = real.cumsum(-1) == 0
+        real = ~in_front | in_front.all(-1, keepdim=True)
+    return (real.cumsum(-1) - 1).clamp_min(0)
+
+
+def _padding(mask: Tensor) -> Tensor:
+    """(B, T), True for padding at either end; a hole within a row is none."""
+    real = mask != 0
+    return (real.cumsum(-1) == 0) | (real.flip(-1).cumsum(-1).flip(-1) == 0)
 
 
 def _leave_out_decoder(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -69,14 +69,18 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     return states / torch.sqrt((states * states).mean(-1, keepdim=True) + eps) * weight
 
 
-def normalised_prompt_keys(family: str, layer: Any, keys: Tensor) -> Tensor:
+def normalised_prompt_keys(family: str, layer: Any, keys: Tensor, width: int) -> Tensor:
     """(K, G * d) as the family normalises its keys -> (G, K, d)."""
-    width = layer.head_dim
     if family == "olmo2":
         return split_heads(rms_norm(keys, layer.k_norm.weight, layer.k_norm.variance_epsilon), width)
     heads = split_heads(keys, width)
     if family == "qwen3":
         return rms_norm(heads, layer.k_norm.weight, layer.k_norm.variance_epsilon)
+    if family == "nanochat":
+        return rms_norm(heads, torch.ones(()), layer.k_norm.eps)
+    if family == "hunyuan_v1_dense":
+        norm = layer.key_layernorm
+        return rms_norm(heads, norm.weight, norm.variance_epsilon)
     if family == "gemma3_text":
         return rms_norm(heads, 1 + layer.k_norm.weight, layer.k_norm.eps)
     if family == "cohere" and layer.use_qk_norm:
@@ -89,19 +93,55 @@ def normalised_prompt_keys(family: str, layer: Any, keys: Tensor) -> Tensor:
     return heads
 
 
+def plain_keys_and_values(family: str, layer: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts (K, D) -> their keys and values, (G, K, d), as the family has them, not rotated."""
+
+    def product(linear: Any, states: Tensor = prompts) -> Tensor:
+        weight = linear.weight if type(linear).__name__ == "Conv1D" else linear.weight.T
+        return states @ weight + (0 if linear.bias is None else linear.bias)
+
+    if family == "deepseek_v3":
+        latent, rotated = product(layer.kv_a_proj_with_mqa).split([10, 8], dim=1)
+        norm = layer.kv_a_layernorm
+        heads = split_heads(
+            product(layer.kv_b_proj, rms_norm(latent, norm.weight, norm.variance_epsilon)), 10
+        )
+        # The even columns of what is rotated come first; all heads share it.
+        rotated = torch.cat((rotated[:, 0::2], rotated[:, 1::2]), dim=1).expand(len(heads), -1, -1)
+        return torch.cat((heads[..., :6], rotated), dim=2), heads[..., 6:]
+    width = layer.head_size if family == "gpt_neox" else layer.head_dim
+    if family == "gpt2":
+        _, keys, values = product(layer.c_attn).chunk(3, dim=1)
+    elif family == "gpt_bigcode":
+        _, keys, values = product(layer.c_attn).split([32, width, width], dim=1)
+    elif family == "phi3":
+        _, keys, values = product(layer.qkv_proj).split([32, 16, 16], dim=1)
+    elif family == "gpt_neox":  # each head's query, key and value side by side
+        parts = product(layer.query_key_value).unflatten(1, (-1, 3, width))
+        keys, values = parts[:, :, 1].flatten(1), parts[:, :, 2].flatten(1)
+    else:
+        keys, values = product(layer.k_proj), product(layer.v_proj)
+    return normalised_prompt_keys(family, layer, keys, width), split_heads(values, width)
+
+
 def plain_attention(
-    layer: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **kwargs: Any
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scaling: float,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function for one row: (1, H, T, d) -> (1, T, H, d)."""
     prompt_keys = prompt_values = gate = None
     if layer.plain_prompts is not None:
         prompts, gate = layer.plain_prompts
-        keys, values = (
-            prompts @ linear.weight.T + (0 if linear.bias is None else linear.bias)
-            for linear in (layer.k_proj, layer.v_proj)
-        )
-        prompt_keys = normalised_prompt_keys(layer.config.model_type, layer, keys)
-        prompt_values = split_heads(values, layer.head_dim)
+        prompt_keys, prompt_values = plain_keys_and_values(layer.config.model_type, layer, prompts)
+    window = kwargs.get("sliding_window")
+    if layer.config.model_type == "phimoe":  # its layers are not told
+        window = layer.config.sliding_window
     output = gated_heads(
         query[0],
         key[0],
@@ -111,7 +151,7 @@ def plain_attention(
         gate,
         scale=scaling,
         softcap=kwargs.get("softcap"),
-        window=kwargs.get("sliding_window"),
+        window=window,
     )
     return output.transpose(0, 1)[None], None
 
@@ -127,7 +167,11 @@ class PlainDecoder:
         self.decoder.set_attn_implementation(NAME)
         self.prompts = prompts.detach().clone().requires_grad_()
         self.gates = gates.detach().clone().requires_grad_()
-        layers: list[Any] = [m for m in self.decoder.modules() if hasattr(m, "k_proj")]
+        layers: list[Any] = [
+            m
+            for m in self.decoder.modules()
+            if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")
+        ]
         for index, layer in enumerate(layers):
             adapted = index - (len(layers) - len(prompts))
             layer.plain_prompts = (self.prompts[adapted], self.gates[adapted]) if adapted >= 0 else None

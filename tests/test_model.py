@@ -28,8 +28,8 @@ from llama_adapter.data.templates import Turn, encode_question
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.methods import checkpoint
 from llama_adapter.methods.adapter import Adapter
-from llama_adapter.methods.decoder import attention_layers
 from llama_adapter.methods.packed_attention import Segment
+from llama_adapter.methods.probe import attention_layers
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.vision import tower as vision
 from tests.reference import plain_llama_logits
@@ -229,6 +229,65 @@ def test_given_positions_are_taken_and_a_mask_may_be_of_any_type(model: LlamaAda
     assert torch.equal(given, expected)
     moved = model(ids, attention_mask=mask, position_ids=positions + 5).logits[mask.bool()]
     assert not torch.allclose(moved, expected, atol=1e-4), "the prompts' term depends on the position"
+
+
+MASKS = {
+    "a hole": [1, 0, 1, 1, 0, 1],
+    "a hole behind padding": [0, 1, 0, 1, 1, 1],
+    "padding behind a hole": [1, 0, 1, 1, 0, 0],
+    "padding in front": [0, 0, 1, 1, 1, 1],
+    "padding behind": [1, 1, 1, 1, 0, 0],
+    "padding at both ends": [0, 1, 1, 1, 1, 0],
+    "nothing but padding": [0, 0, 0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@torch.no_grad()
+def test_only_padding_in_front_moves_positions(model: LlamaAdapter, kind: str) -> None:
+    (row,) = random_rows(6)
+    mask = torch.tensor([MASKS[kind]])
+    padding = (mask.cumsum(-1) == 0).sum() % 6
+    positions = (torch.arange(6)[None] - padding).clamp_min(0)
+    bare = build_tiny_decoder("llama")
+    expected = bare(row[None], attention_mask=mask, position_ids=positions).logits
+    assert torch.equal(model(row[None], attention_mask=mask, adapter="none").logits, expected)
+    given = model(row[None], attention_mask=mask, position_ids=positions).logits
+    assert torch.equal(model(row[None], attention_mask=mask).logits, given)
+    if not padding:
+        assert torch.equal(bare(row[None], attention_mask=mask).logits, expected)
+
+
+@torch.no_grad()
+def test_a_mask_of_four_dimensions_leaves_positions_to_the_base(model: LlamaAdapter) -> None:
+    ids = torch.stack(random_rows(6, 6))
+    sees = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    sees[1, :, :, 1] = False
+    sees[1, :, 1, 1] = True
+    bare = build_tiny_decoder("llama")
+    logits = model(ids, attention_mask=sees, adapter="none").logits
+    assert torch.equal(logits, bare(ids, attention_mask=sees).logits)
+    two = torch.tensor([[1] * 6, [1, 0, 1, 1, 1, 1]])
+    torch.testing.assert_close(
+        model(ids, attention_mask=sees).logits[0], model(ids, attention_mask=two).logits[0]
+    )
+
+
+@pytest.mark.parametrize("kind", [kind for kind, mask in MASKS.items() if mask[-1]])
+def test_generate_with_any_mask_gives_the_base_s_tokens(model: LlamaAdapter, kind: str) -> None:
+    (row,) = random_rows(6)
+    mask = torch.tensor([MASKS[kind]])
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = build_tiny_decoder("llama").generate(row[None], **options)
+    assert torch.equal(model.generate(row[None], adapter="none", **options), expected)
+
+
+def test_a_token_behind_a_hole_has_a_loss_as_in_the_base(model: LlamaAdapter) -> None:
+    (row,) = random_rows(6)
+    mask = torch.tensor([MASKS["a hole"]])
+    expected = build_tiny_decoder("llama")(row[None], attention_mask=mask, labels=row[None]).loss
+    loss = model(row[None], attention_mask=mask, labels=row[None], adapter="none").loss
+    assert torch.equal(loss, expected)
 
 
 @torch.no_grad()

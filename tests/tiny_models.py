@@ -42,6 +42,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": True, "logit_scale": 1.0},
     "starcoder2": {"sliding_window": 4},
 }
+# Families whose layers compute keys and values, or mask, in other ways.
+UNUSUAL: dict[str, dict[str, Any]] = {
+    # Keys and values cut out of one product, in four ways.
+    "gpt2": {},
+    "gpt_neox": {},
+    "phi3": {"sliding_window": 4},
+    "gpt_bigcode": {"multi_query": True},
+    # A window that only the mask knows; a norm without weights; one behind the rotation; a latent product.
+    "phimoe": {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "nanochat": {},
+    "hunyuan_v1_dense": {},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 4,
+        "first_k_dense_replace": 3,
+    },
+}
 
 
 def build_tiny_decoder(
@@ -72,6 +93,7 @@ def build_tiny_decoder(
         "bos_token_id": 1,
         "eos_token_id": 2,
         **FAMILIES.get(family, {}),
+        **UNUSUAL.get(family, {}),
         **settings,
     }
     config = CONFIG_MAPPING[family](**{name: size for name, size in sizes.items() if size is not None})
@@ -80,8 +102,8 @@ def build_tiny_decoder(
     with torch.no_grad():
         for parameter in decoder.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 2 and parameter.shape[0] > 2:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+            if parameter.ndim > 2 or (parameter.ndim == 2 and parameter.shape[0] > 2):
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             else:  # norms (Cohere's has a row a key-value head) and biases
                 parameter.add_(noise * 0.2)
     decoder.tie_weights()

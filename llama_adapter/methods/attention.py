@@ -30,10 +30,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.keys_and_values import KeysAndValues
 from llama_adapter.methods.packed_attention import Segment, attend, attend_own_prompts, attend_packed
 
 PREFIX = "llama_adapter_"  # no "flash" and no "/" in it: transformers reads meaning into both
 STOCK = ("sdpa", "eager")  # the implementations that can be wrapped
+FORM = "llama_adapter_form"  # the attribute of an attention layer that holds its `AttentionForm`
 # The scales and biases of the layer that is computing, (1 or B, 1, width) each; see `methods.tuning`.
 TUNING: ContextVar[tuple[Tensor, ...] | None] = ContextVar("tuning", default=None)
 
@@ -116,6 +118,29 @@ class ProjectedPrompts:
         return self.tuning[:, index - self.first_layer]
 
 
+@dataclass(frozen=True)
+class AttentionForm:
+    """What the probe found out about an attention layer of a decoder.
+
+    Attributes:
+        keys_and_values: how it computes them.
+        window: how many tokens back a token sees, itself included; None: all.
+        chunk: how long the chunks are outside of which it sees nothing; None: there are none.
+        unpackable: why rows cannot be packed for it; None: they can.
+    """
+
+    keys_and_values: KeysAndValues
+    window: int | None = None
+    chunk: int | None = None
+    unpackable: str | None = None
+
+
+def attention_form(attention: nn.Module) -> AttentionForm:
+    """The form of a layer of a prepared decoder."""
+    form: AttentionForm = getattr(attention, FORM)
+    return form
+
+
 def layer_index(attention: nn.Module) -> int:
     return int(attention.layer_idx)  # type: ignore[arg-type]
 
@@ -124,7 +149,7 @@ def project_prompts(attention: nn.Module, prompts: Tensor, gate: Tensor) -> tupl
     """``W_k P`` and ``tanh(g) * W_v P`` by the layer's own frozen weights, without rotary embedding.
 
     Args:
-        attention: a layer with ``k_proj`` and ``v_proj`` (and ``k_norm`` where the family has one).
+        attention: a layer of a prepared decoder.
         prompts: (B, K, D).
         gate: (H,), before tanh.
 
@@ -132,33 +157,34 @@ def project_prompts(attention: nn.Module, prompts: Tensor, gate: Tensor) -> tupl
         keys and gated values, each (B, H, K, d). Folding the gate into the values saves one multiplication a
         token and changes nothing else: the softmax is linear in them.
     """
-    k_proj, v_proj = attention.k_proj, attention.v_proj
-    head_dim = int(attention.head_dim)  # type: ignore[arg-type]
-    prompts = prompts.to(compute_dtype(attention))
     tuning = TUNING.set(None)
     try:
-        keys = k_proj(prompts)  # type: ignore[operator]
-        values = v_proj(prompts)  # type: ignore[operator]
+        form = attention_form(attention)
+        keys, values = form.keys_and_values.of(attention, prompts.to(compute_dtype(attention)))
     finally:
         TUNING.reset(tuning)
-    norm: Any = getattr(attention, "k_norm", None)
-    whole = norm is not None and norm.weight.ndim == 1 and norm.weight.shape[0] != head_dim
-    if whole:  # OLMo 2 normalises all heads together, the others head by head
-        keys = norm(keys)
-    keys = keys.unflatten(-1, (-1, head_dim))
-    if norm is not None and not whole:
-        keys = norm(keys)
-    values = values.unflatten(-1, (-1, head_dim))
-    repeats = gate.shape[-1] // keys.shape[-2]
-    keys = keys.transpose(1, 2).repeat_interleave(repeats, dim=1)
-    values = values.transpose(1, 2).repeat_interleave(repeats, dim=1)
+    repeats = gate.shape[-1] // keys.shape[1]
+    keys = keys.repeat_interleave(repeats, dim=1)
+    values = values.repeat_interleave(repeats, dim=1)
     return keys, values * torch.tanh(gate)[:, None, None].to(values.dtype)
 
 
 def compute_dtype(attention: nn.Module) -> torch.dtype:
     """The dtype in which the layer computes (a quantised projection's weight has another)."""
-    weight = attention.k_proj.weight  # type: ignore[union-attr]
-    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()  # type: ignore[operator,return-value]
+    projection = attention.get_submodule(attention_form(attention).keys_and_values.steps[0].module)
+    candidates = [
+        getattr(projection, "weight", None),
+        getattr(projection, "bias", None),
+        *attention.parameters(),
+        *attention.buffers(),
+    ]
+    declared = getattr(projection, "compute_dtype", None)
+    if isinstance(declared, torch.dtype):
+        return declared
+    for tensor in candidates:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.itemsize > 1:
+            return tensor.dtype
+    return torch.get_default_dtype()
 
 
 def gated_attention(
@@ -194,16 +220,25 @@ def gated_attention(
         attention = _stock_function(stock, module)
         output, weights = attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     else:
+        form = attention_form(module)
         unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
-        if unknown:
-            raise UsageError(f"rows cannot be packed for this decoder: its attention uses {unknown[0]}")
-        window = kwargs.get("sliding_window")
+        reason = f"its attention uses {unknown[0]}" if unknown else form.unpackable
+        if reason is not None:
+            raise UsageError(f"rows cannot be packed for this decoder: {reason}")
         if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
             # On CPUs sdpa's backward takes four times as long in bfloat16, on rows of 20 tokens.
             query, key, value = query.float(), key.float(), value.float()
-        output = attend_packed(
-            query, key, value, segments, scaling=scaling, softcap=softcap, sliding_window=window
-        ).transpose(1, 2)
+        packed = attend_packed(
+            query,
+            key,
+            value,
+            segments,
+            scaling=scaling,
+            softcap=softcap,
+            sliding_window=form.window,
+            chunk=form.chunk,
+        )
+        output = packed.transpose(1, 2).contiguous()  # as the stock functions give it: some families view it
     if prompts is None or layer_index(module) < prompts.first_layer:
         return output.to(dtype), weights
     keys, values = (states.to(query.dtype) for states in prompts.of_layer(module))

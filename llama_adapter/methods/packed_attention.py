@@ -81,6 +81,7 @@ def attend_packed(
     scaling: float | None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Causal attention of several rows packed in one sequence, (1, H, T, d).
 
@@ -91,11 +92,12 @@ def attend_packed(
         query: (1, H, T, d). key, value: (1, G, T, d).
         segments: what each stretch of the sequence sees; together they cover it in order.
         sliding_window: how many tokens back a layer sees, where the family limits it.
+        chunk: how long the chunks are outside of which it sees nothing, where the family has them.
     """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     mask_dtype = query.dtype if softcap is None else torch.bool
-    calls = calls_of(segments, sliding_window, mask_dtype, query.device)
+    calls = calls_of(segments, sliding_window, mask_dtype, query.device, chunk)
     # Cut once: one slice has a gradient as long as the whole sequence, and all parts together have no more.
     queries = query.split([call.mask.shape[0] for call in calls], dim=2)
     keys, values = (
@@ -144,7 +146,11 @@ class _Call:
 
 @lru_cache(maxsize=4)  # for all layers of a pack, with and without a window
 def calls_of(
-    segments: tuple[Segment, ...], window: int | None, dtype: torch.dtype, device: torch.device
+    segments: tuple[Segment, ...],
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    chunk: int | None = None,
 ) -> tuple[_Call, ...]:
     """The calls of a pack. Their masks are bool, or in a floating dtype what is added to the scores.
 
@@ -173,6 +179,8 @@ def calls_of(
             sees = (sees | (segment_of[columns] == context_of[rows])) & (distance >= 0)
             if window is not None:
                 sees &= distance < window
+            if chunk is not None:
+                sees &= positions[rows] // chunk == positions[columns] // chunk
             if dtype != torch.bool:
                 # CUDA's sdpa copies, in each layer, a mask whose rows do not start at multiples of 8.
                 width = -(-sees.shape[1] // 8) * 8

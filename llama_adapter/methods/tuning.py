@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.attention import TUNING, layer_index
-from llama_adapter.methods.decoder import attention_input, attention_layers
+from llama_adapter.methods.probe import attention_input, attention_layers
 
 _LISTENS = "_llama_adapter_listens"  # a decoder to which it was done
 
@@ -35,7 +35,7 @@ def tuning_width(decoder: PreTrainedModel) -> int:
     """S, twice the widths of a layer's projections together; the same in every layer.
 
     Raises:
-        UsageError: a decoder whose layers differ.
+        UsageError: a decoder whose layers differ, or have no linear projections.
     """
     widths = {2 * sum(_widths(layer)) for _, layer in _layers(decoder)}
     if len(widths) != 1:
@@ -43,7 +43,10 @@ def tuning_width(decoder: PreTrainedModel) -> int:
             f"this decoder's layers have different projections ({sorted(widths)} scales and biases); leave "
             "bias tuning out"
         )
-    return widths.pop()
+    width = widths.pop()
+    if width == 0:
+        raise UsageError("this decoder's layers have no linear projections to tune; leave bias tuning out")
+    return width
 
 
 def listen(decoder: PreTrainedModel) -> None:

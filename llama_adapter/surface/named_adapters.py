@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.config import AdapterConfig, DecoderShape, VisionConfig, default_adapted_layers
-from llama_adapter.methods.decoder import input_sizes
+from llama_adapter.methods.probe import input_sizes
 from llama_adapter.methods.tuning import listen, tuning_width
 
 NO_ADAPTER = "none"  # the name that stands for the bare base

@@ -25,8 +25,8 @@ from llama_adapter.methods.attention import (
     project_prompts,
     register,
 )
-from llama_adapter.methods.decoder import attention_layers
 from llama_adapter.methods.packed_attention import Segment, attend, attend_packed, segment_positions
+from llama_adapter.methods.probe import attention_layers
 from llama_adapter.model import LlamaAdapter
 from tests.reference import gated_heads, plain_llama_logits, read, use_exact_norms
 from tests.tiny_models import build_tiny_model, padded, random_rows

@@ -22,7 +22,8 @@ from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import stream_tokens
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.checkpoint import export_pth, load_adapter, save_adapter
-from llama_adapter.methods.decoder import attention_layers, checkpoint_activations
+from llama_adapter.methods.decoder import checkpoint_activations
+from llama_adapter.methods.probe import attention_layers, prepare_decoder
 from llama_adapter.methods.tuning import tuning_width
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.packing.pack import answer_loss, pack
@@ -69,7 +70,7 @@ def with_other_weights(model: LlamaAdapter, family: str) -> LlamaAdapter:
     """The same decoder with W (1 + s) and b in the place of W and 0, from the tensor as it is documented."""
     tuning = model.get_adapter("tuned").tuning
     assert tuning is not None
-    decoder = build_tiny_decoder(family)
+    decoder = prepare_decoder(build_tiny_decoder(family))
     for values, attention in zip(tuning.detach(), attention_layers(decoder)[1:], strict=True):
         rest = values
         for projection in projections(decoder, attention):
@@ -103,7 +104,7 @@ def test_it_is_a_decoder_with_other_weights_and_the_prompts_of_the_frozen_ones(f
 
 
 def test_its_width_is_twice_that_of_a_layer_s_projections() -> None:
-    decoder = build_tiny_decoder()
+    decoder = prepare_decoder(build_tiny_decoder())
     assert tuning_width(decoder) == 2 * sum(WIDTHS)
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from llama_adapter.data.records import IGNORED, Example, PictureFile
-from llama_adapter.methods.decoder import attention_layers, checkpoint_activations
+from llama_adapter.methods.decoder import checkpoint_activations
+from llama_adapter.methods.probe import attention_layers
 from llama_adapter.packing.pack import (
     SHORTEST_OPENING,
     CrossEntropy,
