@@ -16,7 +16,7 @@ SCRIPTS = ("train", "eval", "demo", "benchmarks")
 
 # From the ground up: each may import from those before it.
 FOLDERS = (
-    *("common", "weights", "data", "vision", "methods", "packing", "decoding", "surface"),
+    *("common", "weights", "data", "vision", "quantization", "methods", "packing", "decoding", "surface"),
     *("model", "training", "answering", "scienceqa", "page", "commands"),
 )
 FACES = ("__init__", "__main__")  # the package's own, which import whatever they hand on

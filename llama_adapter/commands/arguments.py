@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # slow to import: --help and a mistyped option are answered w
     from llama_adapter.model import LlamaAdapter
     from llama_adapter.vision.tower import VisionTower
 
+FORMATS = ("int8", "int4")  # of --quantize; formats.py has them too, but imports torch
 # The shipped adapters, the one that does most first.
 SHIPPED_ADAPTERS = ("smollm2-135m-vision", "smollm2-135m-alpaca")
 
@@ -74,7 +75,7 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--base, --weights, --device, --dtype."""
+    """--base, --weights, --device, --dtype, --quantize."""
     parser.add_argument(
         "--base",
         help=f"name, folder or hub id of a decoder (default: the adapter's own, else {DEFAULT_BASE})",
@@ -87,6 +88,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help="float32, bfloat16 or float16 (default: what is fast on the device)",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help=f"keep the decoder's weights in {' or '.join(FORMATS)}, which takes less memory and time "
+        "(default: as they are)",
+    )
 
 
 def add_adapter_option(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +106,8 @@ def add_adapter_option(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> LlamaAdapter:
-    """The model that --base, --adapter (where the command has it), --weights, --device and --dtype ask for.
+    """The model that --base, --adapter (where the command has it), --weights, --device, --dtype and
+    --quantize ask for.
 
     Without --adapter the best shipped one answers that was trained for the base, else, with a line on
     standard error, the bare base.
@@ -106,7 +115,7 @@ def load_model(arguments: argparse.Namespace) -> LlamaAdapter:
     from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 
     quieten_libraries()
-    options = {name: getattr(arguments, name) for name in ("weights", "device", "dtype")}
+    options = {name: getattr(arguments, name) for name in ("weights", "device", "dtype", "quantize")}
     adapter = getattr(arguments, "adapter", NO_ADAPTER)
     if adapter is None:
         adapter = _best_shipped(arguments.base, arguments.weights)

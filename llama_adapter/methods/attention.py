@@ -172,15 +172,15 @@ def project_prompts(attention: nn.Module, prompts: Tensor, gate: Tensor) -> tupl
 def compute_dtype(attention: nn.Module) -> torch.dtype:
     """The dtype in which the layer computes (a quantised projection's weight has another)."""
     projection = attention.get_submodule(attention_form(attention).keys_and_values.steps[0].module)
+    declared = getattr(projection, "compute_dtype", None)
+    if isinstance(declared, torch.dtype):
+        return declared
     candidates = [
         getattr(projection, "weight", None),
         getattr(projection, "bias", None),
         *attention.parameters(),
         *attention.buffers(),
     ]
-    declared = getattr(projection, "compute_dtype", None)
-    if isinstance(declared, torch.dtype):
-        return declared
     for tensor in candidates:
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.itemsize > 1:
             return tensor.dtype

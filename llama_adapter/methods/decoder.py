@@ -25,6 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.config import DecoderShape
 from llama_adapter.methods.probe import prepare_decoder
+from llama_adapter.quantization.formats import check_format
+from llama_adapter.quantization.linear import quantize_decoder
 from llama_adapter.weights.hub import gated_error
 
 
@@ -66,16 +68,32 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_decoder(base: str, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_decoder(
+    base: str, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+) -> PreTrainedModel:
     """Load a causal decoder from a folder or hub id, frozen and ready for adapters.
 
+    Args:
+        quantize: the format that its weights are kept in (`quantization.formats`); None: as they are.
+
     Raises:
-        UsageError: not found, gated, no decoder, or of a family that cannot be adapted.
+        UsageError: not found, gated, no decoder, of a family that cannot be adapted, or a format that is not
+            known or not for the device.
     """
+    if quantize is not None:
+        check_format(quantize)
+        if device.type != "cpu":
+            raise UsageError(
+                f"quantize: {quantize} runs on a CPU only, not on {device.type!r}; choose device cpu"
+            )
     with _clear_errors(base):
         config = AutoConfig.from_pretrained(base)  # first, so that a hub out of reach is waited for once
-        decoder = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype)
-    return prepare_decoder(decoder.to(device))  # type: ignore[arg-type]
+        # As the file has them, often in 16 bits: quantising makes float32 of one weight at a time.
+        stored = dtype if quantize is None else "auto"
+        decoder = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=stored)
+    if quantize is not None:
+        quantize_decoder(decoder, quantize)
+    return prepare_decoder(decoder.to(device, dtype))  # type: ignore[arg-type]
 
 
 class _clear_errors:

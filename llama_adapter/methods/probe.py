@@ -33,6 +33,7 @@ from llama_adapter.methods.attention import (
     layer_index,
     register,
 )
+from llama_adapter.methods.decoding_step import attach_decoding_step
 from llama_adapter.methods.keys_and_values import Columns, KeysAndValues, Layout, Step, usual_form
 from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
 
@@ -70,6 +71,7 @@ def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
                 reason = "how far back its layers see could not be found out"
                 for layer in unknown:
                     setattr(layer, FORM, replace(attention_form(layer), unpackable=reason))
+                attach_decoding_step(decoder)
     decoder.requires_grad_(False)
     return decoder.eval()
 

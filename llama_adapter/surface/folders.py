@@ -26,6 +26,7 @@ class Folders(NamedAdapters):
         weights: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        quantize: str | None = None,
     ) -> Self:
         """Load a decoder, with no adapter yet.
 
@@ -34,13 +35,14 @@ class Folders(NamedAdapters):
             weights: where names are looked for (see `locations.weights_folders`).
             device: cpu, cuda, mps; None takes the fastest there is.
             dtype: float32, bfloat16, float16; None takes what is fast on the device.
+            quantize: int8 or int4, the format that the decoder's weights are kept in; None: as they are.
 
         Raises:
             UsageError: not found, gated, or of a family that cannot be adapted.
         """
         found = locations.resolve(base, kind="base", weights=weights)
         chosen = choose_device(device)
-        decoder = load_decoder(found, device=chosen, dtype=choose_dtype(dtype, chosen))
+        decoder = load_decoder(found, device=chosen, dtype=choose_dtype(dtype, chosen), quantize=quantize)
         name = locations.name_of(found, kind="base", weights=weights)
         return cls(decoder, load_tokenizer(found), base=name, weights=weights)
 
@@ -53,6 +55,7 @@ class Folders(NamedAdapters):
         weights: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        quantize: str | None = None,
     ) -> Self:
         """Load an adapter and the base that it was trained for (or ``base``, which must have its shape).
 
@@ -65,7 +68,9 @@ class Folders(NamedAdapters):
         found = locations.resolve(str(adapter), kind="adapter", weights=weights)
         folder = adapter_folder(found)
         config = read_config(folder)
-        model = cls.from_base(base or config.base, weights=weights, device=device, dtype=dtype)
+        model = cls.from_base(
+            base or config.base, weights=weights, device=device, dtype=dtype, quantize=quantize
+        )
         model.load_adapter(folder, name=default_name(adapter))
         return model
 

@@ -1,0 +1,343 @@
+"""One token of a quantised decoder, through all of its layers in one compiled call.
+
+Reading int8 weights takes so little time that the Python around the layers' products, some thousand calls a
+token, costs more than they do. So a decoder whose layers are LLaMA's (root-mean-square norms, rotary
+embedding by halves, grouped keys, SiLU) takes its decoding steps through kernels.cpp, which runs all layers
+in a loop, the adapter included. Whether it computes the same as the decoder is found out by running both
+(`attach_decoding_step`). Everything else, such as questions and training, goes through the decoder's modules.
+
+Shapes: B rows, D hidden size, H heads, G key-value heads, d head width, S places of the cache, K prompts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from llama_adapter.methods.attention import Prompts, layer_index
+from llama_adapter.quantization.kernels import Layer, Matrix, Norm, Step, load_kernels
+from llama_adapter.quantization.linear import QuantizedLinear
+
+_PROJECTIONS = {  # in the order of kernels.cpp
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_NORMS = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # where the family has them
+_WIDEST_HEAD = 1024  # what the kernel has room for
+_MORE_PLACES = 256  # by which a cache's room grows at least
+_TOLERANCE = 1e-3  # of the largest hidden state
+
+
+def attach_decoding_step(decoder: PreTrainedModel) -> None:
+    """Let a quantised decoder take its decoding steps in one compiled call, where it can.
+
+    It cannot where there is no compiler, where its layers are built otherwise, or where a trial gives other
+    hidden states than its own modules; then it goes on as it is.
+    """
+    inner = decoder.base_model
+    if not _is_like_llama(inner) or load_kernels() is None:
+        return
+    step = DecodingStep(inner)
+    if _agrees(inner, step):
+        inner.forward = step.forward
+
+
+def _is_like_llama(inner: nn.Module) -> bool:
+    """Whether all modules are those that the compiled step knows, with quantised weights."""
+    layers = getattr(inner, "layers", None)
+    config: Any = inner.config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    if getattr(config, "sliding_window", None) is not None or {*kinds} != {"full_attention"}:
+        return False
+    if {name for name, _ in inner.named_children()} != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        return False
+    assert isinstance(layers, nn.ModuleList)
+    known = {*_PROJECTIONS.values(), *_NORMS.values(), "self_attn", "mlp", "mlp.act_fn", ""}
+    for layer in layers:
+        modules = dict(layer.named_modules())
+        names = {name for name in modules if ".quantized" not in name}
+        if names - {*_HEAD_NORMS} != known:
+            return False
+        if not all(type(modules[name]) is QuantizedLinear for name in _PROJECTIONS.values()):
+            return False
+        norms = [modules[name] for name in (*_NORMS.values(), *_HEAD_NORMS) if name in names]
+        if not all(hasattr(norm, "variance_epsilon") and norm.weight.ndim == 1 for norm in norms):
+            return False
+        attention: Any = modules["self_attn"]
+        widths = {norm.weight.shape[0] for norm in norms[2:]}
+        if widths - {attention.head_dim} or attention.head_dim % 2 or attention.head_dim > _WIDEST_HEAD:
+            return False
+        if type(modules["mlp.act_fn"]).__name__ not in ("SiLU", "SiLUActivation"):
+            return False
+    return True
+
+
+@torch.no_grad()
+def _agrees(inner: Any, step: DecodingStep) -> bool:
+    """Whether a trial of two rows, one of them padded, gives the decoder's own hidden states."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 5, int(inner.config.hidden_size), generator=generator)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    positions = torch.tensor([[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]])
+    states = []
+    for run in (inner.forward, step.forward):
+        cache = DynamicCache()
+        inner.forward(
+            inputs_embeds=tokens[:, :4],
+            attention_mask=mask[:, :4],
+            position_ids=positions[:, :4],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        output = run(
+            inputs_embeds=tokens[:, 4:],
+            attention_mask=mask,
+            position_ids=positions[:, 4:],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states.append(output.last_hidden_state)
+    ours, theirs = states
+    return step.calls > 0 and bool((ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max())
+
+
+class _Room:
+    """A cache's keys and values with free places behind them: a new token is written, the others stay."""
+
+    def __init__(self, layers: Any, length: int) -> None:
+        like = layers[0].keys
+        rows, heads, _, width = like.shape
+        self.capacity = length + max(_MORE_PLACES, length // 4)
+        self.states = like.new_empty(2 * len(layers), rows, heads, self.capacity, width)
+        for number, layer in enumerate(layers):
+            self.states[2 * number, :, :, :length] = layer.keys
+            self.states[2 * number + 1, :, :, :length] = layer.values
+        places = [states.data_ptr() for states in self.states.unbind(0)]
+        self.keys, self.values = array("q", places[::2]), array("q", places[1::2])
+
+    def holds(self, layers: Any, length: int) -> bool:
+        """Whether it is still what the cache reads, with a place free."""
+        return (
+            length < self.capacity
+            and layers[0].keys.shape[0] == self.states.shape[1]
+            and all(
+                layer.keys.data_ptr() == keys and layer.values.data_ptr() == values
+                for layer, keys, values in zip(layers, self.keys, self.values, strict=True)
+            )
+        )
+
+    def show(self, layers: Any, length: int) -> None:
+        """Let the cache read the first places."""
+        states = self.states[:, :, :, :length].unbind(0)
+        for number, layer in enumerate(layers):
+            layer.keys, layer.values = states[2 * number], states[2 * number + 1]
+
+
+class DecodingStep:
+    """The forward pass of a decoder's inner model, with compiled decoding steps.
+
+    Attributes:
+        calls: how many steps were compiled ones.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.calls = 0
+        self._prepared: tuple[Any, list[Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy finds its own tensors' addresses."""
+        return {**self.__dict__, "_prepared": None}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the inner model's."""
+        output = None if args else self._step(**kwargs)
+        return type(self.inner).forward(self.inner, *args, **kwargs) if output is None else output
+
+    def _step(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        prompts: Prompts | None = None,
+        **others: Any,
+    ) -> BaseModelOutputWithPast | None:
+        """One token of each row; None where that is not what is asked for."""
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        layers = getattr(past_key_values, "layers", None)
+        if (
+            tokens is None
+            or tokens.shape[1] != 1
+            or tokens.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or not use_cache
+            or not layers
+            or any(value is not None and name != "return_dict" for name, value in others.items())
+            or type(past_key_values) is not DynamicCache
+            or not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
+            or len(layers) != len(self.inner.layers)
+        ):
+            return None
+        rows, length = tokens.shape[0], past_key_values.get_seq_length()
+        starts = _starts(attention_mask, rows, length + 1)
+        embeds = self.inner.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if starts is None or embeds.dtype != torch.float32 or layers[0].keys.dtype != torch.float32:
+            return None
+        added = _Added(prompts, self.inner)
+        if not added.known:
+            return None
+        if position_ids is None:
+            position_ids = torch.full((1, 1), length)
+        cosines, sines = (
+            part.float().expand(rows, -1, -1).contiguous()
+            for part in self.inner.rotary_emb(embeds, position_ids)
+        )
+        attention = self.inner.layers[0].self_attn
+        if cosines.shape[-1] != attention.head_dim:
+            return None
+        room = getattr(past_key_values, "_room", None)
+        if room is None or not room.holds(layers, length):
+            room = _Room(layers, length)
+            past_key_values._room = room  # type: ignore[attr-defined]
+        if self._prepared is None:
+            self._prepared = self._prepare()
+        frozen, _ = self._prepared
+        hidden = embeds.clone(memory_format=torch.contiguous_format)
+        key_heads = layers[0].keys.shape[1]
+        last = self.inner.norm
+        step = Step(
+            rows=rows,
+            threads=torch.get_num_threads(),
+            heads=attention.q_proj.out_features // attention.head_dim,
+            key_heads=key_heads,
+            head_dim=attention.head_dim,
+            hidden_size=hidden.shape[-1],
+            layers=len(layers),
+            length=length,
+            capacity=room.capacity,
+            starts=starts.data_ptr(),
+            cosines=cosines.data_ptr(),
+            sines=sines.data_ptr(),
+            keys=room.keys.buffer_info()[0],
+            values=room.values.buffer_info()[0],
+            added=added.address,
+            hidden=hidden.data_ptr(),
+            last=Norm(last.weight.data_ptr(), last.variance_epsilon),
+        )
+        kernels = load_kernels()
+        assert kernels is not None
+        kernels.decode(ctypes.addressof(frozen), ctypes.addressof(step))
+        room.show(layers, length + 1)
+        self.calls += 1
+        return BaseModelOutputWithPast(hidden, past_key_values)
+
+    def _prepare(self) -> tuple[Any, list[Tensor]]:
+        """The frozen parts of all layers for the kernel, and the tensors that it will read."""
+        held: list[Tensor] = []
+
+        def norm_of(module: Any) -> Norm:
+            if module is None:
+                return Norm(None, 0)
+            held.append(module.weight.detach().float().contiguous())
+            return Norm(held[-1].data_ptr(), module.variance_epsilon)
+
+        def matrix_of(module: QuantizedLinear) -> Matrix:
+            bias = None if module.bias is None else module.bias.detach().float().contiguous()
+            # Their storage has to outlive a module that is moved elsewhere.
+            held.extend(buffer.detach() for buffer in module.quantized.buffers())
+            if bias is not None:
+                held.append(bias)
+            return module.quantized.matrix(bias)
+
+        layers = (Layer * len(self.inner.layers))()
+        for own, layer in zip(layers, self.inner.layers, strict=True):
+            for name, path in _PROJECTIONS.items():
+                setattr(own, name, matrix_of(layer.get_submodule(path)))
+            for name, path in _NORMS.items():
+                setattr(own, name, norm_of(layer.get_submodule(path)))
+            own.of_queries = norm_of(getattr(layer.self_attn, "q_norm", None))
+            own.of_keys = norm_of(getattr(layer.self_attn, "k_norm", None))
+            own.scaling = layer.self_attn.scaling
+        return layers, held
+
+
+def _starts(mask: Tensor | None, rows: int, places: int) -> Tensor | None:
+    """(B,) the first place of each row that is no padding; None where there is padding elsewhere."""
+    if mask is None:
+        return torch.zeros(rows, dtype=torch.long)
+    if mask.shape != (rows, places):
+        return None
+    there = mask != 0
+    starts = places - there.sum(1)
+    return starts if bool((there == (torch.arange(places) >= starts[:, None])).all()) else None
+
+
+class _Added:
+    """What an adapter adds to every layer, as kernels.cpp reads it.
+
+    Attributes:
+        known: False where there is something in it that the kernel does not do.
+        address: of the first layer's; None where nothing is added.
+    """
+
+    def __init__(self, prompts: Prompts | None, inner: Any) -> None:
+        self.known = True
+        self.address: int | None = None
+        if prompts is None:
+            return
+        self._held: list[Tensor] = []
+        fields: list[int] = []
+        for layer in inner.layers:
+            fields += self._of_layer(prompts, layer)
+        self._fields = array("q", fields)
+        self.address = self._fields.buffer_info()[0]
+
+    def _of_layer(self, prompts: Prompts, layer: Any) -> list[int]:
+        index = layer_index(layer.self_attn)
+        fields = [0] * 6
+        if index >= prompts.first_layer:
+            keys, values = (self._hold(states) for states in prompts.of_layer(layer.self_attn))
+            mask = prompts.mask
+            fields = [keys.data_ptr(), values.data_ptr(), keys.shape[2], _stride(keys), 0, 0]
+            if mask is not None:
+                self._held.append(mask := mask.contiguous())
+                fields[4:] = [mask.data_ptr(), _stride(mask)]
+        tuning = prompts.tuning_of_layer(index)
+        if tuning is None:
+            return fields + [0] * 21
+        widths = {path: layer.get_submodule(path).out_features for path in sorted(_PROJECTIONS.values())}
+        tuning = self._hold(tuning)
+        place, places = tuning.data_ptr(), {}
+        for path, width in widths.items():  # of each projection its scales, then its biases
+            places[path] = [place, place + 4 * width, _stride(tuning)]
+            place += 8 * width
+        return fields + [number for path in _PROJECTIONS.values() for number in places[path]]
+
+    def _hold(self, states: Tensor) -> Tensor:
+        """The tensor as the kernel takes it: float32, each row's part contiguous."""
+        states = states.float()
+        if not states[0].is_contiguous():
+            states = states.contiguous()
+        self._held.append(states)
+        return states
+
+
+def _stride(states: Tensor) -> int:
+    """From one row of the batch to the next; 0 where all read the same."""
+    return 0 if states.shape[0] == 1 else states.stride(0)

@@ -1,0 +1,95 @@
+"""How quantised weights are stored, and the plain arithmetic of each format.
+
+A matrix (rows, columns) is cut, row by row, into blocks of 32 columns. Each weight of a block is stored as a
+small whole number, and stands for
+
+    weight = scale * number + offset
+
+with one float16 scale a block, and for int4 one float16 offset. Both are GGUF's own: int8 is its Q8_0 (no
+offset, numbers of -127 to 127), int4 its Q4_1 (numbers of 0 to 15).
+
+Shapes: N rows, K columns, C = ceil(K / 32) blocks of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llama_adapter.common.errors import UsageError
+
+BLOCK = 32
+INT8, INT4 = "int8", "int4"
+FORMATS = (INT8, INT4)
+CODES = {INT8: 1, INT4: 2}  # what kernels.cpp calls them
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantised matrix.
+
+    Attributes:
+        format: one of `FORMATS`.
+        columns: K.
+        numbers: int8 (N, K), or for int4 uint8 (N, 16 C): of each block 16 bytes, whose low halves are the
+            numbers of columns 0 to 15 and whose high halves those of columns 16 to 31.
+        scales: float16 (N, C).
+        offsets: float16 (N, C), or None.
+    """
+
+    format: str
+    columns: int
+    numbers: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+
+
+def check_format(name: str) -> str:
+    """The name of a format. Raises UsageError for any other."""
+    if name not in FORMATS:
+        raise UsageError(f"quantize: {name!r} is not known; choose one of {', '.join(FORMATS)}")
+    return name
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, format: str) -> Quantized:
+    """A matrix (N, K) in a format; each number is the nearest one by the scale as it is stored."""
+    columns = weight.shape[1]
+    blocks = _blocks(weight.float())
+    if format == INT8:
+        scales = (blocks.abs().amax(-1) / 127).half()
+        numbers = _divide(blocks, scales).round().clamp(-127, 127).to(torch.int8)
+        return Quantized(format, columns, numbers.flatten(1)[:, :columns].contiguous(), scales)
+    assert format == INT4
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    offsets = low.half()
+    scales = ((high - offsets.float()) / 15).half()
+    numbers = _divide(blocks - offsets.float()[..., None], scales).round().clamp(0, 15).to(torch.uint8)
+    packed = numbers[..., :16] | numbers[..., 16:] << 4
+    return Quantized(format, columns, packed.flatten(1), scales, offsets)
+
+
+def dequantize(quantized: Quantized) -> Tensor:
+    """The matrix that it stands for, float32 (N, K)."""
+    numbers = quantized.numbers
+    if quantized.format == INT4:
+        halves = numbers.unflatten(1, (-1, 16))
+        numbers = torch.cat((halves & 15, halves >> 4), dim=-1).flatten(1)
+    blocks = _blocks(numbers.float()) * quantized.scales.float()[..., None]
+    if quantized.offsets is not None:
+        blocks += quantized.offsets.float()[..., None]
+    return blocks.flatten(1)[:, : quantized.columns]
+
+
+def _blocks(matrix: Tensor) -> Tensor:
+    """(N, K) -> (N, C, 32), the last block filled up with zeros."""
+    return F.pad(matrix, (0, -matrix.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+
+
+def _divide(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Blocks by their scales; a block of scale 0 is all zeros."""
+    divisor = scales.float()[..., None]
+    return torch.where(divisor == 0, 0.0, blocks / divisor)

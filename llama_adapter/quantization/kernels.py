@@ -1,0 +1,161 @@
+"""The compiled products with quantised matrices (kernels.cpp), built by the machine's own C++ compiler.
+
+They are compiled once, in a few seconds, for the processor at hand, and kept in the user's cache folder.
+Where there is no compiler, `load_kernels` gives None and the callers compute with torch, slowly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from llama_adapter.common.files import write_atomically
+from llama_adapter.weights.locations import cache_folder
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+OPTIMISATION = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+# For the processor at hand, with threads; what a compiler refuses is left out, the last first.
+WISHES = (
+    ("-march=native", "-fopenmp"),
+    ("-mcpu=native", "-fopenmp"),
+    ("-march=native",),
+    ("-mcpu=native",),
+    (),
+)
+_LOADING = threading.Lock()
+
+
+class Matrix(ctypes.Structure):
+    """A quantised (or float32) matrix: addresses of its tensors, which the caller keeps alive."""
+
+    _fields_ = (
+        ("format", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("numbers", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class Norm(ctypes.Structure):
+    """A root-mean-square norm; without a weight there is none."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("epsilon", ctypes.c_double))
+
+
+class Layer(ctypes.Structure):
+    """The frozen parts of one layer."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, Norm) for name in ("before_attention", "before_mlp", "of_queries", "of_keys")),
+        ("scaling", ctypes.c_double),
+    )
+
+
+class Step(ctypes.Structure):
+    """One token of every row; kernels.cpp says what each field is."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "threads", "heads", "key_heads", "head_dim", "hidden_size", "layers")
+        ),
+        ("length", ctypes.c_int64),
+        ("capacity", ctypes.c_int64),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("starts", "cosines", "sines", "keys", "values", "added", "hidden")
+        ),
+        ("last", Norm),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"quantised products are computed by torch, slowly: no kernel could be compiled ({reason}); "
+            "install a C++ compiler (g++ or clang++)",
+            file=sys.stderr,
+        )
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for name, arguments in (
+        ("linear", (pointer, pointer, number, pointer, number)),
+        ("dequantize", (pointer, number, number, pointer, number)),
+        ("decode", (pointer, pointer)),
+    ):
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+def load_kernels() -> ctypes.CDLL | None:
+    """The compiled functions; None, with a line on standard error, where they cannot be built.
+
+    ``linear``, ``dequantize`` and ``decode`` of kernels.cpp; they release Python's lock while they compute.
+    """
+    with _LOADING:
+        return _load()
+
+
+def kernel_folder() -> Path:
+    """Where compiled kernels are kept."""
+    return cache_folder() / "kernels"
+
+
+def _build() -> Path:
+    """The compiled library's file, compiled if it is not there.
+
+    Raises:
+        OSError: there is no compiler, or the folder cannot be written.
+        subprocess.SubprocessError: the compiler failed.
+    """
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    compiler = next((found for found in map(shutil.which, names) if found), None)
+    key = f"{SOURCE.read_text()} {_processor()} {OPTIMISATION} {WISHES}"
+    target = kernel_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if target.is_file():
+        return target
+    if compiler is None:
+        raise FileNotFoundError(f"no {', '.join(names)} was found")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failure: subprocess.CalledProcessError | None = None
+    with write_atomically(target) as temporary:
+        for wishes in WISHES:
+            command = [compiler, *OPTIMISATION, *wishes, "-o", str(temporary), str(SOURCE)]
+            try:
+                subprocess.run(command, check=True, capture_output=True, timeout=300)
+                break
+            except subprocess.CalledProcessError as error:
+                failure = error
+        else:
+            assert failure is not None
+            message = failure.stderr.decode(errors="replace").strip().splitlines() or [str(failure)]
+            raise OSError(f"{compiler} failed: {message[0]}")
+    return target
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by machines."""
+    described = Path("/proc/cpuinfo")  # Linux
+    if described.is_file():
+        lines = described.read_text(errors="replace").splitlines()
+        wanted = ("model name", "flags", "Features", "CPU part")
+        return " ".join(sorted({line for line in lines if line.startswith(wanted)}))
+    return f"{platform.platform()} {platform.processor()} {platform.machine()}"

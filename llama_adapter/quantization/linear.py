@@ -1,0 +1,217 @@
+"""Modules with quantised weights that stand in for ``nn.Linear`` and ``nn.Embedding``.
+
+Shapes: N outputs, K inputs, T tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from llama_adapter.quantization.formats import CODES, Quantized, dequantize, quantize
+from llama_adapter.quantization.kernels import Matrix, load_kernels
+
+# Vectors up to which the kernel multiplies by the quantised weights themselves. Above, a slice of them is
+# turned into floats at a time, small enough to stay in the cache, for the library's matrix product.
+FEW_VECTORS = 16
+SLICE = 1 << 20  # weights
+
+
+class QuantizedWeight(nn.Module):
+    """A quantised matrix, (N, K), which several modules may share, as an embedding and a head tied to it.
+
+    Scales and offsets are kept as the bits of their float16, so that ``module.to(dtype)`` leaves them alone.
+
+    Attributes:
+        format: see `formats`.
+        shape: (N, K).
+    """
+
+    numbers: Tensor
+    scale_bits: Tensor
+    offset_bits: Tensor | None
+
+    def __init__(self, quantized: Quantized) -> None:
+        super().__init__()
+        self.format = quantized.format
+        self.shape = torch.Size((quantized.numbers.shape[0], quantized.columns))
+        self.register_buffer("numbers", quantized.numbers.contiguous())
+        self.register_buffer("scale_bits", quantized.scales.contiguous().view(torch.int16))
+        offsets = quantized.offsets
+        bits = None if offsets is None else offsets.contiguous().view(torch.int16)
+        self.register_buffer("offset_bits", bits)
+
+    def extra_repr(self) -> str:
+        return f"{self.format}, {tuple(self.shape)}"
+
+    def rows(self, which: slice | Tensor) -> Quantized:
+        """Some rows of the matrix."""
+        offsets = None if self.offset_bits is None else self.offset_bits[which].view(torch.float16)
+        scales = self.scale_bits[which].view(torch.float16)
+        return Quantized(self.format, self.shape[1], self.numbers[which], scales, offsets)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights with their scales and offsets."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def matrix(self, bias: Tensor | None = None) -> Matrix:
+        """What the kernels take; valid while the tensors are where they are."""
+        offsets = None if self.offset_bits is None else self.offset_bits.data_ptr()
+        return Matrix(
+            format=CODES[self.format],
+            rows=self.shape[0],
+            columns=self.shape[1],
+            numbers=self.numbers.data_ptr(),
+            scales=self.scale_bits.data_ptr(),
+            offsets=offsets,
+            bias=None if bias is None else bias.data_ptr(),
+        )
+
+    def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows first to last of the matrix that the numbers stand for, float32 (last - first, K)."""
+        last = self.shape[0] if last is None else last
+        kernels = load_kernels() if self.numbers.device.type == "cpu" else None
+        if kernels is None:
+            return dequantize(self.rows(slice(first, last)))
+        rows = torch.empty(last - first, self.shape[1])
+        matrix = self.matrix()
+        kernels.dequantize(ctypes.addressof(matrix), first, last, rows.data_ptr(), torch.get_num_threads())
+        return rows
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias``: (T, N) from (T, K), with a gradient of ``x`` where it needs one."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            product: Tensor = _Product.apply(x, self, bias)
+            return product
+        return self._product(x, bias)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        tokens, outputs = x.shape[0], self.shape[0]
+        x = x.float()
+        kernels = load_kernels() if x.device.type == "cpu" and tokens <= FEW_VECTORS else None
+        if kernels is not None:
+            x = x.contiguous()
+            bias = None if bias is None else bias.float().contiguous()
+            product = torch.empty(tokens, outputs)
+            matrix = self.matrix(bias)
+            kernels.linear(
+                ctypes.addressof(matrix), x.data_ptr(), tokens, product.data_ptr(), torch.get_num_threads()
+            )
+            return product
+        product = x.new_empty(tokens, outputs)
+        for first, last in self._slices():
+            product[:, first:last] = x @ self.dequantize(first, last).T
+        return product if bias is None else product.add_(bias.float())
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """``gradient @ weight``: (T, K) from (T, N)."""
+        found = gradient.new_zeros(gradient.shape[0], self.shape[1], dtype=torch.float32)
+        for first, last in self._slices():
+            found.addmm_(gradient[:, first:last].float(), self.dequantize(first, last))
+        return found
+
+    def _slices(self) -> list[tuple[int, int]]:
+        rows = self.shape[0]
+        step = max(1, min(rows, SLICE // self.shape[1]))
+        return [(first, min(rows, first + step)) for first in range(0, rows, step)]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        ctx.dtype = x.dtype
+        return weight._product(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.weight.gradient(gradient).to(ctx.dtype), None, None
+
+
+class _Quantized(nn.Module):
+    """A module with a frozen quantised weight.
+
+    Attributes:
+        quantized: the weight as it is stored.
+    """
+
+    _like: Tensor
+
+    def __init__(self, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.quantized = quantized
+        # Empty: it takes part in module.to(dtype).
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the decoder around it computes in."""
+        return self._like.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K), float32, made anew each time: for inspection, not for computing."""
+        return self.quantized.dequantize()
+
+
+class QuantizedLinear(_Quantized):
+    """``nn.Linear`` with a quantised weight. It computes in float32 and gives the dtype of its input.
+
+    Attributes:
+        bias: (N,) or None.
+    """
+
+    def __init__(self, quantized: QuantizedWeight, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+        super().__init__(quantized, dtype)
+        self.out_features, self.in_features = quantized.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.quantized.multiply(x.reshape(-1, self.in_features), self.bias)
+        return product.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+class QuantizedEmbedding(_Quantized):
+    """``nn.Embedding`` with a quantised weight."""
+
+    def __init__(
+        self, quantized: QuantizedWeight, dtype: torch.dtype, padding_idx: int | None = None
+    ) -> None:
+        super().__init__(quantized, dtype)
+        self.padding_idx = padding_idx
+        self.num_embeddings, self.embedding_dim = quantized.shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = dequantize(self.quantized.rows(ids.reshape(-1)))
+        return rows.view(*ids.shape, self.embedding_dim).to(self.compute_dtype)
+
+
+def quantize_decoder(decoder: PreTrainedModel, format: str) -> None:
+    """Replace every ``nn.Linear`` and the token embedding of a decoder by modules with quantised weights.
+
+    One after the other, so that each float weight is freed before the next is quantised. A head that is tied
+    to the embedding stays tied. Norms, biases and what is no ``nn.Linear`` (a mixture's experts) stay as they
+    are.
+    """
+    embedding = decoder.get_input_embeddings()
+    tied: tuple[Tensor, QuantizedWeight] | None = None
+    for name in [name for name, _ in decoder.named_modules()]:
+        module = decoder.get_submodule(name)
+        if module is embedding and type(module) is nn.Embedding:
+            stored = QuantizedWeight(quantize(module.weight, format))
+            tied = module.weight, stored
+            replacement: nn.Module = QuantizedEmbedding(stored, module.weight.dtype, module.padding_idx)
+        elif type(module) is nn.Linear:
+            shared = tied is not None and module.weight is tied[0]
+            stored = tied[1] if tied and shared else QuantizedWeight(quantize(module.weight, format))
+            replacement = QuantizedLinear(stored, module.weight.dtype, module.bias)
+        else:
+            continue
+        decoder.set_submodule(name, replacement)

@@ -1,0 +1,57 @@
+"""The formats' arithmetic, against numbers worked out by hand and against their own error bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.quantization.formats import FORMATS, check_format, dequantize, quantize
+
+
+def random_matrix(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def test_int8_by_hand() -> None:
+    weight = torch.zeros(1, 32)
+    weight[0, :3] = torch.tensor([127.0, -64.4, 0.6])
+    stored = quantize(weight, "int8")
+    assert stored.scales.tolist() == [[1.0]] and stored.offsets is None
+    assert stored.numbers[0, :4].tolist() == [127, -64, 1, 0]
+
+
+def test_int4_by_hand() -> None:
+    weight = torch.full((1, 32), -1.0)
+    weight[0, 0], weight[0, 16] = 14.0, 2.2
+    stored = quantize(weight, "int4")
+    assert stored.offsets is not None
+    assert (stored.scales.tolist(), stored.offsets.tolist()) == ([[1.0]], [[-1.0]])
+    # Column 0 is the low half of byte 0, column 16 its high half: (14 + 1) + 16 * round(2.2 + 1)
+    assert stored.numbers[0, 0] == 15 + 16 * 3 and not stored.numbers[0, 1:].any()
+
+
+@pytest.mark.parametrize("columns", [64, 48, 8, 100])
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_weight_is_off_by_more_than_half_a_step(name: str, columns: int) -> None:
+    weight = random_matrix(5, columns)
+    stored = quantize(weight, name)
+    steps = stored.scales.float().repeat_interleave(32, dim=1)[:, :columns]
+    # Where a float16 scale was rounded down, the largest number is cut by as much.
+    assert ((dequantize(stored) - weight).abs() <= steps * 0.5 + weight.abs() * 2e-3 + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_quantised_again_stays_as_it_is(name: str) -> None:
+    once = dequantize(quantize(random_matrix(4, 64), name))
+    torch.testing.assert_close(dequantize(quantize(once, name)), once, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_zeros_stay_zeros(name: str) -> None:
+    assert not dequantize(quantize(torch.zeros(2, 64), name)).any()
+
+
+def test_an_unknown_format_is_named() -> None:
+    with pytest.raises(UsageError, match=r"'int3' is not known; choose one of int8, int4"):
+        check_format("int3")
