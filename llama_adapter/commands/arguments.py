@@ -71,7 +71,7 @@ seed_number = _number_type(int, lambda number: 0 <= number < 2**32, "seed of 0 t
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
     """--weights, the folder of names."""
-    parser.add_argument("--weights", metavar="DIR", help="folder in which names are looked for")
+    parser.add_argument("--weights", metavar="DIR", help="look names up in this folder")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -38,45 +38,53 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.s
     parser.add_argument(
         "--data", required=True, help="the official folder (problems.json, ...), or the hub's layout"
     )
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="(test)")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these; no model is loaded")
+    parser.add_argument(
+        "--split", default="test", choices=("train", "val", "test"), help="what is scored (test)"
+    )
+    parser.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="score these answers; no model is loaded"
+    )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="results in the official layout; goes on with what is there",
+        help="write results in the official layout; a file that is there already is continued",
     )
-    parser.add_argument("--limit", type=positive_int, help="so many problems, drawn by --seed (default: all)")
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="use at most N problems, chosen with --seed (all)"
+    )
     parser.add_argument(
         "--validation-rows",
         type=positive_int,
         metavar="N",
-        help="of the split train, only what train.scienceqa keeps back with the same number",
+        help="of the split train, only the problems that train.scienceqa keeps back with the same number",
     )
     parser.add_argument(
         "--answer",
         choices=("generate", "letter", "option"),
-        help="in its own words, or by the likelihood of letters or of the options' texts "
-        "(default: what its config records as best, else letter)",
+        help="how the adapter answers: in its own words, or with the likeliest letter or option text "
+        "(default: the way that its config records as best, else letter)",
     )
-    parser.add_argument("--format", help="the prompt's format by its official name (default: the adapter's)")
+    parser.add_argument(
+        "--format", help="format of the question, by its official name (default: the adapter's)"
+    )
     parser.add_argument(
         "--caption",
         action=argparse.BooleanOptionalAction,
-        help="the machine's caption of a picture as context (default: as the adapter was trained)",
+        help="add the machine's caption of a picture to the context (default: as the adapter was trained)",
     )
     parser.add_argument("--batch-size", type=positive_int, default=16, help="problems answered at once (16)")
     parser.add_argument(
         "--official-fallback",
         action="store_true",
-        help="draw a choice where no answer can be read, as the official script does (else: wrong)",
+        help="where no answer can be read, draw a choice as the official script does (default: it is wrong)",
     )
     parser.add_argument(
         "--controls",
         action="store_true",
         help="score other problems' pictures, no pictures, the bare base and chance as well",
     )
-    parser.add_argument("--seed", type=seed_number, default=0, help="of whatever is drawn (0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of everything that is drawn (0)")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
     )

@@ -34,7 +34,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     parser.add_argument(
         "--format",
         default="QCM-A",
-        help="official name of the prompt's format (QCM-A); QCM-O answers in the option's own words",
+        help="official name of the format of question and answer (QCM-A); QCM-O answers in the option's text",
     )
     parser.add_argument(
         "--caption", action="store_true", help="put the machine's caption of a picture into the context"
@@ -43,28 +43,30 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         "--orders",
         type=positive_int,
         default=1,
-        help="orders of the choices that a problem is shown in by turns (1: as it is)",
+        help="show each problem in so many orders of its choices, in turn (1: only as it is)",
     )
     parser.add_argument(
         "--rivals",
         action="store_true",
-        help="learn by likelihood as well to tell the right answer from those of the other choices",
+        help="also train the right answer to be likelier than the answers of the other choices",
     )
     parser.add_argument(
         "--picture-weight",
         type=positive_float,
         default=1.0,
         metavar="W",
-        help="how often a problem with a picture comes up for each time of one without (1)",
+        help="show problems with a picture W times as often as those without (1)",
     )
-    parser.add_argument("--limit", type=positive_int, help="use the first so many problems only")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="use only the first N problems")
     parser.add_argument(
         "--validation-rows",
         type=positive_int,
         default=400,
         help="problems of the training split kept back (400)",
     )
-    parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
+    parser.add_argument(
+        "--max-length", type=positive_int, default=512, help="cut rows after this many tokens (512)"
+    )
     add_model_options(parser)
     add_vision_options(parser)
     add_training_options(parser)

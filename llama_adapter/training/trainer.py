@@ -300,9 +300,10 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train_examples), generator=generator)
         if self.occurrences is not None:
-            # Each row is a stretch of a line, as long as it is to occur; it does for each half number in it.
+            # Systematic sampling: lay the rows end to end, each `occurrences` long, and take one for every
+            # k + 0.5 inside it.
             lengths = torch.tensor(self.occurrences, dtype=torch.float64)[order]
-            # Rounded, since what the lengths add up to differs in its last digits from order to order.
+            # Rounded, since the sum of the lengths differs in its last digits between orders.
             ends = (lengths.cumsum(0) + 0.5).round(decimals=6).floor().long()
             counts = ends.diff(prepend=ends.new_zeros(1))
             order = order.repeat_interleave(counts)
