@@ -20,7 +20,7 @@ from typing import Any
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.records import Example, PictureFile, Record, encode_records, exchange_pictures
-from llama_adapter.data.sources import read_dataset
+from llama_adapter.data.sources import read_dataset, read_rows
 from llama_adapter.data.templates import Turn, check_unicode
 
 LETTERS = "ABCDE"  # the official script's, and the most choices there are
@@ -147,7 +147,10 @@ def read_problems(source: str | Path, split: str) -> tuple[list[Problem], Proble
     elif folder.is_dir() and any(path.suffix == ".json" for path in folder.glob("pid_splits*")):
         raise UsageError(f"{folder}: there is pid_splits.json but no problems.json; get the whole release")
     else:
-        data = read_dataset(source, "validation" if split == "val" else split)
+        if folder.suffix in (".json", ".jsonl"):
+            data = [row for _, row in read_rows(folder).rows]
+        else:
+            data = read_dataset(source, "validation" if split == "val" else split)
         rows = [(str(number), row) for number, row in enumerate(data, start=1)]
         root, captions = folder if folder.is_dir() else folder.parent, {}
     if not rows:

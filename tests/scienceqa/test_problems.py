@@ -213,6 +213,12 @@ def test_the_hubs_rows_may_name_their_pictures(tmp_path: Path) -> None:
             (tmp_path / f"{number}.png").write_bytes(problem.image)
     again, summary = read_problems(named, "train")
     assert summary.without_file == 0
+    for name, text in (
+        ("rows.jsonl", "".join(json.dumps(row) + "\n" for row in table)),
+        ("rows.json", json.dumps(table)),
+    ):
+        (tmp_path / name).write_text(text)
+        assert read_problems(tmp_path / name, "train")[0] == again
     assert [p.image.read_bytes() if isinstance(p.image, Path) else None for p in again] == [
         p.image for p in before
     ]
