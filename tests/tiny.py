@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -40,13 +42,25 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_tiny_sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """Built like LLaMA 1 and 2's: a space in front of every text, bytes as a fallback, BOS added, no chat."""
-    specials = ["<unk>", "<s>", "</s>"]
+def build_tiny_sentencepiece_tokenizer(
+    *, words: Sequence[str] = (), specials: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Built like LLaMA 1 and 2's: a space in front of every text, bytes as a fallback, BOS added, no chat.
+
+    Args:
+        words: those that are one token, with what they start with; "▁" is a space.
+        specials: more control tokens.
+    """
+    specials = ["<unk>", "<s>", "</s>", *specials]
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     characters = ["▁", *map(chr, range(ord("!"), ord("~") + 1))]
-    vocabulary = {token: number for number, token in enumerate(specials + fallback + characters)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    merges = {(word[:end], word[end]): None for word in words for end in range(1, len(word))}
+    merged = map("".join, merges)
+    tokens = dict.fromkeys([*specials, *fallback, *characters, *merged])
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=list(merges), byte_fallback=True, unk_token="<unk>")
+    )
     backend.add_special_tokens(specials)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

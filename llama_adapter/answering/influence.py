@@ -64,7 +64,8 @@ def measure_influence(
     assert model.tokenizer is not None
     question = model.encode_question(turns, adapter=name)
     dialogue = [*turns, Turn("assistant", answer)]
-    ((ids, _),) = encode_dialogues([dialogue], model.template(name), model.tokenizer)
+    date = model.template_date(name)
+    ((ids, _),) = encode_dialogues([dialogue], model.template(name), model.tokenizer, date=date)
     ids = ids[: len(question) + max_tokens]
     said = ids[len(question) :]
     if not answer.strip() or not said:

@@ -49,7 +49,8 @@ def answer_records(
     """
     assert model.tokenizer is not None
     template, tokenizer = model.template(adapter), model.tokenizer
-    questions = [encode_question(record.turns[:-1], template, tokenizer) for record in records]
+    date = model.template_date(adapter)
+    questions = [encode_question(record.turns[:-1], template, tokenizer, date=date) for record in records]
     ends, stops = end_token_ids(template, tokenizer), stop_strings(template)
     # Longest first, so that the last ones leave no places empty for long; of equal length those with equal
     # pictures side by side (by where they first came up).
@@ -102,18 +103,28 @@ def answer_likelihoods(
     """
     assert model.tokenizer is not None
     asked = [
-        replace(record, turns=(*record.turns[:-1], Turn("assistant", answer)))
+        replace(record, turns=(*_as_context(record.turns[:-1]), Turn("assistant", answer)))
         for record, several in zip(records, answers, strict=True)
         for answer in several
     ]
-    template = model.template(adapter)
-    examples = encode_records(asked, template=template, tokenizer=model.tokenizer, max_length=sys.maxsize)
+    examples = encode_records(
+        asked,
+        template=model.template(adapter),
+        tokenizer=model.tokenizer,
+        max_length=sys.maxsize,
+        date=model.template_date(adapter),
+    )
     found: list[float] = []
     for run in split_by_tokens(examples, max_tokens):
         losses, _ = answer_losses(model, run, device=model.decoder.device, features=features, adapter=adapter)
         found += (-losses).tolist()
     rest = iter(found)
     return [list(islice(rest, len(several))) for several in answers]
+
+
+def _as_context(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns of which no answer counts."""
+    return [replace(turn, learnt=False) for turn in turns]
 
 
 def _greedily(

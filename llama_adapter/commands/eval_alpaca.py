@@ -32,6 +32,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.a
         type=positive_int,
         help="only the rows that train.alpaca keeps back with the same number",
     )
+    parser.add_argument(
+        "--split", help="of rows that name one (with --validation-rows train, else test); others count"
+    )
     parser.add_argument("--limit", type=positive_int, help="so many rows, drawn by --seed (default: all)")
     parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
     parser.add_argument("--samples", type=int, default=10, help="answers shown side by side (10)")
@@ -44,13 +47,14 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.a
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.common.progress import RowProgress
-    from llama_adapter.data.records import encode_records, expect_text, read_records, split_records
+    from llama_adapter.data.records import encode_and_count, expect_text, read_records, split_records
     from llama_adapter.decoding.sampling import Sampling
     from llama_adapter.model import NO_ADAPTER
     from llama_adapter.packing.pack import mean_answer_loss
 
     sampling = Sampling(max_new_tokens=arguments.max_new_tokens, temperature=0)
-    records, summary = read_records(arguments.data)
+    split = arguments.split or ("train" if arguments.validation_rows else "test")
+    records, summary = read_records(arguments.data, split=split)
     print(summary, file=sys.stderr)
     expect_text(records, arguments.data)
     if arguments.validation_rows is not None:
@@ -64,9 +68,16 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.a
         raise UsageError("there is no adapter to score; name one with --adapter")
     assert model.tokenizer is not None
     template = model.template()
-    examples = encode_records(
-        records, template=template, tokenizer=model.tokenizer, max_length=arguments.max_length
+    examples, encoded = encode_and_count(
+        records,
+        template=template,
+        tokenizer=model.tokenizer,
+        max_length=arguments.max_length,
+        date=model.template_date(),
     )
+    print(f"to score: {encoded}", file=sys.stderr)
+    if encoded.warning is not None:
+        print(encoded.warning, file=sys.stderr)
     losses = {}
     for name in (NO_ADAPTER, adapter):
         label = "bare base" if name == NO_ADAPTER else "adapter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,11 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.c
     clip = load_clip(Path(found)).to(choose_device(arguments.device))
     figures: dict[str, float] = {}
     if arguments.retrieval is not None:
-        pairs = read_pairs(arguments.retrieval, split=arguments.split)
+        pairs = read_pairs(
+            arguments.retrieval,
+            split=arguments.split,
+            tell=lambda summary: print(summary, file=sys.stderr),
+        )
         figures |= retrieval(clip, pairs)
         print(f"{len(pairs):,} pictures, {sum(len(pair.texts) for pair in pairs):,} texts")
     if arguments.names is not None:

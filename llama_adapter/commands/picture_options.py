@@ -78,7 +78,10 @@ def load_records_to_score(arguments: argparse.Namespace) -> ToScore:
     print(summary, file=sys.stderr)
     if arguments.validation_rows is not None:  # of all rows, as train.vqa does it
         _, records = split_records(records, validation_rows=arguments.validation_rows)
+    blind = sum(not record.images for record in records)
     records = [record for record in records if record.images]
+    if blind:
+        print(f"{blind:,} without a picture left out", file=sys.stderr)
     if not records:
         raise UsageError(f"{arguments.data}: no row names a picture; score it with eval.alpaca")
     if arguments.limit is not None:

@@ -10,6 +10,7 @@ from llama_adapter.commands.arguments import Parser, add_model_options, positive
 from llama_adapter.commands.next_steps import adapter_steps, question_of
 from llama_adapter.commands.training_options import (
     add_training_options,
+    encode_rows,
     load_model_to_train,
     training_settings,
 )
@@ -23,6 +24,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     parser.add_argument(
         "--output", required=True, type=Path, help="folder of the run and of the best adapter"
     )
+    parser.add_argument("--split", default="train", help="of rows that name one (train); others count")
     parser.add_argument("--limit", type=positive_int, help="use the first so many rows only")
     parser.add_argument("--validation-rows", type=positive_int, default=500, help="rows kept back (500)")
     parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
@@ -32,25 +34,27 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.common.processes import running_processes
-    from llama_adapter.data.records import encode_records, expect_text, read_records, split_records
+    from llama_adapter.data.records import expect_text, read_records, split_records
     from llama_adapter.training.trainer import Trainer
 
     settings = training_settings(arguments)
     processes = running_processes()
-    records, summary = read_records(arguments.data)
+    records, summary = read_records(arguments.data, split=arguments.split)
     processes.say(summary, file=sys.stderr)
     expect_text(records, arguments.data)
     train, validation = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
     model, _ = load_model_to_train(arguments)
-    template = model.template()
-    assert model.tokenizer is not None
-    train_examples, validation_examples = (
-        encode_records(rows, template=template, tokenizer=model.tokenizer, max_length=arguments.max_length)
-        for rows in (train, validation)
+    train_examples, trained_on = encode_rows(train, model, "to train on", max_length=arguments.max_length)
+    validation_examples, kept_back = encode_rows(
+        validation, model, "kept back", max_length=arguments.max_length
     )
     data = {
         "source": Path(arguments.data).name,
         "fingerprint": summary.fingerprint,
+        "split": arguments.split,
+        "read": summary.facts(),
+        "train": trained_on.facts(),
+        "validation": kept_back.facts(),
         "max_length": arguments.max_length,
         "start_from": arguments.start_from,
     }

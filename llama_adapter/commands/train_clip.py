@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,11 +68,17 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     settings = ClipSettings(
         **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ClipSettings)}
     )
-    pairs = [pair for source in arguments.data for pair in read_pairs(source)]
+
+    def tell(summary: object) -> None:
+        print(summary, file=sys.stderr)
+
+    pairs = [pair for source in arguments.data for pair in read_pairs(source, tell=tell)]
     names = read_names(arguments.names) if arguments.names is not None else []
     kept, rest = split_names(names, arguments.kept_names) if names else ([], [])
     pairs += rest
-    asked = read_pairs(arguments.retrieval, split="val") if arguments.retrieval is not None else []
+    asked = read_pairs(arguments.retrieval, split="val", tell=tell) if arguments.retrieval is not None else []
+    texts = sum(len(pair.texts) for pair in pairs)
+    tell(f"to train on: {len(pairs):,} pictures, {texts:,} texts; kept back: {len(kept):,} names")
     start = locations.resolve(arguments.start, kind="tower", weights=arguments.weights)
     if not Path(start).is_dir():
         raise UsageError(f"--start {arguments.start}: give a folder, or a name in the weights folders")

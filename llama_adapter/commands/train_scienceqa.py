@@ -17,6 +17,7 @@ from llama_adapter.commands.training_options import (
     add_training_options,
     add_vision_options,
     load_model_to_train,
+    say_encoded,
     training_settings,
 )
 
@@ -76,6 +77,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.common.processes import running_processes
     from llama_adapter.common.progress import RowProgress
+    from llama_adapter.data.records import EncodeSummary
     from llama_adapter.methods.checkpoint import load_adapter, save_adapter
     from llama_adapter.scienceqa.examining import WAYS, Examination, examine
     from llama_adapter.scienceqa.grading import grade
@@ -106,8 +108,14 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         "template": model.template(),
         "tokenizer": model.tokenizer,
         "max_length": arguments.max_length,
+        "date": model.template_date(),
     }
     examples = [e for some in shown for e in encode_problems(some, arguments.format, **encode)]
+    kept_back = encode_problems(validation, arguments.format, **encode)
+    trained_on = EncodeSummary.count(len(train) * len(shown), examples, arguments.max_length)
+    say_encoded("to train on", trained_on)
+    validated = EncodeSummary.count(len(validation), kept_back, arguments.max_length)
+    say_encoded("kept back", validated)
     data = {
         "source": Path(arguments.data).name,
         "fingerprint": summary.fingerprint,
@@ -116,6 +124,8 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         "orders": arguments.orders,
         "rivals": arguments.rivals,
         "picture_weight": arguments.picture_weight,
+        "train": trained_on.facts(),
+        "validation": validated.facts(),
         "max_length": arguments.max_length,
         "start_from": arguments.start_from,
     }
@@ -123,7 +133,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         model,
         "trained",
         examples,
-        {"kept back": encode_problems(validation, arguments.format, **encode)},
+        {"kept back": kept_back},
         settings,
         arguments.output,
         data=data,

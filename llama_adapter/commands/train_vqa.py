@@ -13,6 +13,7 @@ from llama_adapter.commands.next_steps import adapter_steps, question_of
 from llama_adapter.commands.training_options import (
     add_training_options,
     add_vision_options,
+    encode_rows,
     load_model_to_train,
     training_settings,
 )
@@ -64,7 +65,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.common.processes import running_processes
-    from llama_adapter.data.records import balance_yes_no, encode_records, read_records, split_records
+    from llama_adapter.data.records import balance_yes_no, read_records, split_records
     from llama_adapter.training.trainer import Trainer
 
     settings = training_settings(arguments)
@@ -74,7 +75,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     train: list[list[Record]] = []
     validation: list[list[Record]] = []
     pictured: list[bool] = []  # whether a source's rows have pictures, shown or not
-    facts = []
+    facts: list[dict[str, object]] = []
     for source, weight, images in sources:
         records, summary = read_records(source, image_root=arguments.image_root, split=arguments.split)
         processes.say(summary, file=sys.stderr)
@@ -89,6 +90,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
                 "fingerprint": summary.fingerprint,
                 "weight": weight,
                 "images": images,
+                "read": summary.facts(),
             }
         )
 
@@ -96,24 +98,22 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         arguments, [image for part in (*train, *validation) for record in part for image in record.images]
     )
     assert model.tokenizer is not None
-    encode = {
-        "template": model.template(),
-        "tokenizer": model.tokenizer,
-        "max_length": arguments.max_length,
-    }
     train_examples: list[Example] = []
     occurrences: list[float] = []
-    for (_, weight, _), part in zip(sources, train, strict=True):
-        examples = encode_records(part, **encode)
+    validation_examples: dict[str, list[Example]] = {}
+    for (source, weight, images), fact, rows, kept in zip(sources, facts, train, validation, strict=True):
+        name = Path(source).name + ("" if images or not arguments.images else " (text)")
+        examples, trained_on = encode_rows(
+            rows, model, f"{name}, to train on", max_length=arguments.max_length
+        )
         balance = (
             balance_yes_no(examples, model.tokenizer) if arguments.balance_yes_no else [1.0] * len(examples)
         )
         train_examples += examples
         occurrences += [weight * own for own in balance]
-    validation_examples: dict[str, list[Example]] = {}
-    for (source, _, images), part in zip(sources, validation, strict=True):
-        name = Path(source).name + ("" if images or not arguments.images else " (text)")
-        validation_examples.setdefault(name, []).extend(encode_records(part, **encode))
+        examples, kept_back = encode_rows(kept, model, f"{name}, kept back", max_length=arguments.max_length)
+        validation_examples.setdefault(name, []).extend(examples)
+        fact |= {"train": trained_on.facts(), "validation": kept_back.facts()}
     trainer = Trainer(
         model,
         "trained",
@@ -123,6 +123,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         arguments.output,
         data={
             "sources": facts,
+            "split": arguments.split,
             "balance_yes_no": arguments.balance_yes_no,
             "max_length": arguments.max_length,
             "start_from": arguments.start_from,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import json
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:  # slow to import: --help and a mistyped option are answered w
     import torch
     from torch import Tensor
 
-    from llama_adapter.data.records import PictureFile
+    from llama_adapter.data.records import EncodeSummary, Example, PictureFile, Record
     from llama_adapter.methods.config import VisionConfig
     from llama_adapter.model import LlamaAdapter
     from llama_adapter.training.trainer import TrainingSettings
@@ -157,8 +159,12 @@ def load_model_to_train(
             option = settled[0].replace("_", "-")
             raise UsageError(f"--{option} is settled by --start-from {arguments.start_from}; leave it out")
         inherited = {name: getattr(config, name) for name in ("prompt_length", "adapted_layers", "template")}
+        if settings.get("template", config.template) == config.template:
+            inherited["template_date"] = config.template_date
         settings = {**inherited, "vision": config.vision, **settings}
         settings["bias_tuning"] |= bool(config.tuning_width)
+    if arguments.resume:
+        settings["template_date"] = _date_of_run(arguments.output)
     if arguments.tuning_learning_rate is not None and not settings["bias_tuning"]:
         raise UsageError("--tuning-learning-rate is for scales and biases; give --bias-tuning as well")
     features: dict[PictureFile, Tensor] = {}
@@ -179,6 +185,42 @@ def load_model_to_train(
     if arguments.gradient_checkpointing:
         checkpoint_activations(model.decoder)
     return model, features
+
+
+def encode_rows(
+    records: Sequence[Record], model: LlamaAdapter, name: str, *, max_length: int
+) -> tuple[list[Example], EncodeSummary]:
+    """Records as tokens for the model's active adapter; says what became of them, under a name."""
+    from llama_adapter.data.records import encode_and_count
+
+    assert model.tokenizer is not None
+    examples, summary = encode_and_count(
+        records,
+        template=model.template(),
+        tokenizer=model.tokenizer,
+        max_length=max_length,
+        date=model.template_date(),
+    )
+    say_encoded(name, summary)
+    return examples, summary
+
+
+def say_encoded(name: str, summary: EncodeSummary) -> None:
+    """Say what became of rows as tokens, on standard error; warn where most are lost."""
+    from llama_adapter.common.processes import running_processes
+
+    running_processes().say(f"{name}: {summary}", file=sys.stderr)
+    if summary.warning is not None:
+        running_processes().say(f"{name}: {summary.warning}", file=sys.stderr)
+
+
+def _date_of_run(output: Path) -> str | None:
+    """The day that the chat template wrote when a run was started, where it writes one."""
+    try:
+        adapter = json.loads((output / "run.json").read_text(encoding="utf-8"))["adapter"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # the run's folder says what is wrong with it when it is opened
+    return adapter.get("template_date") if isinstance(adapter, dict) else None
 
 
 def _new_sight(

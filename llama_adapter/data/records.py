@@ -1,49 +1,33 @@
-"""Rows -> records -> token ids and labels.
-
-Rows have one of five forms: Alpaca's {"instruction", "input", "output"}, chat {"messages": [{"role",
-"content"}]}, ShareGPT's {"conversations": [{"from", "value"}]}, {"image", "question", "answer"}, and
-{"image", "captions"}, which makes a record of each caption. The first three may name pictures in "image" as
-well, as LLaVA's files do. A row may name its "split".
-"""
+"""Rows -> records -> token ids and labels. docs/formats.md says which rows are read."""
 
 from __future__ import annotations
 
 import random
-import re
-import reprlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.sources import read_rows
-from llama_adapter.data.templates import CAPTION_QUESTIONS, Turn, check_unicode, encode_dialogues, in_order
+from llama_adapter.data.formats import read_row
+from llama_adapter.data.row_pictures import PictureFile as PictureFile
+from llama_adapter.data.sources import canonical_split, read_rows
+from llama_adapter.data.templates import Turn, encode_whole_dialogues
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
 
 Pictures = TypeVar("Pictures", bound=Hashable)
-PictureFile = Path | bytes  # its name, or what is in it
 
 IGNORED = -100  # the label that transformers' losses leave out
 _ENCODED_AT_ONCE = 1000  # rows a call of the tokenizer: quick, and its by-products stay small
-# DAQUAR's night_stand: VQA's scores part such words too, and decoders know them apart.
-_WORDS_JOINED = re.compile(r"(?<=[^\W_])_(?=[^\W_])")
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-}
+_NAMES_SHOWN = 12  # of the columns that are not read
 
 
 @dataclass(frozen=True)
 class Record:
-    """One training row: a conversation that ends with the assistant's answer.
+    """One training row: a conversation that ends with an answer of the assistant.
 
     `row` is where it stood in its source, from 1 (in JSONL: the line). `images` are the files of its
     pictures, not yet opened.
@@ -58,18 +42,45 @@ class Record:
 class ReadSummary:
     """What reading a source came to.
 
-    `skipped` counts the rows left out by reason. `fingerprint` is the SHA-256 of the file's bytes, or of the
-    rows where there is no one file: it tells changed data from the same.
+    Attributes:
+        rows: those of the split that was asked for.
+        skipped: rows, and captions, that are left out, by reason.
+        fingerprint: SHA-256 of the file's bytes, or of the rows where there is no one file: it tells changed
+            data from the same.
+        unanswered: rows that lost a last question without an answer.
+        unread: names of columns that are not read, in the order in which they come up.
+        other_splits: rows of each other split, which are not read.
     """
 
     source: str
     rows: int
     skipped: Mapping[str, int]
     fingerprint: str
+    unanswered: int = 0
+    unread: tuple[str, ...] = ()
+    other_splits: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        skipped = "".join(f", {count:,} skipped ({reason})" for reason, count in self.skipped.items())
-        return f"{self.source}: {self.rows:,} rows{skipped}"
+        parts = [f"{self.source}: {self.rows:,} rows"]
+        parts += [f"{count:,} skipped ({reason})" for reason, count in self.skipped.items()]
+        if self.unanswered:
+            parts.append(f"{self.unanswered:,} without their last question, which has no answer")
+        parts += [f"{count:,} rows of split {name} left out" for name, count in self.other_splits.items()]
+        if self.unread:
+            more = len(self.unread) - _NAMES_SHOWN
+            names = [*self.unread[:_NAMES_SHOWN], *([f"{more:,} more"] if more > 0 else [])]
+            parts.append(f"columns not read: {', '.join(names)}")
+        return ", ".join(parts)
+
+    def facts(self) -> dict[str, Any]:
+        """What is kept of it with a run."""
+        return {
+            "rows": self.rows,
+            "skipped": dict(self.skipped),
+            "unanswered": self.unanswered,
+            "unread": list(self.unread),
+            "other_splits": dict(self.other_splits),
+        }
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class Example:
 
     `labels`, as long as `input_ids`, are the ids of the answers and their end tokens and -100 elsewhere
     (not yet shifted: transformers' losses shift). `rivals` are the same question with answers that it must be
-    told from, each as tokens of its own.
+    told from, each as tokens of its own. `cut` tells that the record was longer.
     """
 
     input_ids: list[int]
@@ -86,6 +97,66 @@ class Example:
     images: tuple[PictureFile, ...]
     row: int
     rivals: tuple[Example, ...] = ()
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class EncodeSummary:
+    """What became of records as examples.
+
+    Attributes:
+        rows: records that were given; one with answers that can only be learnt apart counts for each.
+        dropped: those without an answer within `max_length` tokens.
+        cut: examples whose end is cut off there.
+        pictures: different ones.
+        tokens, learnt_tokens: of all examples; those of their answers and end tokens.
+    """
+
+    max_length: int
+    rows: int
+    dropped: int
+    cut: int
+    pictures: int
+    tokens: int
+    learnt_tokens: int
+
+    @classmethod
+    def count(cls, given: int, examples: Sequence[Example], max_length: int) -> EncodeSummary:
+        """The summary of the examples of so many records."""
+        return cls(
+            max_length=max_length,
+            rows=given,
+            dropped=given - len(examples),
+            cut=sum(example.cut for example in examples),
+            pictures=len({image for example in examples for image in example.images}),
+            tokens=sum(len(example.input_ids) for example in examples),
+            learnt_tokens=sum(label != IGNORED for example in examples for label in example.labels),
+        )
+
+    def __str__(self) -> str:
+        parts = [f"{self.rows - self.dropped:,} rows"]
+        if self.dropped:
+            parts.append(
+                f"{self.dropped:,} of {self.rows:,} dropped (no answer within {self.max_length:,} tokens)"
+            )
+        if self.cut:
+            parts.append(f"{self.cut:,} cut at {self.max_length:,} tokens")
+        pictures = f"{self.pictures:,} pictures"
+        return ", ".join([*parts, pictures, f"{self.tokens:,} tokens, {self.learnt_tokens:,} of them learnt"])
+
+    @property
+    def warning(self) -> str | None:
+        """A line where most rows are dropped or cut, else None."""
+        if 2 * (self.dropped + self.cut) <= self.rows:
+            return None
+        return (
+            f"warning: of {self.rows:,} rows {self.dropped:,} are dropped and {self.cut:,} cut, which are "
+            f"longer than --max-length {self.max_length:,}; give a larger one"
+        )
+
+    def facts(self) -> dict[str, int]:
+        """What is kept of it with a run."""
+        return asdict(self)
 
 
 def read_records(
@@ -103,163 +174,45 @@ def read_records(
         UsageError: a source that is missing, damaged, of another shape, or has nothing in it to learn from;
             where a row is at fault it is named.
     """
-    found = read_rows(source)
+    found = read_rows(source, split)
     root = found.root if image_root is None else Path(image_root)
-    splits = {row["split"] for _, row in found.rows if isinstance(row, dict) and _names_split(row)}
-    if (
-        split is not None
-        and splits
-        and split not in splits
-        and all(_names_split(row) for _, row in found.rows)
-    ):
+    wanted = None if split is None else canonical_split(split)
+    splits = Counter(name for _, row in found.rows if (name := _split_of(row)) is not None)
+    if wanted is not None and splits and wanted not in splits and splits.total() == len(found.rows):
         raise UsageError(f"{source} has no split {split!r}; its splits are {', '.join(sorted(splits))}")
 
     records: list[Record] = []
     skipped: Counter[str] = Counter()
-    count = 0
+    unread: dict[str, None] = {}
+    count = unanswered = 0
     for number, row in found.rows:
-        if split is not None and _names_split(row) and row["split"] != split:
+        if wanted is not None and _split_of(row) not in (None, wanted):
             continue
         count += 1
         try:
-            several = _records(row, number, root)
+            content = read_row(row, number, root)
         except UsageError as error:
             raise UsageError(f"{source}: row {number}: {error}") from None
-        if not several:
-            skipped["no caption"] += 1
-        for record in several:
-            if fault := _fault(record):
-                skipped[fault] += 1
-            else:
-                records.append(record)
-    summary = ReadSummary(str(source), count, dict(skipped), found.fingerprint)
+        records += [Record(turns, number, content.images) for turns in content.conversations]
+        skipped.update(content.faults)
+        unread |= dict.fromkeys(content.unread)
+        unanswered += content.unanswered and bool(content.conversations)
+    others = {} if wanted is None else {name: n for name, n in sorted(splits.items()) if name != wanted}
+    summary = ReadSummary(
+        str(source), count, dict(skipped), found.fingerprint, unanswered, tuple(unread), others
+    )
     if not records:
         raise UsageError(f"{summary}: nothing is left to learn from")
     return records, summary
 
 
-def _names_split(row: Any) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("split"), str)
+def _split_of(row: Any) -> str | None:
+    """The split that a row names."""
+    name = row.get("split") if isinstance(row, dict) else None
+    return canonical_split(name) if isinstance(name, str) and name else None
 
 
-# --- rows -> records ----------------------------------------------------------------------------------------
-
-
-def _records(row: Any, number: int, root: Path) -> list[Record]:
-    """One record of a row; of a row of captions one for each."""
-    if not isinstance(row, dict):
-        raise UsageError(f"expected an object with named fields, found {_kind(row)}")
-    images = tuple(_images(row, root))
-    if "captions" in row:
-        return _caption_records(row, number, images)
-    if "messages" in row:
-        turns = _chat_turns(row["messages"], "messages", "role", "content")
-    elif "conversations" in row:
-        turns = _chat_turns(row["conversations"], "conversations", "from", "value")
-    elif "instruction" in row or "output" in row:
-        given = "" if row.get("input") is None else _text(row, "input")
-        turns = [Turn("user", _text(row, "instruction"), given), Turn("assistant", _text(row, "output"))]
-    elif "question" in row:
-        turns = [Turn("user", _text(row, "question")), Turn("assistant", _text(row, "answer"))]
-    else:
-        found = ", ".join(map(reprlib.repr, list(row)[:10])) or "none"
-        expected = "'instruction' and 'output', 'messages', 'conversations', 'question' or 'captions'"
-        raise UsageError(f"its fields are {found}; expected {expected}")
-    if images:  # text rows keep it: to them it is a tag of SVG
-        turns = [Turn(turn.role, turn.text.replace("<image>", "").strip(), turn.input) for turn in turns]
-        if "question" in row:
-            turns = [Turn(turn.role, _WORDS_JOINED.sub(" ", turn.text)) for turn in turns]
-    while turns and turns[-1].role != "assistant":
-        turns.pop()  # a last question that was never answered
-    return [Record(tuple(turns), number, images)]
-
-
-def _caption_records(row: dict[str, Any], number: int, images: tuple[PictureFile, ...]) -> list[Record]:
-    captions = row["captions"]
-    if not images:
-        raise UsageError("it has captions but names no picture; expected one in 'image'")
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise UsageError(f"field 'captions': expected a list of texts, found {_kind(captions)}")
-    records = []
-    for place, caption in enumerate(captions):
-        check_unicode(caption)
-        question = CAPTION_QUESTIONS[(number + place) % len(CAPTION_QUESTIONS)]
-        # Flickr8k's are split into words, the full stop standing alone.
-        text = re.sub(r"\s+([.,!?;:])", r"\1", " ".join(caption.split()))
-        records.append(Record((Turn("user", question), Turn("assistant", text)), number, images))
-    return records
-
-
-def _chat_turns(messages: Any, field: str, role_key: str, text_key: str) -> list[Turn]:
-    if not isinstance(messages, list):
-        raise UsageError(f"field {field!r}: expected a list of messages, found {_kind(messages)}")
-    turns = []
-    for number, message in enumerate(messages, start=1):
-        try:
-            if not isinstance(message, dict):
-                raise UsageError(f"expected an object, found {_kind(message)}")
-            role = _text(message, role_key)
-            if role not in _ROLES:
-                found = reprlib.repr(role)
-                raise UsageError(f"field {role_key!r} is {found}; expected one of {', '.join(_ROLES)}")
-            turns.append(Turn(_ROLES[role], _text(message, text_key)))
-        except UsageError as error:
-            raise UsageError(f"field {field!r}, message {number}: {error}") from None
-    return turns
-
-
-def _images(row: dict[str, Any], root: Path) -> list[PictureFile]:
-    """A row's pictures: files by name, or as the hub's data sets hold them, their bytes."""
-    names = row.get("image")
-    if names is None:
-        return []
-    names = names if isinstance(names, list) else [names]
-    if names and all(isinstance(name, dict) and isinstance(name.get("bytes"), bytes) for name in names):
-        return [name["bytes"] for name in names]
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise UsageError(f"field 'image': expected the name of a picture file, found {_kind(name)}")
-    return [root / name for name in names]
-
-
-def _text(row: dict[str, Any], field: str) -> str:
-    if field not in row:
-        raise UsageError(f"field {field!r} is missing")
-    value = row[field]
-    if not isinstance(value, str):
-        raise UsageError(f"field {field!r}: expected text, found {_kind(value)}")
-    try:
-        check_unicode(value)
-    except UsageError as error:
-        raise UsageError(f"field {field!r}: {error}") from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    """What a value is, in JSON's words, for a person who looks at their file."""
-    if value is None:
-        return "null"
-    if value == "":
-        return "empty text"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return "an object" if isinstance(value, dict) else names.get(type(value), type(value).__name__)
-
-
-def _fault(record: Record) -> str | None:
-    """Why a record has nothing to teach, or None."""
-    if not record.turns:
-        return "no answer"
-    if not in_order(record.turns):
-        return "user and assistant do not alternate"
-    blank = {turn.role for turn in record.turns if not (turn.text + turn.input).strip()}
-    if "assistant" in blank:
-        return "empty answer"
-    if "user" in blank and not record.images:  # a picture alone can be the question
-        return "empty question"
-    return None
-
-
-# --- records -> examples ------------------------------------------------------------------------------------
+# --- choosing among records ---------------------------------------------------------------------------------
 
 
 def split_records(
@@ -335,25 +288,89 @@ def shuffle_pictures(records: Sequence[Record], *, seed: int) -> list[Record]:
     return [replace(record, images=other[record.images]) for record in records]
 
 
+# --- records -> examples ------------------------------------------------------------------------------------
+
+
 def encode_records(
-    records: Sequence[Record], *, template: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+    records: Sequence[Record],
+    *,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    date: str | None = None,
 ) -> list[Example]:
     """Examples of at most `max_length` tokens, in the order of the records.
 
     A longer record is cut at its end, so that its answer has no end token; one that then has no answer left
-    is dropped: there are fewer examples than records. Raises UsageError when none is left.
+    is dropped: there are fewer examples than records. An answer that can be learnt only where it is the last
+    one (see `data.chat_template`) has an example of its own, some way behind the record's.
+
+    Args:
+        date: as 2026-11-28, for chat templates that write it; None is today.
+
+    Raises:
+        UsageError: a record that the template refuses, named by its row, or none of which an answer is left.
     """
+    return encode_and_count(
+        records, template=template, tokenizer=tokenizer, max_length=max_length, date=date
+    )[0]
+
+
+def encode_and_count(
+    records: Sequence[Record],
+    *,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    date: str | None = None,
+) -> tuple[list[Example], EncodeSummary]:
+    """`encode_records` with a summary of what became of the records."""
     examples = []
+    given = 0
     for start in range(0, len(records), _ENCODED_AT_ONCE):
-        chunk = records[start : start + _ENCODED_AT_ONCE]
-        encoded = encode_dialogues([record.turns for record in chunk], template, tokenizer)
-        for record, (ids, is_answer) in zip(chunk, encoded, strict=True):
-            labels = [token if kept else IGNORED for token, kept in zip(ids, is_answer, strict=True)]
-            if any(is_answer[:max_length]):
-                examples.append(Example(ids[:max_length], labels[:max_length], record.images, record.row))
+        waiting = list(records[start : start + _ENCODED_AT_ONCE])
+        while waiting:
+            apart: list[Record] = []
+            try:
+                encoded = encode_whole_dialogues(
+                    [record.turns for record in waiting], template, tokenizer, date=date
+                )
+            except UsageError:
+                _refuse_by_row(waiting, template, tokenizer, date)
+                raise
+            for record, dialogue in zip(waiting, encoded, strict=True):
+                apart += [_with_one_answer(record, place) for place in dialogue.untaught]
+                if not any(dialogue.is_learnt):
+                    continue  # all of it is learnt apart
+                given += 1
+                pairs = zip(dialogue.ids, dialogue.is_learnt, strict=True)
+                labels = [token if learnt else IGNORED for token, learnt in pairs]
+                if any(dialogue.is_learnt[:max_length]):
+                    ids, cut = dialogue.ids[:max_length], len(labels) > max_length
+                    examples.append(Example(ids, labels[:max_length], record.images, record.row, cut=cut))
+            waiting = apart
+    summary = EncodeSummary.count(given, examples, max_length)
     if not examples:
         raise UsageError(f"no answer starts within {max_length:,} tokens; give a larger --max-length")
-    return examples
+    return examples, summary
+
+
+def _refuse_by_row(
+    records: Sequence[Record], template: str, tokenizer: PreTrainedTokenizerBase, date: str | None
+) -> None:
+    """Raise UsageError for the first record that the template refuses where it takes a plain one."""
+    encode_whole_dialogues([[Turn("user", "?"), Turn("assistant", "!")]], template, tokenizer, date=date)
+    for record in records:
+        try:
+            encode_whole_dialogues([record.turns], template, tokenizer, date=date)
+        except UsageError as error:
+            raise UsageError(f"row {record.row}: {error}") from None
+
+
+def _with_one_answer(record: Record, place: int) -> Record:
+    """The record up to the turn at a place, the only one to be learnt."""
+    before = (replace(turn, learnt=False) for turn in record.turns[:place])
+    return replace(record, turns=(*before, record.turns[place]))
 
 
 def balance_yes_no(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[float]:

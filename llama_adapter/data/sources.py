@@ -1,12 +1,15 @@
 """Files, folders and data sets -> rows: plain dicts, each with its number.
 
-They come as a JSON list, as JSONL, as Parquet or Arrow, from a folder that `datasets` saved, from a folder of
-pictures with captions.json or qa.json beside its images/, from the package easy-vqa, or from the hub.
+They come as a JSON list, JSONL, CSV, Parquet or Arrow; from a folder that `datasets` saved; from a folder of
+pictures (captions.json or qa.json beside images/, or the hub's metadata.jsonl or metadata.csv); from
+the package easy-vqa; or from the hub.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable
@@ -15,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.data.row_pictures import FILE_COLUMNS
 
 EASY_VQA = "easy-vqa"  # the source that stands for the package's data
 _PICTURE_FILES = ("captions.json", "qa.json")  # in a folder, beside images/
+_METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # in a folder of the hub, or in its folders of splits
 _DATASET_FILES = {".parquet": "parquet", ".arrow": "arrow"}
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_SPLITS = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -37,14 +44,29 @@ class Rows:
     fingerprint: str
 
 
-def read_rows(source: str | Path) -> Rows:
-    """The rows of a source. Raises UsageError for one that is missing, damaged or of no known kind."""
+def canonical_split(name: str) -> str:
+    """A split's name as it is written here: train, val, test, or another one as it is."""
+    return _SPLITS.get(name.strip().lower(), name.strip().lower())
+
+
+def read_rows(source: str | Path, split: str | None = None) -> Rows:
+    """The rows of a source.
+
+    Args:
+        split: of a data set that comes in splits, the one to read; None reads train. Rows of a file may name
+            theirs themselves and are not chosen here.
+
+    Raises:
+        UsageError: a source that is missing, damaged, of no known kind, or without the split.
+    """
     if str(source) == EASY_VQA:
         return _easy_vqa_rows()
     path = Path(source)
     root = path.parent
     if path.is_dir():
         root = path
+        if tables := _metadata_files(path):
+            return _metadata_rows(path, tables)
         named = [path / name for name in _PICTURE_FILES if (path / name).is_file()]
         if named and (path / "images").is_dir():
             root = path / "images"
@@ -56,9 +78,45 @@ def read_rows(source: str | Path) -> Rows:
             path = named[0]
     if path.exists() and not path.is_dir() and path.suffix not in _DATASET_FILES:
         content = _read_bytes(path)
-        return Rows(_json_rows(content, path), root, hashlib.sha256(content).hexdigest())
-    rows = read_dataset(source)
+        return Rows(_text_rows(content, path), root, hashlib.sha256(content).hexdigest())
+    rows = read_dataset(source, split or "train")
     return Rows(list(enumerate(rows, start=1)), root, _fingerprint(rows))
+
+
+def _metadata_files(folder: Path) -> dict[str | None, Path]:
+    """The hub's tables of a folder of pictures, by the split whose folder they are in; None is the folder."""
+    places: dict[str | None, Path] = {None: folder}
+    places |= {place.name: place for place in sorted(folder.iterdir()) if place.is_dir()}
+    tables: dict[str | None, Path] = {}
+    for split, place in places.items():
+        found = [place / name for name in _METADATA_FILES if (place / name).is_file()]
+        if len(found) > 1:
+            raise UsageError(f"{place} holds {' and '.join(file.name for file in found)}; keep one of them")
+        if found:
+            tables[split] = found[0]
+    return tables
+
+
+def _metadata_rows(folder: Path, tables: dict[str | None, Path]) -> Rows:
+    """The rows of all tables; those of a split's folder name the split, and files that start at `folder`."""
+    rows: list[tuple[int, Any]] = []
+    digest = hashlib.sha256()
+    for split, table in tables.items():
+        content = _read_bytes(table)
+        digest.update(content)
+        for number, row in _text_rows(content, table):
+            if split is not None and isinstance(row, dict):
+                files = {name: _behind(split, row[name]) for name in FILE_COLUMNS if name in row}
+                row = {"split": split, **row, **files}
+            rows.append((number if len(tables) == 1 else len(rows) + 1, row))
+    return Rows(rows, folder, digest.hexdigest())
+
+
+def _behind(folder: str, names: Any) -> Any:
+    """The names of files in a folder, as they are named from the folder above it."""
+    if isinstance(names, list):
+        return [_behind(folder, name) for name in names]
+    return f"{folder}/{names}" if isinstance(names, str) and names else names
 
 
 def _easy_vqa_rows() -> Rows:
@@ -85,20 +143,39 @@ def _read_bytes(path: Path) -> bytes:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _json_rows(content: bytes, path: Path) -> list[tuple[int, Any]]:
-    """The rows of a JSON list, or of JSONL with one object a line, with their numbers."""
+def _text_rows(content: bytes, path: Path) -> list[tuple[int, Any]]:
+    """The rows of a CSV table, of a JSON list, or of JSONL with one object a line, with their numbers."""
     try:
         text = content.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text (byte {error.start + 1:,}); save it as UTF-8") from None
     if not text.strip():
         raise UsageError(f"{path}: the file is empty; expected a JSON list of rows, or one row a line")
+    if path.suffix in _TABLES:
+        return _table_rows(text, path)
     if text.lstrip().startswith("["):
         rows = _parse(text, f"{path}")
         return list(enumerate(rows, start=1))
     # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
     lines = enumerate(text.split("\n"), start=1)
     return [(number, _parse(line, f"{path}: line {number}")) for number, line in lines if line.strip()]
+
+
+def _table_rows(text: str, path: Path) -> list[tuple[int, Any]]:
+    """The rows of a table whose first line names the columns; an empty cell is none."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_TABLES[path.suffix], strict=True)
+    rows = []
+    try:
+        for number, row in enumerate(reader, start=1):
+            if None in row or None in row.values():
+                wanted = len(reader.fieldnames or ())
+                raise UsageError(
+                    f"{path}: row {number}: expected {wanted} cells, as the first line has names"
+                )
+            rows.append((number, {name: cell or None for name, cell in row.items()}))
+    except csv.Error as error:
+        raise UsageError(f"{path}: row {len(rows) + 1}: not valid CSV: {error}") from None
+    return rows
 
 
 def _parse(text: str, where: str) -> Any:
@@ -119,7 +196,8 @@ def read_dataset(source: str | Path, split: str = "train") -> list[Any]:
     A single file is one split, whatever its name. Raises UsageError where it cannot be read.
     """
     path = Path(source)
-    names_a_file = path.suffix in (".json", ".jsonl", *_DATASET_FILES) or not _HUB_ID.fullmatch(str(source))
+    names_a_file = path.suffix in (".json", ".jsonl", *_TABLES, *_DATASET_FILES)
+    names_a_file |= not _HUB_ID.fullmatch(str(source))
     if not str(source) or (names_a_file and not path.exists()):
         raise UsageError(f"{source or repr(source)}: no such file or folder")
     import datasets  # slow to import, and most data are plain files
@@ -130,17 +208,32 @@ def read_dataset(source: str | Path, split: str = "train") -> list[Any]:
         elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             data = datasets.load_from_disk(str(path))
             if isinstance(data, datasets.DatasetDict):
-                if split not in data:
-                    raise ValueError(f"its splits are {', '.join(data)}; expected one named {split}")
-                data = data[split]
+                data = data[_choose_split(split, data)]
         else:
-            data = datasets.load_dataset(str(source), split=split)
+            try:
+                data = datasets.load_dataset(str(source), split=split)
+            except ValueError:  # no such split, perhaps
+                names = datasets.get_dataset_split_names(str(source))
+                data = datasets.load_dataset(str(source), split=_choose_split(split, names))
         rows: list[Any] = data.with_format("arrow")[:].to_pylist()  # pictures stay bytes
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
     except Exception as error:  # whatever its readers and the network raise
         fault = "cannot be read as a data set" if path.exists() else "neither here nor read from the hub"
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UsageError(f"{source}: {fault}: {reason}") from None
     return rows
+
+
+def _choose_split(wanted: str, names: Iterable[str]) -> str:
+    """The name among a data set's splits that means the one that is wanted."""
+    names = list(names)
+    found = [name for name in names if canonical_split(name) == canonical_split(wanted)]
+    if not found:
+        raise UsageError(
+            f"its splits are {', '.join(names)}; expected one named {wanted} (choose by --split)"
+        )
+    return wanted if wanted in found else found[0]
 
 
 def _fingerprint(rows: Iterable[Any]) -> str:

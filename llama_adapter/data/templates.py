@@ -4,9 +4,9 @@ A dialogue is written as stretches of text with the answers between them:
 
     text, answer, end token, text, answer, end token, ... text | answer, end token
 
-What stands before the bar is the question (`encode_question`, what generation feeds); with the last answer it
-is a training row (`encode_dialogues`). Both are made by the same code, so training sees exactly the tokens
-that generation will. An answer is tokenised apart from the text before it for the same reason.
+What stands before the bar is the question (`encode_question`, what generation feeds). With the last answer it
+is a training row (`encode_dialogues`). Both are made by the same code, so that training sees exactly the
+tokens that generation will. This is also why no token of an answer reaches into the text before it.
 
 Nothing a person types becomes a control token: where a text spells one out (`<|im_end|>`, `</s>`), it is cut
 inside the spelling and tokenised as ordinary characters. All other text goes through the tokenizer as it is.
@@ -16,79 +16,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import takewhile, zip_longest
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile, zip_longest
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from llama_adapter.common.errors import UsageError
+from llama_adapter.data.chat_template import (
+    CUT,
+    ChatTemplate,
+    Segment,
+    control_tokens,
+    eos_token,
+    without_marks,
+)
+from llama_adapter.data.turns import CAPTION_QUESTIONS as CAPTION_QUESTIONS
+from llama_adapter.data.turns import Turn as Turn
+from llama_adapter.data.turns import check_unicode as check_unicode
+from llama_adapter.data.turns import in_order as in_order
+from llama_adapter.data.turns import question_turn as question_turn
 
 if TYPE_CHECKING:  # slow to import, and a question is checked before that
     from transformers import PreTrainedTokenizerBase
-
-ROLES = ("system", "user", "assistant")
-
-# Unicode noncharacters: they never stand in a text that is meant to be exchanged.
-_CUT = "\ufdd0"  # inside a control token that a person spelled out
-_ANSWER = "\ufdd1"  # in place of an answer while a chat template is rendered
-_OURS = str.maketrans("", "", _CUT + _ANSWER)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message of a conversation.
-
-    `role` is "system", "user" or "assistant". `input` is Alpaca's second field, what a user's instruction is
-    about; it is empty for most turns. Raises UsageError for another role and for text that is not Unicode.
-    """
-
-    role: str
-    text: str
-    input: str = ""
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise UsageError(f"role is {self.role!r}; expected one of {', '.join(ROLES)}")
-        check_unicode(self.text)
-        check_unicode(self.input)
-
-
-def question_turn(text: str) -> Turn:
-    """A user's question as a turn. Raises UsageError where it says nothing or is no text."""
-    if not text.strip():
-        raise UsageError("the question is empty; type one")
-    if "\0" in text:
-        place = text.index("\0") + 1
-        raise UsageError(f"the question is not text: character {place} is a zero byte")
-    return Turn("user", text)
-
-
-def check_unicode(text: str) -> None:
-    """Raise UsageError for text that no tokenizer takes: JSON and command lines let such in."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        place = f"half of a surrogate pair at character {error.start + 1:,}"
-        raise UsageError(f"the text is not valid Unicode: {place}") from None
-
-
-def in_order(turns: Sequence[Turn]) -> bool:
-    """True when `turns` are a conversation: perhaps a system turn, then user and assistant in alternation."""
-    roles = [turn.role for turn in turns]
-    if roles[:1] == ["system"]:
-        roles = roles[1:]
-    return bool(roles) and all(role == ("user", "assistant")[i % 2] for i, role in enumerate(roles))
-
-
-# What a picture's caption is the answer to, in training by turns; the first one is used for scoring.
-CAPTION_QUESTIONS = (
-    "Describe the picture.",
-    "What is in this picture?",
-    "What does the picture show?",
-    "Write a caption for this photo.",
-)
-
 
 # --- the formats --------------------------------------------------------------------------------------------
 
@@ -103,13 +51,7 @@ _ALPACA_OPENING_WITH_INPUT = (
 )
 
 
-def _eos_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.eos_token is None:
-        raise UsageError("this base's tokenizer has no end token (eos), so an answer could never end")
-    return str(tokenizer.eos_token)
-
-
-def _alpaca_stretches(turns: Sequence[Turn], _: PreTrainedTokenizerBase) -> list[str]:
+def _alpaca_stretches(turns: Sequence[Turn]) -> list[str]:
     """The official format. A system turn takes the place of the opening sentence; later exchanges follow as
     further instruction and response blocks."""
     first, users = turns[0], [turn for turn in turns if turn.role == "user"]
@@ -124,100 +66,66 @@ def _alpaca_stretches(turns: Sequence[Turn], _: PreTrainedTokenizerBase) -> list
     return stretches
 
 
-def _brief_stretches(turns: Sequence[Turn], _: PreTrainedTokenizerBase) -> list[str]:
+def _brief_stretches(turns: Sequence[Turn]) -> list[str]:
     """A few tokens where Alpaca's opening has forty: for short questions, such as those about pictures."""
     opening = f"{turns[0].text}\n\n" if turns[0].role == "system" and turns[0].text else ""
     stretches = []
     for user in turns:
         if user.role == "user":
-            text = f"{user.text}\n{user.input}" if user.input else user.text
-            stretches.append(f"Question: {text}\nAnswer:")
+            stretches.append(f"Question: {_with_input(user)}\nAnswer:")
     # A line break ends the answer before it, whatever its end token looks like to the decoder.
     return [opening + stretches[0], *(f"\n{text}" for text in stretches[1:])]
 
 
-def _scienceqa_stretches(turns: Sequence[Turn], _: PreTrainedTokenizerBase) -> list[str]:
+def _scienceqa_stretches(turns: Sequence[Turn]) -> list[str]:
     """The official layout: a question with its context and options as one text, then "Answer:". Examples
     before it stand apart by an empty line."""
     opening = f"{turns[0].text}\n\n" if turns[0].role == "system" and turns[0].text else ""
-    texts = [f"{turn.text}\nAnswer:" for turn in turns if turn.role == "user"]
+    texts = [f"{_with_input(turn)}\nAnswer:" for turn in turns if turn.role == "user"]
     return [opening + texts[0], *(f"\n\n{text}" for text in texts[1:])]
 
 
-def _render_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:
-    """The chat template's text, a mark in place of every answer. `ask`: end with the generation prompt."""
-    if not tokenizer.chat_template:
-        raise UsageError("this base's tokenizer has no chat template; use the template 'alpaca'")
-    messages = []
-    for turn in turns:
-        text = f"{turn.text}\n\n{turn.input}" if turn.input else turn.text
-        messages.append({"role": turn.role, "content": _ANSWER if turn.role == "assistant" else text})
-    try:
-        # Reasoning templates (Qwen3, SmolLM3) are told to open the answer itself: the data hold no thoughts.
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=ask, enable_thinking=False
-        )
-    except TemplateError as error:
-        raise UsageError(f"this base's chat template refuses the conversation: {error}") from None
-    return str(rendered)
-
-
-def _chat_end_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The control token that the chat template writes after an assistant's message, else eos."""
-    rendered = _render_chat([Turn("user", "?"), Turn("assistant", "!")], tokenizer, ask=False)
-    after = rendered.partition(_ANSWER)[2].lstrip()
-    found = [token for token in _control_tokens(tokenizer) if after.startswith(token)]
-    return max(found, key=len) if found else _eos_token(tokenizer)
-
-
-def _chat_stretches(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    stretches = _render_chat(turns, tokenizer, ask=True).split(_ANSWER)
-    answers = sum(turn.role == "assistant" for turn in turns)
-    if len(stretches) != answers + 1:
-        raise UsageError("this base's chat template drops or repeats answers; use the template 'alpaca'")
-    # An answer brings its own end token along, so the template's must not follow it a second time.
-    end = _chat_end_token(tokenizer) if answers else ""
-    return stretches[:1] + [re.sub(rf"\A\s*{re.escape(end)}", "", text) for text in stretches[1:]]
+def _with_input(turn: Turn) -> str:
+    return f"{turn.text}\n{turn.input}" if turn.input else turn.text
 
 
 @dataclass(frozen=True)
 class _Template:
-    """A text format. `stretches` gives a question's text before, between and after its earlier answers."""
+    """A text format of our own; its answers end with the tokenizer's eos.
 
-    stretches: Callable[[Sequence[Turn], PreTrainedTokenizerBase], list[str]]
-    end_token: Callable[[PreTrainedTokenizerBase], str]
-    writes_control_tokens: bool  # if not, the tokenizer's own (LLaMA's BOS) are put in front
-    stop_strings: tuple[str, ...] = ()
-    before_answer: str = ""  # tokenised with the answer, so that " lamp" is a word and not "l", "amp"
+    Attributes:
+        stretches: a question's text before, between and after its earlier answers.
+        stop_strings: what a decoder never trained on it may write in place of the end token.
+        before_answer: tokenised with the answer, so that " lamp" is a word and not "l", "amp".
+    """
+
+    stretches: Callable[[Sequence[Turn]], list[str]]
+    stop_strings: tuple[str, ...]
+    before_answer: str = ""
+
+    def segments(self, turns: Sequence[Turn]) -> list[Segment]:
+        """Question, answer, question ... Nothing in front of them decides how they are tokenised."""
+        training = turns[-1].role == "assistant"
+        answers = [turn for turn in turns if turn.role == "assistant"]
+        segments: list[Segment] = []
+        for text, answer in zip_longest(self.stretches(turns[:-1] if training else turns), answers):
+            segments.append(Segment(text, "\n" if segments else ""))
+            if answer is not None:
+                said = self.before_answer + answer.text
+                segments.append(Segment(said, "\n", is_answer=True, is_learnt=answer.learnt, ends=True))
+        return segments
 
 
+_CHAT = "chat"  # the tokenizer's own
 _TEMPLATES = {
-    "alpaca": _Template(
-        stretches=_alpaca_stretches,
-        end_token=_eos_token,
-        writes_control_tokens=False,
-        stop_strings=("### Instruction:",),
-    ),
-    "brief": _Template(
-        stretches=_brief_stretches,
-        end_token=_eos_token,
-        writes_control_tokens=False,
-        stop_strings=("\nQuestion:",),
-        before_answer=" ",
-    ),
-    "scienceqa": _Template(
-        stretches=_scienceqa_stretches,
-        end_token=_eos_token,
-        writes_control_tokens=False,
-        stop_strings=("\nQuestion:",),
-        before_answer=" ",
-    ),
-    "chat": _Template(stretches=_chat_stretches, end_token=_chat_end_token, writes_control_tokens=True),
+    "alpaca": _Template(_alpaca_stretches, ("### Instruction:",)),
+    "brief": _Template(_brief_stretches, ("\nQuestion:",), before_answer=" "),
+    "scienceqa": _Template(_scienceqa_stretches, ("\nQuestion:",), before_answer=" "),
 }
-TEMPLATE_NAMES = tuple(_TEMPLATES)
+TEMPLATE_NAMES = (*_TEMPLATES, _CHAT)
 
 
-def _template(name: str) -> _Template:
+def _own_template(name: str) -> _Template:
     if name not in _TEMPLATES:
         raise UsageError(f"no template {name!r}; available templates are {', '.join(TEMPLATE_NAMES)}")
     return _TEMPLATES[name]
@@ -226,39 +134,88 @@ def _template(name: str) -> _Template:
 # --- tokens -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class EncodedDialogue:
+    """A dialogue as tokens.
+
+    Attributes:
+        is_learnt: for each token whether it is of an answer to learn, or its end token.
+        untaught: places of the turns that are to be learnt and cannot be here, because the chat template
+            writes them otherwise than they are asked for. Each can be learnt where it is the last turn.
+    """
+
+    ids: list[int]
+    is_learnt: list[bool]
+    untaught: tuple[int, ...] = ()
+
+
 def encode_dialogues(
-    dialogues: Sequence[Sequence[Turn]], template: str, tokenizer: PreTrainedTokenizerBase
+    dialogues: Sequence[Sequence[Turn]],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    date: str | None = None,
 ) -> list[tuple[list[int], list[bool]]]:
     """Token ids of whole dialogues, each with a mask that is True on its answers and their end tokens.
 
-    Every dialogue ends with an assistant's turn. They are tokenised together, which is what makes 50,000 rows
-    quick. Raises UsageError for turns out of order and for a tokenizer without what the template needs.
+    The mask is False on answers that are not to be learnt, and on those that `encode_whole_dialogues` calls
+    untaught. Arguments and errors are those of that function.
+    """
+    encoded = encode_whole_dialogues(dialogues, template, tokenizer, date=date)
+    return [(dialogue.ids, dialogue.is_learnt) for dialogue in encoded]
+
+
+def encode_whole_dialogues(
+    dialogues: Sequence[Sequence[Turn]],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    date: str | None = None,
+) -> list[EncodedDialogue]:
+    """Dialogues that end with an assistant's turn, as tokens to learn from.
+
+    They are tokenised together, which is what makes 50,000 rows quick.
+
+    Args:
+        date: as 2026-11-28, for chat templates that write it; None is today.
+
+    Raises:
+        UsageError: turns out of order, or a tokenizer without what the template needs.
     """
     for turns in dialogues:
         if not in_order(turns) or turns[-1].role != "assistant":
             raise UsageError(f"{_roles(turns)}; expected user and assistant in turn, assistant last")
-    return _encode(dialogues, template, tokenizer)
+    return _encode(dialogues, template, tokenizer, date)
 
 
-def encode_question(turns: Sequence[Turn], template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_question(
+    turns: Sequence[Turn], template: str, tokenizer: PreTrainedTokenizerBase, *, date: str | None = None
+) -> list[int]:
     """Token ids of a question with the conversation before it, up to where the answer starts.
 
-    `turns` end with a user's turn. Raises UsageError as `encode_dialogues` does.
+    `turns` end with a user's turn. `date` and errors are those of `encode_whole_dialogues`.
     """
     if not in_order(turns) or turns[-1].role != "user":
         raise UsageError(f"{_roles(turns)}; expected user and assistant in turn, user last")
-    return _encode([turns], template, tokenizer)[0][0]
+    return _encode([turns], template, tokenizer, date)[0].ids
 
 
 def end_token_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the one it was trained to end with first, then the tokenizer's eos."""
-    tokens = dict.fromkeys([_template(template).end_token(tokenizer), tokenizer.eos_token])
+    tokens = dict.fromkeys([_end_token(template, tokenizer), tokenizer.eos_token])
     return [_token_id(token, tokenizer) for token in tokens if token is not None]
 
 
 def stop_strings(template: str) -> tuple[str, ...]:
     """Texts that a decoder never trained on this template may write in place of an end token."""
-    return _template(template).stop_strings
+    return () if template == _CHAT else _own_template(template).stop_strings
+
+
+def _end_token(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if template == _CHAT:
+        return ChatTemplate(tokenizer).end_token
+    _own_template(template)
+    return eos_token(tokenizer)
 
 
 def _roles(turns: Sequence[Turn]) -> str:
@@ -266,37 +223,74 @@ def _roles(turns: Sequence[Turn]) -> str:
 
 
 def _encode(
-    dialogues: Sequence[Sequence[Turn]], template: str, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[bool]]]:
-    """Ids and answer masks of dialogues that end with a user's or with an assistant's turn."""
-    form = _template(template)
-    end = [_token_id(form.end_token(tokenizer), tokenizer)]
-    leading = [] if form.writes_control_tokens else _leading_ids(tokenizer)
+    dialogues: Sequence[Sequence[Turn]], template: str, tokenizer: PreTrainedTokenizerBase, date: str | None
+) -> list[EncodedDialogue]:
+    """Dialogues that end with a user's or with an assistant's turn, as tokens."""
+    if not dialogues:
+        return []
+    form: _Template | ChatTemplate
+    leading: list[int] = []
+    if template == _CHAT:  # it writes BOS itself
+        form = chat = ChatTemplate(tokenizer, date)
+        end_token = chat.end_token
+    else:
+        form = _own_template(template)
+        leading, end_token = _leading_ids(tokenizer), eos_token(tokenizer)
+    end = [_token_id(end_token, tokenizer)]
     cut = _cutter(tokenizer)
-
-    # Of each dialogue its stretches and answers by turns, of each of these the pieces between the cuts.
-    segments: list[list[list[str]]] = []
-    for turns in dialogues:
-        safe = [Turn(turn.role, cut(turn.text), cut(turn.input)) for turn in turns]
-        question = safe[:-1] if safe[-1].role == "assistant" else safe
-        answers = [form.before_answer + turn.text for turn in safe if turn.role == "assistant"]
-        texts = zip_longest(form.stretches(question, tokenizer), answers)
-        segments.append([text.split(_CUT) for pair in texts for text in pair if text is not None])
-
-    starts = _encode_texts([pieces[0] for pieces, *_ in segments], tokenizer)
-    rest = [piece for first, *others in segments for pieces in (first[1:], *others) for piece in pieces]
-    continuations = iter(_encode_continuations(rest, tokenizer))
+    segments = [
+        form.segments([replace(turn, text=cut(turn.text), input=cut(turn.input)) for turn in turns])
+        for turns in dialogues
+    ]
+    stretches = iter(_encode_segments([one for several in segments for one in several], tokenizer))
 
     encoded = []
-    for start, (first, *others) in zip(starts, segments, strict=True):
-        ids = leading + start + [i for _ in first[1:] for i in next(continuations)]
-        mask = [False] * len(ids)
-        for number, pieces in enumerate(others):
-            is_answer = number % 2 == 0
-            segment = [i for _ in pieces for i in next(continuations)] + (end if is_answer else [])
-            ids += segment
-            mask += [is_answer] * len(segment)
-        encoded.append((ids, mask))
+    for turns, several in zip(dialogues, segments, strict=True):
+        ids, mask, untaught = list(leading), [False] * len(leading), []
+        answers = (place for place, turn in enumerate(turns) if turn.role == "assistant")
+        for segment in several:
+            stretch = next(stretches) + (end if segment.ends else [])
+            ids += stretch
+            mask += [segment.is_learnt] * len(stretch)
+            if segment.is_answer and turns[place := next(answers)].learnt and not segment.is_learnt:
+                untaught.append(place)
+        encoded.append(EncodedDialogue(ids, mask, tuple(untaught)))
+    return encoded
+
+
+def _encode_segments(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of each segment, the pieces between its cuts tokenised apart."""
+    pieces: list[tuple[str, str]] = []
+    counts = []
+    for segment in segments:
+        first, *others = segment.text.split(CUT)
+        pieces += [(segment.after, first), *(("\n", piece) for piece in others)]
+        counts.append(1 + len(others))
+    encoded = iter(_encode_behind(pieces, tokenizer))
+    return [[token for ids in islice(encoded, count) for token in ids] for count in counts]
+
+
+def _encode_behind(pieces: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of texts, each given with the text in front of it ("": it starts a sequence).
+
+    The text in front is tokenised with it and taken off again, so that the ids are those of running text.
+    Where the two melt into one token, a newline takes its place: SentencePiece tokenizers put a space before
+    whatever they are given, but not behind a newline. Where that melts too, the text is encoded as it stands.
+    """
+    contexts = list(dict.fromkeys(context for context, _ in pieces))
+    taken_off = dict(zip(contexts, _encode_texts(contexts, tokenizer), strict=True))
+    encoded = _encode_texts([context + text for context, text in pieces], tokenizer)
+    melted = []
+    for place, ((context, _), ids) in enumerate(zip(pieces, encoded, strict=True)):
+        before = taken_off[context]
+        if ids[: len(before)] == before:
+            encoded[place] = ids[len(before) :]
+        else:
+            melted.append(place)
+    if melted:
+        again = [("" if pieces[place][0] == "\n" else "\n", pieces[place][1]) for place in melted]
+        for place, ids in zip(melted, _encode_behind(again, tokenizer), strict=True):
+            encoded[place] = ids
     return encoded
 
 
@@ -306,19 +300,6 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids
-
-
-def _encode_continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of texts that do not stand at the start of a sequence.
-
-    SentencePiece tokenizers put a space before whatever they are given; behind a newline they do not. The
-    newline is taken off again; where it melted into the text's own first token, the text is encoded as it is.
-    """
-    newline = _encode_texts(["\n"], tokenizer)[0]
-    encoded = _encode_texts(["\n" + text for text in texts], tokenizer)
-    melted = [i for i, ids in enumerate(encoded) if ids[: len(newline)] != newline]
-    alone = dict(zip(melted, _encode_texts([texts[i] for i in melted], tokenizer), strict=True))
-    return [alone[i] if i in alone else ids[len(newline) :] for i, ids in enumerate(encoded)]
 
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -334,22 +315,9 @@ def _token_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
     return token_id
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What steers a decoder: the special tokens, and added tokens that the chat template writes.
-
-    Other added tokens (Gemma has `<table>`, Qwen code markers) are ordinary text in a short spelling.
-    """
-    written = str(tokenizer.chat_template)
-    return [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if not token.content.isspace() and (token.special or token.content in written)
-    ]
-
-
 def _cutter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     """A function that marks, in a person's text, a place inside every spelled-out control token."""
     # Only the first character is consumed, so that control tokens that overlap are all found.
-    spelled = [f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in _control_tokens(tokenizer)]
+    spelled = [f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in control_tokens(tokenizer)]
     start = re.compile("|".join(spelled) or "(?!)")
-    return lambda text: start.sub(rf"\g<0>{_CUT}", text.translate(_OURS))
+    return lambda text: start.sub(rf"\g<0>{CUT}", without_marks(text))

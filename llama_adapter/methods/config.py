@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from llama_adapter.common.errors import UsageError
@@ -88,8 +89,13 @@ class AdapterConfig:
     tuning_width: int = 0  # S, scales and biases of each adapted layer (LLaMA-Adapter V2); 0: none
     format_version: int = FORMAT_VERSION
     training: dict[str, Any] = field(default_factory=dict)  # how it was made; shown, never interpreted
+    template_date: str | None = (
+        None  # the day that a chat template writes, as 2026-11-28; None: today, or none
+    )
 
     def __post_init__(self) -> None:
+        if self.template_date is not None and not _is_date(self.template_date):
+            raise UsageError(f"template date: {self.template_date!r} given; expected one like 2026-11-28")
         if not 1 <= self.adapted_layers <= self.shape.num_layers:
             raise UsageError(
                 f"adapted layers: {self.adapted_layers} given; the decoder has {self.shape.num_layers}, "
@@ -117,6 +123,8 @@ class AdapterConfig:
             values["vision"]["depths"] = list(self.vision.depths)  # JSON has no tuples
         if not self.tuning_width:
             del values["tuning_width"]  # what adapters without were always stored as
+        if self.template_date is None:
+            del values["template_date"]  # the same
         return values
 
     @classmethod
@@ -146,6 +154,13 @@ class AdapterConfig:
         return config
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 _TYPES: dict[str, Any] = {
     "str": str,
     "int": int,
@@ -153,6 +168,7 @@ _TYPES: dict[str, Any] = {
     "dict[str, Any]": dict,
     "tuple[int, ...]": list,
     "VisionConfig | None": (VisionConfig, type(None)),
+    "str | None": (str, type(None)),
 }
 
 
@@ -167,7 +183,9 @@ def _build(cls: Any, values: dict[str, Any], source: str) -> Any:
     for name, value in values.items():
         expected = _TYPES.get(str(fields[name].type))
         if expected and (not isinstance(value, expected) or isinstance(value, bool) != (expected is bool)):
-            kind = "an object or null" if isinstance(expected, tuple) else expected.__name__
+            kind = expected.__name__ if not isinstance(expected, tuple) else "text or null"
+            if expected == (VisionConfig, type(None)):
+                kind = "an object or null"
             raise UsageError(f"{source}: {name!r} must be {kind}, found {value!r:.60}")
     try:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

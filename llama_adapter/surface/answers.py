@@ -110,7 +110,13 @@ class Answers(Seeing):
         turns = [question_turn(turns)] if isinstance(turns, str) else list(turns)
         if turns:
             question_turn(turns[-1].text)
-        return encode_question(turns, self.template(adapter), self._tokenizer())
+        date = self.template_date(adapter)
+        return encode_question(turns, self.template(adapter), self._tokenizer(), date=date)
+
+    def template_date(self, adapter: str | None = None) -> str | None:
+        """The day that the chat template writes for an adapter (the active one); None is today's."""
+        name = self._name(adapter)
+        return None if name == NO_ADAPTER else self.get_adapter(name).config.template_date
 
     @property
     def context_length(self) -> int | None:

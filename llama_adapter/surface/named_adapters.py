@@ -5,6 +5,7 @@ Shapes: L adapted layers, K prompts.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.data.chat_template import writes_date
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.config import AdapterConfig, DecoderShape, VisionConfig, default_adapted_layers
 from llama_adapter.methods.probe import input_sizes
@@ -44,6 +46,7 @@ class NamedAdapters(nn.Module):
         vision: VisionConfig | None = None,
         bias_tuning: bool = False,
         seed: int | None = None,
+        template_date: str | None = None,
     ) -> Adapter:
         """Add an untrained adapter, which leaves the base's answers as they are, and choose it.
 
@@ -59,9 +62,14 @@ class NamedAdapters(nn.Module):
             bias_tuning: train a scale and a bias of each linear projection as well (LLaMA-Adapter V2, see
                 `llama_adapter.methods.tuning`).
             seed: makes the prompts the same every time, on one device in one dtype.
+            template_date: the day that the tokenizer's chat template writes in training and in answering, as
+                2026-11-28; None takes today's for a template that writes one.
         """
         if adapted_layers is None:
             adapted_layers = default_adapted_layers(self.shape.num_layers)
+        dated = template == "chat" and self.tokenizer is not None and writes_date(self.tokenizer)
+        if dated and template_date is None:
+            template_date = datetime.date.today().isoformat()
         config = AdapterConfig(
             base=self.base,
             shape=self.shape,
@@ -70,6 +78,7 @@ class NamedAdapters(nn.Module):
             template=template,
             vision=vision,
             tuning_width=tuning_width(self.decoder) if bias_tuning else 0,
+            template_date=template_date if dated else None,
         )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         adapter = Adapter(config, generator)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,15 +42,21 @@ class Pair:
 # --- pairs --------------------------------------------------------------------------------------------------
 
 
-def read_pairs(source: str, *, split: str = "train") -> list[Pair]:
+def read_pairs(
+    source: str, *, split: str = "train", tell: Callable[[object], None] = lambda summary: None
+) -> list[Pair]:
     """The pairs of a source: rows of {"image", "captions"}, or easy-vqa.
 
-    Rows that name another split are left out. Raises UsageError where a row has no captions, or none is left.
+    Rows that name another split are left out. `tell` gets the summary of what was read.
+
+    Raises UsageError where a row has no captions, or none is left.
     """
     if source == EASY_VQA:
         return _shape_pairs([row for _, row in read_rows(source).rows if row["split"] == split])
     texts: dict[PictureFile, list[str]] = {}
-    for record in read_records(source, split=split)[0]:
+    records, summary = read_records(source, split=split)
+    tell(summary)
+    for record in records:
         if len(record.images) != 1 or record.turns[0].text not in CAPTION_QUESTIONS:
             raise UsageError(f"{source}: row {record.row}: expected 'image' and 'captions'")
         texts.setdefault(record.images[0], []).append(record.turns[-1].text)

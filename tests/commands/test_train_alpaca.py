@@ -171,3 +171,88 @@ def test_ctrl_c_ends_a_run_with_130(base: Path, tmp_path: Path) -> None:
     _, told = training.communicate(timeout=60)
     assert training.returncode == 130
     assert "--resume goes on from there" in told and "Traceback" not in told
+
+
+# --- what the screen and run.json say of the data -----------------------------------------------------------
+
+QUICK = ("--epochs", "1", "--max-steps", "1", "--warmup-epochs", "0")
+
+
+def test_rows_that_are_skipped_dropped_or_cut_are_told_and_kept(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"instruction": f"Say {n}", "output": "yes", "id": n} for n in range(12)]
+    rows += [{"instruction": "long " * 600 + str(n), "output": "x"} for n in range(30)]
+    rows += [{"instruction": "Say nothing.", "output": ""}]
+    data, output = tmp_path / "rows.json", tmp_path / "run"
+    data.write_text(json.dumps(rows))
+    more = ("--data", str(data), "--max-length", "256", *QUICK)
+    run(train.alpaca, options(base, output, *more), monkeypatch)
+    said = capsys.readouterr().err
+    assert f"{data}: 43 rows, 1 skipped (empty answer), columns not read: id" in said
+    assert "dropped (no answer within 256 tokens)" in said and "warning: of 38 rows" in said
+    kept = json.loads((output / "run.json").read_text())["data"]
+    assert kept["read"] == {"rows": 43, "skipped": {"empty answer": 1}, "unanswered": 0} | {
+        "unread": ["id"],
+        "other_splits": {},
+    }
+    assert kept["train"]["dropped"] + kept["validation"]["dropped"] == 30
+    assert kept["train"]["rows"] - kept["train"]["dropped"] == kept["train_rows"]
+
+    score = ["--adapter", str(output), "--base", str(base), "--data", str(data), "--max-length", "256"]
+    run(eval.alpaca, [*score, "--samples", "0"], monkeypatch)
+    assert "30 of 42 dropped (no answer within 256 tokens)" in capsys.readouterr().err
+
+
+def test_rows_of_another_split_are_neither_trained_on_nor_scored(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"instruction": f"Say {split} {n}", "output": "yes", "split": split}
+        for split in ("train", "test")
+        for n in range(8)
+    ]
+    data, output, figures = tmp_path / "rows.json", tmp_path / "run", tmp_path / "figures.json"
+    data.write_text(json.dumps(rows))
+    run(train.alpaca, options(base, output, "--data", str(data), *QUICK), monkeypatch)
+    assert f"{data}: 8 rows, 8 rows of split test left out" in capsys.readouterr().err
+    kept = json.loads((output / "run.json").read_text())["data"]
+    assert (kept["split"], kept["train_rows"], kept["validation_rows"]) == ("train", 4, 4)
+    score = ["--adapter", str(output), "--base", str(base), "--data", str(data), "--json", str(figures)]
+    for more, expected in (([], 8), (["--validation-rows", "4"], 4), (["--split", "train"], 8)):
+        run(eval.alpaca, [*score, "--samples", "0", *more], monkeypatch)
+        assert json.loads(figures.read_text())["rows"] == expected
+
+
+def test_the_day_that_a_chat_template_writes_is_kept(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the config, for answering, and over a resume on another day."""
+    import datetime
+
+    from llama_adapter.model import LlamaAdapter
+
+    class Earlier(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return datetime.date(2025, 2, 3)
+
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.chat_template = "Today: {{ strftime_now('%d %b %Y') }}\n" + str(tokenizer.chat_template)
+    dated = tmp_path / "base"
+    build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=1024).save_pretrained(dated)
+    tokenizer.save_pretrained(dated)
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(datetime, "date", Earlier)
+        run(train.alpaca, options(dated, output, "--template", "chat", *QUICK), monkeypatch)
+    before = json.loads((output / "run.json").read_text())
+    assert before["adapter"]["template_date"] == "2025-02-03"
+    run(train.alpaca, options(dated, output, "--template", "chat", *QUICK, "--resume"), monkeypatch)
+
+    model = LlamaAdapter.from_pretrained(str(output), base=str(dated))
+    assert "03 Feb 2025" in tokenizer.decode(model.encode_question("Hi"))
+    assert "03 Feb 2025" not in tokenizer.decode(model.encode_question("Hi", adapter="none"))
+    further = tmp_path / "further"
+    run(train.alpaca, options(dated, further, "--start-from", str(output), *QUICK), monkeypatch)
+    assert json.loads((further / "run.json").read_text())["adapter"]["template_date"] == "2025-02-03"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from llama_adapter.data.records import (
     Record,
     balance_yes_no,
     draw_pictures,
+    encode_and_count,
     encode_records,
     expect_text,
     read_records,
     shuffle_pictures,
     split_records,
 )
-from llama_adapter.data.templates import CAPTION_QUESTIONS, Turn
+from llama_adapter.data.templates import CAPTION_QUESTIONS, Turn, encode_question
 from tests.tiny import build_tiny_tokenizer
 
 TINY = build_tiny_tokenizer()
@@ -128,10 +130,10 @@ def test_chat_messages_and_sharegpt_give_the_same_turns(write: Write) -> None:
 
 def test_llava_rows_carry_their_pictures(write: Write) -> None:
     conversation = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
-    only_picture = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A dog."}]
+    only_pictures = [{"from": "human", "value": "<image>\n<image>"}, {"from": "gpt", "value": "A dog."}]
     rows = [
         {"image": "cats/1.jpg", "conversations": conversation},
-        {"image": ["a.jpg", "/b.jpg"], "conversations": only_picture},
+        {"image": ["a.jpg", "/b.jpg"], "conversations": only_pictures},
         {"image": None, "instruction": "Which tag is it?\n<image>", "output": "One of SVG."},
     ]
     path = write(rows)
@@ -314,7 +316,7 @@ def test_a_file_of_another_shape_is_refused(write: Write, content: bytes, expect
             "its fields are none; expected 'instruction' and 'output', 'messages', 'conversations', "
             "'question' or 'captions'",
         ),
-        ({"prompt": "", "answer": ""}, "its fields are 'prompt', 'answer'; expected 'instruction' and "),
+        ({"ask": "", "say": ""}, "its fields are 'ask', 'say'; expected 'instruction' and "),
         ({"instruction": "Name a colour."}, "field 'output' is missing"),
         ({"output": "Red."}, "field 'instruction' is missing"),
         ({**COLOUR, "output": None}, "field 'output': expected text, found null"),
@@ -336,8 +338,8 @@ def test_a_file_of_another_shape_is_refused(write: Write, content: bytes, expect
         ({"messages": [True]}, "field 'messages', message 1: expected an object, found true or false"),
         ({"messages": [{"role": "user"}]}, "field 'messages', message 1: field 'content' is missing"),
         (
-            {"conversations": [{"from": "human", "value": "?"}, {"from": "tool", "value": "!"}]},
-            "field 'conversations', message 2: field 'from' is 'tool'; expected one of system, user, human",
+            {"conversations": [{"from": "human", "value": "?"}, {"from": "parrot", "value": "!"}]},
+            "field 'conversations', message 2: field 'from' is 'parrot'; expected one of system, developer, ",
         ),
     ],
 )
@@ -367,7 +369,9 @@ def test_damaged_data_sets_are_refused(write: Write, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "doesn't contain any data files" in fault(tmp_path / "empty")
     DatasetDict({"test": Dataset.from_list([COLOUR])}).save_to_disk(tmp_path / "test-only")
-    assert fault(tmp_path / "test-only").endswith("its splits are test; expected one named train")
+    assert fault(tmp_path / "test-only").endswith(
+        "its splits are test; expected one named train (choose by --split)"
+    )
 
 
 def test_a_data_set_that_the_hub_does_not_have_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,6 +444,32 @@ json_values = st.recursive(
 def test_rows_of_any_shape_are_read_or_refused(scratch: Path, rows: Any) -> None:
     for record in read_or_refuse(scratch, json.dumps(rows).encode()) or ():
         assert record.turns[-1].role == "assistant" and record.turns[-1].text.strip()
+
+
+def test_the_summary_names_what_was_not_read(write: Write) -> None:
+    rows = [
+        {**COLOUR, "id": 1, "split": "train"},
+        {**COLOUR, "id": None, "source": "a book", "split": "train"},
+        {**COLOUR, "output": "", "split": "train"},
+        {"messages": [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]},
+        {**COLOUR, "split": "test", "secret": 1},
+    ]
+    path = write(rows)
+    records, summary = read_records(path, split="train")
+    assert len(records) == 3
+    assert str(summary) == (
+        f"{path}: 4 rows, 1 skipped (empty answer), 1 without their last question, which has no answer, "
+        "1 rows of split test left out, columns not read: id, source"
+    )
+    assert summary.facts() == {
+        "rows": 4,
+        "skipped": {"empty answer": 1},
+        "unanswered": 1,
+        "unread": ["id", "source"],
+        "other_splits": {"test": 1},
+    }
+    _, summary = read_records(write([{**COLOUR, **{f"note {n}": n for n in range(20)}}]))
+    assert str(summary).endswith("note 10, note 11, 8 more")
 
 
 # --- splitting ----------------------------------------------------------------------------------------------
@@ -558,6 +588,62 @@ def test_a_long_row_is_cut_and_one_without_an_answer_left_is_dropped() -> None:
 def test_a_length_that_leaves_no_answer_is_refused() -> None:
     with pytest.raises(UsageError, match="no answer starts within 8 tokens"):
         encode_records([record("short")], template="alpaca", tokenizer=TINY, max_length=8)
+
+
+def test_what_became_of_rows_is_counted() -> None:
+    records = [record("short", "answer", "a.jpg", row=1), record("long " * 600, "lost", row=2)]
+    records += [record("short", "long " * 600, "a.jpg", "b.jpg", row=3)]
+    examples, summary = encode_and_count(records, **ALPACA_512)
+    assert [example.cut for example in examples] == [False, True]
+    assert summary.facts() == {
+        "max_length": 512,
+        "rows": 3,
+        "dropped": 1,
+        "cut": 1,
+        "pictures": 2,
+        "tokens": sum(len(example.input_ids) for example in examples),
+        "learnt_tokens": sum(label != IGNORED for example in examples for label in example.labels),
+    }
+    assert str(summary).startswith(
+        "2 rows, 1 of 3 dropped (no answer within 512 tokens), 1 cut at 512 tokens, 2 pictures, "
+    )
+    assert summary.warning == (
+        "warning: of 3 rows 1 are dropped and 1 cut, which are longer than --max-length 512; "
+        "give a larger one"
+    )
+    _, fine = encode_and_count(records[:1], **ALPACA_512)
+    assert fine.warning is None and "dropped" not in str(fine) and "cut" not in str(fine)
+
+
+def test_answers_that_cannot_be_learnt_in_one_row_are_learnt_apart() -> None:
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.chat_template = (  # in the manner of Qwen3
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ '<think></think>' if m.role == 'assistant' and loop.last else '' }}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think></think>' }}{% endif %}"
+    )
+    turns = (*record("a", "A").turns, *record("b", "B").turns, *record("c", "C").turns)
+    records = [Record(turns, 1, (Path("x.jpg"),)), record("d", "D", row=2)]
+    examples, summary = encode_and_count(records, template="chat", tokenizer=tokenizer, max_length=512)
+    learnt = [tokenizer.decode([i for i in e.labels if i != IGNORED]) for e in examples]
+    assert sorted(learnt) == [f"{answer}<|im_end|>" for answer in "ABCD"]
+    assert (summary.rows, summary.dropped) == (4, 0)
+    for example, answer in zip(examples, learnt, strict=True):
+        if answer != "D<|im_end|>":
+            place = "ABC".index(answer[0])
+            question = encode_question(turns[: 2 * place + 1], "chat", tokenizer)
+            assert example.input_ids[: len(question)] == question
+            assert example.images == (Path("x.jpg"),) and example.row == 1
+
+
+def test_a_row_that_the_chat_template_refuses_is_named() -> None:
+    tokenizer = build_tiny_tokenizer()
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    tokenizer.chat_template = strict + str(tokenizer.chat_template)
+    refused = replace(record("a"), turns=(Turn("system", "Be brief."), *record("a").turns), row=7)
+    with pytest.raises(UsageError, match=r"^row 7: this base's chat template refuses .*: No system role"):
+        encode_records([record("a"), refused], template="chat", tokenizer=tokenizer, max_length=512)
 
 
 def test_rows_keep_their_order_beyond_one_call_of_the_tokenizer() -> None:

@@ -232,18 +232,6 @@ def test_chat_ends_with_eos_where_the_chat_template_writes_no_token() -> None:
     assert [token for token, kept in zip(ids, is_answer, strict=True) if kept].count(END) == 2
 
 
-def test_chat_drops_the_space_before_the_templates_end_token() -> None:
-    tokenizer = with_chat_template(  # in the manner of Llama 2
-        "{% for message in messages %}"
-        "{% if message['role'] == 'user' %}{{ '<|im_start|>[INST] ' + message['content'] + ' [/INST]' }}"
-        "{% else %}{{ message['content'] + ' ' + eos_token }}{% endif %}"
-        "{% endfor %}"
-    )
-    ids = encode_question([user("Hello"), assistant("Hi."), user("Bye")], "chat", tokenizer)
-    text = "<|im_start|>[INST] Hello [/INST]Hi.<|im_end|><|im_start|>[INST] Bye [/INST]"
-    assert tokenizer.decode(ids) == text
-
-
 def test_chat_leaves_bos_to_the_chat_template() -> None:
     tokenizer = build_tiny_sentencepiece_tokenizer()
     tokenizer.chat_template = "{{ bos_token + '[INST] ' + messages[0]['content'] + ' [/INST]' }}"
