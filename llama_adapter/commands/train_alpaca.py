@@ -65,5 +65,5 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     scoring: list[object] = ["alpaca", "--data", arguments.data]
     # Of all rows others are kept back than of the first few.
     rows = "--validation-rows" if arguments.limit is None else "--limit"
-    scoring += [rows, arguments.validation_rows]
+    scoring += [rows, arguments.validation_rows, "--split", arguments.split]
     processes.say(adapter_steps(arguments, question=question_of(validation), scoring=scoring))

@@ -101,10 +101,10 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     train_examples: list[Example] = []
     occurrences: list[float] = []
     validation_examples: dict[str, list[Example]] = {}
-    for (source, weight, images), fact, rows, kept in zip(sources, facts, train, validation, strict=True):
+    for (source, weight, images), fact, part, kept in zip(sources, facts, train, validation, strict=True):
         name = Path(source).name + ("" if images or not arguments.images else " (text)")
         examples, trained_on = encode_rows(
-            rows, model, f"{name}, to train on", max_length=arguments.max_length
+            part, model, f"{name}, to train on", max_length=arguments.max_length
         )
         balance = (
             balance_yes_no(examples, model.tokenizer) if arguments.balance_yes_no else [1.0] * len(examples)
@@ -137,9 +137,8 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     scoring = [_scoring_script(validation[shown], pictured=pictured[shown]), "--data", sources[shown][0]]
     # Of all rows others are kept back than of the first few.
     rows = "--validation-rows" if arguments.limit is None else "--limit"
-    scoring += [rows, arguments.validation_rows]
+    scoring += [rows, arguments.validation_rows, "--split", arguments.split]
     if pictured[shown]:
-        scoring += ["--split", arguments.split]
         for option in ("image_root", "cache"):
             if (value := getattr(arguments, option)) is not None:
                 scoring += [f"--{option.replace('_', '-')}", value]

@@ -17,7 +17,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.data.messages import MEDIA, THOUGHTS, TOOLS, RowPictures, read_messages
 from llama_adapter.data.row_pictures import PictureFile, looks_like_a_picture, read_picture_columns
 from llama_adapter.data.turns import CAPTION_QUESTIONS, Turn, check_unicode, in_order
-from llama_adapter.data.values import is_empty, kind_of, read_text
+from llama_adapter.data.values import is_empty, is_empty_json, kind_of, read_text
 
 # The columns that are read, by what they hold; of several the first that is filled.
 _CHATS = ("messages", "conversations", "conversation")
@@ -100,7 +100,7 @@ def read_row(row: Any, number: int, root: Path) -> RowContent:
         found = ", ".join(map(reprlib.repr, list(row)[:10])) or "none"
         expected = "'messages', 'conversations', 'question' or 'captions'"
         raise UsageError(f"its fields are {found}; expected 'instruction' and 'output', {expected}")
-    unread = [name for name in given if name not in read]
+    unread = [name for name in given if name not in read and name not in _REFUSED]
     _refuse_what_is_left(unread, given, turns, columns.files)
 
     if pictures.files or pictures.placeholders:
@@ -138,7 +138,7 @@ def _form(given: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
 
 def _refuse_what_would_be_lost(given: Mapping[str, Any]) -> None:
     for name, why in _REFUSED.items():
-        if name in given:
+        if not is_empty_json(given.get(name)):
             raise UsageError(f"field {name!r}: {why}")
     labels = given.get("labels", given.get("label"))
     if isinstance(labels, bool) or (isinstance(labels, list) and all(isinstance(x, bool) for x in labels)):

@@ -11,7 +11,7 @@ from typing import Any
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.row_pictures import PictureFile, read_picture
 from llama_adapter.data.turns import Turn
-from llama_adapter.data.values import is_empty, kind_of, read_text
+from llama_adapter.data.values import is_empty_json, kind_of, read_text
 
 # Why what would be lost is refused, with what to do.
 TOOLS = "calls of tools are not read; leave such rows out"
@@ -117,7 +117,7 @@ def _message(message: Any, pictures: RowPictures) -> Turn:
         expected = ", ".join(_ROLES)
         raise UsageError(f"field {ours!r} is {reprlib.repr(role)}; expected one of {expected}")
     for name, why in _MESSAGE_REFUSED.items():
-        if not is_empty(message.get(name)):
+        if not is_empty_json(message.get(name)):
             raise UsageError(f"field {name!r}: {why}")
     learnt = True
     for name in _LEARNT_FLAGS:

@@ -10,12 +10,15 @@ from llama_adapter.data.turns import check_unicode
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, NaN, empty text, an empty list or object, also as JSON's text."""
-    if isinstance(value, str):
-        return value in ("", "[]", "{}", "null")
-    if isinstance(value, list | tuple | dict):
+    """Whether a value says nothing: null, NaN, empty text, an empty list or object."""
+    if isinstance(value, str | list | tuple | dict):
         return not value
     return value is None or value != value
+
+
+def is_empty_json(value: Any) -> bool:
+    """`is_empty`, also of JSON that is written as text: LLaMA-Factory's columns of tools are."""
+    return is_empty(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
 
 
 def read_text(row: Mapping[str, Any], field: str) -> str:

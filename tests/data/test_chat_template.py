@@ -9,6 +9,7 @@ import pytest
 import transformers.utils.chat_template_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llama_adapter.common.errors import UsageError
@@ -92,10 +93,19 @@ def sentencepiece(template: str, specials: list[str]) -> PreTrainedTokenizerFast
     return tokenizer
 
 
+def metaspace(template: str, specials: list[str]) -> PreTrainedTokenizerFast:
+    """SentencePiece without a space behind control tokens, as in newer LLaMA tokenizers."""
+    tokenizer = sentencepiece(template, specials)
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
 TOKENIZERS = {
     f"{name}, {kind.__name__}": kind(*shape)
     for name, shape in SHAPES.items()
-    for kind in (byte_level, sentencepiece)
+    for kind in (byte_level, sentencepiece, metaspace)
 }
 each_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=list(TOKENIZERS))
 

@@ -91,6 +91,12 @@ def test_what_an_instruction_is_about_is_its_input(column: str) -> None:
     assert turns_of(row) == (Turn("user", "Translate.", "red"), Turn("assistant", "rouge"))
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "null", " "])
+def test_text_that_looks_like_nothing_is_text(text: str) -> None:
+    row = {"instruction": "Parse this.", "input": text, "output": text + "!"}
+    assert turns_of(row) == (Turn("user", "Parse this.", text), Turn("assistant", text + "!"))
+
+
 def test_two_inputs_are_refused() -> None:
     row = {"instruction": "Translate.", "input": "red", "context": "blue", "output": "rouge"}
     assert fault(row) == "fields 'input' and 'context': expected one of them"
