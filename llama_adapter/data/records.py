@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.formats import read_row
+from llama_adapter.data.row_formats import read_row
 from llama_adapter.data.row_pictures import PictureFile as PictureFile
 from llama_adapter.data.sources import canonical_split, read_rows
 from llama_adapter.data.templates import Turn, encode_whole_dialogues

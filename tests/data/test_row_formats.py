@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.formats import RowContent, read_row
+from llama_adapter.data.row_formats import RowContent, read_row
 from llama_adapter.data.templates import CAPTION_QUESTIONS, Turn
 
 ROOT = Path("/data")
