@@ -77,6 +77,16 @@ def test_what_is_saved_comes_back_bit_for_bit(adapter: Adapter, folder: Path) ->
         assert torch.equal(loaded, parameter) and loaded.requires_grad and loaded.device.type == "cpu"
 
 
+def test_the_day_that_a_chat_template_writes_is_kept(adapter: Adapter, tmp_path: Path) -> None:
+    assert "template_date" not in adapter.config.to_dict(), "as it was stored before there was one"
+    adapter.config = replace(adapter.config, template_date="2026-11-28")
+    save_adapter(adapter, tmp_path)
+    assert read_config(tmp_path) == adapter.config
+    for date in ("28 Nov 2026", "2026-13-01", "20261128"):
+        with pytest.raises(UsageError, match=f"template date: '{date}' given; expected one like 2026-11-28"):
+            replace(adapter.config, template_date=date)
+
+
 def test_an_adapter_that_sees_is_kept_with_its_projection(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     seeing = Adapter(replace(CONFIG, vision=VISION), generator)
