@@ -62,6 +62,7 @@ class ScriptedModel(LlamaAdapter):
         image: Any = None,
         adapter: str | None = None,
         sampling: Sampling | None = None,
+        question_ids: list[int] | None = None,
     ) -> Request:
         question = turns if isinstance(turns, str) else turns[-1].text
         said = f"{self._name(adapter)} heard: {question}\n\n"
@@ -69,7 +70,9 @@ class ScriptedModel(LlamaAdapter):
             features = image if isinstance(image, Tensor) else self.encode_images(image, adapter=adapter)
             said += f"saw: {' '.join(_hex(row) for row in features.tolist())}\n\n"
         said += " ".join(map(str, range(400)))
-        request = super().prepare_request(turns, adapter=adapter, sampling=sampling)
+        request = super().prepare_request(
+            turns, adapter=adapter, sampling=sampling, question_ids=question_ids
+        )
         self._scripts.append(self._tokenizer().encode(said, add_special_tokens=False))
         # What says in a batch whose row is whose: the script's number, and how long its question is.
         coded = [len(self._scripts) - 1, request.question.shape[1]]

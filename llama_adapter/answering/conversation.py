@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.pictures import Picture, open_picture
+from llama_adapter.data.pictures import Picture, opened_picture
 from llama_adapter.data.templates import Turn, question_turn
 from llama_adapter.decoding.sampling import Sampling
 
@@ -33,6 +33,7 @@ class Exchange:
     unseen: bool = False  # there was a picture, and the adapter knows nothing of pictures
     read: tuple[Turn, ...] = ()  # what the answer was made from: the conversation up to the question
     features: Tensor | None = None  # (I, F) of the pictures that it was made from
+    dropped: int = 0  # how many of the earliest exchanges the context had no room for
 
     @property
     def turns(self) -> list[Turn]:
@@ -52,8 +53,6 @@ class Conversation:
         system: the text of a system turn; empty for none.
         sampling: how tokens are chosen.
         exchanges: what was said; the latest one's answer has its ``tokens`` and ``tokens_per_second``.
-        dropped: how many of the earliest exchanges the latest answer was made without, because the context
-            has no room for them.
 
     A question's pictures stay known in the questions after it, until other pictures come. Each is encoded
     once for all adapters with the same tower.
@@ -74,7 +73,6 @@ class Conversation:
         self.system = system
         self.sampling = sampling or Sampling()
         self.exchanges: list[Exchange] = []
-        self.dropped = 0
         # By picture and tower; the picture is held so that its id stays its own.
         self._features: dict[tuple[int, str], tuple[Image.Image, Tensor]] = {}
 
@@ -83,6 +81,12 @@ class Conversation:
         """True where the latest answer was made without the conversation's picture, because its adapter
         knows nothing of pictures."""
         return bool(self.exchanges) and self.exchanges[-1].unseen
+
+    @property
+    def dropped(self) -> int:
+        """How many of the earliest exchanges the latest answer was made without, because the context has no
+        room for them."""
+        return self.exchanges[-1].dropped if self.exchanges else 0
 
     def ask(self, message: str, images: Sequence[Picture] = ()) -> Answer:
         """Ask something, perhaps about pictures. An answer that is still being made ends where it is.
@@ -94,7 +98,41 @@ class Conversation:
         question = question_turn(message)
         if images:
             self.model.tower(self.adapter)
-        return self._ask(question, self.exchanges, tuple(open_picture(image) for image in images))
+        return self._ask(question, self.exchanges, tuple(opened_picture(image) for image in images))
+
+    def check(self, message: str, images: Sequence[Picture] = (), *, adapter: str | None = None) -> None:
+        """Raise the UsageError with which `ask` would refuse a question, without asking it.
+
+        Args:
+            adapter: who would answer; None is `adapter` as it is now.
+        """
+        adapter = self.adapter if adapter is None else adapter
+        ids = self.model.encode_question([question_turn(message)], adapter=adapter)
+        if images:
+            self.model.tower(adapter)
+        for image in images:
+            opened_picture(image)
+        limit = self.model.context_length
+        if limit is not None and len(ids) >= limit:
+            raise UsageError(f"the question has {len(ids)} tokens, the base reads {limit}; shorten it")
+
+    def restore(self, exchange: Exchange) -> None:
+        """Let an exchange of an earlier conversation be part of this one, after those that are there."""
+        turns = self._turns(exchange.question, self.exchanges[exchange.dropped :])
+        self.exchanges = [*self.exchanges, replace(exchange, read=tuple(turns))]
+
+    def latest_features(self) -> Tensor | None:
+        """(I, F) of the pictures that the latest answer was made from; None where it was made from none.
+
+        Those of an exchange that was restored are encoded anew.
+        """
+        if not self.exchanges:
+            return None
+        latest = self.exchanges[-1]
+        seen = self._latest_images(self.exchanges)
+        if latest.features is not None or latest.unseen or not seen or not self.model.sees(latest.adapter):
+            return latest.features
+        return self._encode(seen, latest.adapter)
 
     def retry(self) -> Answer:
         """Ask the last question again; the new answer takes the old one's place. Raises as `edit`."""
@@ -121,7 +159,6 @@ class Conversation:
         """Forget everything that was said."""
         while self.exchanges:
             self.undo()
-        self.dropped = 0
         self._features.clear()
 
     def _exchange(self, index: int) -> Exchange:
@@ -131,20 +168,30 @@ class Conversation:
             raise UsageError("nothing was asked there yet") from None
 
     def _ask(self, question: Turn, before: Sequence[Exchange], images: tuple[Image.Image, ...]) -> Answer:
-        dropped, turns = self._window(question, before)
+        dropped, turns, ids = self._window(question, before)
         adapter = self.model.active_adapter if self.adapter is None else self.adapter
-        seen = images or next((exchange.images for exchange in reversed(before) if exchange.images), ())
+        seen = images or self._latest_images(before)
         sees = self.model.sees(adapter)
         features = self._encode(seen, adapter) if seen and sees else None
         stream_chat = self.stream_chat or self.model.stream_chat
-        answer = stream_chat(turns, image=features, adapter=adapter, sampling=self.sampling)
+        answer = stream_chat(turns, image=features, adapter=adapter, sampling=self.sampling, question_ids=ids)
         if self.exchanges:
             self.exchanges[-1].answer.close()
         unseen = bool(seen) and not sees
-        latest = Exchange(question, answer, adapter, images, unseen, tuple(turns), features)
+        latest = Exchange(question, answer, adapter, images, unseen, tuple(turns), features, dropped)
         self.exchanges = [*before, latest]
-        self.dropped = dropped
         return answer
+
+    @staticmethod
+    def _latest_images(exchanges: Sequence[Exchange]) -> tuple[Image.Image, ...]:
+        return next((exchange.images for exchange in reversed(exchanges) if exchange.images), ())
+
+    def _turns(self, question: Turn, before: Sequence[Exchange]) -> list[Turn]:
+        """What is read to answer a question after other exchanges."""
+        opening = [Turn("system", self.system)] if self.system.strip() else []
+        # An answer stopped before its first word would teach the model to say nothing.
+        kept = [exchange.turns for exchange in before if exchange.answer.text]
+        return [*opening, *chain.from_iterable(kept), question]
 
     def _encode(self, images: Sequence[Image.Image], adapter: str) -> Tensor:
         import torch
@@ -156,23 +203,23 @@ class Conversation:
                 known[id(image), tower.key] = image, self.model.encode_images(image, adapter=adapter)
         return torch.cat([known[id(image), tower.key][1] for image in images])
 
-    def _window(self, question: Turn, before: Sequence[Exchange]) -> tuple[int, list[Turn]]:
-        """How many exchanges have no room, and the turns of the others up to the question."""
-        opening = [Turn("system", self.system)] if self.system.strip() else []
+    def _window(self, question: Turn, before: Sequence[Exchange]) -> tuple[int, list[Turn], list[int]]:
+        """How many exchanges have no room; the turns of the others and the question; the ids of those."""
 
         def turns(dropped: int) -> list[Turn]:
-            # An answer stopped before its first word would teach the model to say nothing.
-            kept = [exchange.turns for exchange in before[dropped:] if exchange.answer.text]
-            return [*opening, *chain.from_iterable(kept), question]
+            return self._turns(question, before[dropped:])
 
+        def encode(dropped: int) -> list[int]:
+            return self.model.encode_question(turns(dropped), adapter=self.adapter)
+
+        ids = encode(0)
         context = self.model.context_length
         if context is None:
-            return 0, turns(0)
+            return 0, turns(0), ids
         # The answer needs room as well, but a long one shall not push out the whole conversation.
         room = context - min(self.sampling.max_new_tokens, context // 2)
 
-        def fits(dropped: int) -> bool:
-            return len(self.model.encode_question(turns(dropped), adapter=self.adapter)) <= room
-
-        dropped = bisect_left(range(len(before)), True, key=fits)
-        return dropped, turns(dropped)
+        if len(ids) <= room or not before:
+            return 0, turns(0), ids
+        dropped = bisect_left(range(len(before)), True, lo=1, key=lambda number: len(encode(number)) <= room)
+        return dropped, turns(dropped), encode(dropped)

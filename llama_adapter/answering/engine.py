@@ -49,9 +49,12 @@ class Engine:
         image: Picture | Sequence[Picture] | Tensor | None = None,
         adapter: str | None = None,
         sampling: Sampling | None = None,
+        question_ids: list[int] | None = None,
     ) -> ServedAnswer:
         """As `LlamaAdapter.stream_chat`, made in one batch with whatever else is asked."""
-        request = self.model.prepare_request(turns, image=image, adapter=adapter, sampling=sampling)
+        request = self.model.prepare_request(
+            turns, image=image, adapter=adapter, sampling=sampling, question_ids=question_ids
+        )
         assert self.model.tokenizer is not None
         return ServedAnswer(_Ticket(self, request), self.model.tokenizer)
 
@@ -157,7 +160,9 @@ class ServedAnswer(Answer):
     """An answer that an `Engine` makes. Time in which it waits for its turn does not count in ``seconds``."""
 
     def __init__(self, ticket: _Ticket, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(ticket.tokens(), tokenizer, ticket.request.stop_strings)
+        request = ticket.request
+        limit = request.sampling.max_new_tokens
+        super().__init__(ticket.tokens(), tokenizer, request.stop_strings, max_new_tokens=limit)
         self._ticket = ticket
 
     def __next__(self) -> str:

@@ -107,6 +107,19 @@ def open_picture(source: Picture, *, allow_urls: bool = False) -> Image.Image:
     return rgb
 
 
+def opened_picture(source: Picture, *, allow_urls: bool = False) -> Image.Image:
+    """As `open_picture`, but what that has made already is handed back as it is, not made again.
+
+    A picture is decoded once so, however many hands it goes through.
+    """
+    # One in memory, not one of a file's that is still to be decoded.
+    if type(source) is Image.Image and source.mode == "RGB" and source.width * source.height:
+        turned = source.getexif().get(_ORIENTATION, 1) != 1
+        if not turned and "transparency" not in source.info:
+            return source
+    return open_picture(source, allow_urls=allow_urls)
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 

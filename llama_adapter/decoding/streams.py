@@ -122,15 +122,28 @@ class Answer:
         text: what was said so far, without space around it.
         tokens: how many tokens were made so far; the end token does not count.
         seconds: the time that making them took, the reading of the question included, the caller's not.
+        finish_reason: why the answer ended: "stop" (it was complete), "length" (it reached its limit of
+            tokens), "closed" (somebody stopped it); None while it may still grow.
+
+    Args:
+        max_new_tokens: the limit on ``tokens``, at which they end by themselves.
     """
 
     def __init__(
-        self, tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()
+        self,
+        tokens: Iterable[int],
+        tokenizer: PreTrainedTokenizerBase,
+        stop_strings: Sequence[str] = (),
+        *,
+        max_new_tokens: int | None = None,
     ) -> None:
         self.tokens = 0
         self.seconds = 0.0
+        self.finish_reason: str | None = None
         self._said = ""
         self._closed = False
+        self._at_limit = False
+        self._max_new_tokens = max_new_tokens
         self._pieces = stream_text(self._counted(tokens), tokenizer, stop_strings)
 
     @property
@@ -149,6 +162,10 @@ class Answer:
         started = time.perf_counter()
         try:
             piece = next(self._pieces)
+        except StopIteration:
+            if self.finish_reason is None:
+                self.finish_reason = "length" if self._at_limit else "stop"
+            raise
         finally:
             self.seconds += time.perf_counter() - started
         self._said += piece
@@ -157,6 +174,8 @@ class Answer:
     def close(self) -> None:
         """Stop; what was said so far stays. Any thread may call it."""
         self._closed = True
+        if self.finish_reason is None:
+            self.finish_reason = "closed"
         with suppress(ValueError):  # another thread is at a token: it ends after that one
             self._pieces.close()
 
@@ -166,6 +185,8 @@ class Answer:
             yield token
             if self._closed:
                 return
+        # Not reached where a stop string ended the text.
+        self._at_limit = self.tokens == self._max_new_tokens
 
 
 def stream_text(

@@ -35,6 +35,7 @@ class Answers(Seeing):
         image: Picture | Sequence[Picture] | Tensor | None = None,
         adapter: str | None = None,
         sampling: Sampling | None = None,
+        question_ids: list[int] | None = None,
     ) -> Answer:
         """The answer to a question, or to a conversation that ends with one, as a stream of text.
 
@@ -43,17 +44,21 @@ class Answers(Seeing):
 
         Args:
             image: a picture or several: files, their contents, opened ones, or features of `encode_images`.
+            question_ids: what `encode_question` gives for ``turns``, where the caller has it already.
 
         Raises:
             UsageError: an empty question, one longer than the decoder's context, or what is no picture.
         """
-        request = self.prepare_request(turns, image=image, adapter=adapter, sampling=sampling)
+        request = self.prepare_request(
+            turns, image=image, adapter=adapter, sampling=sampling, question_ids=question_ids
+        )
 
         def tokens() -> Iterator[int]:
             forward = functools.partial(self, adapter=NO_ADAPTER, **request.project())
             yield from stream_tokens(forward, request.question, request.sampling, request.end_ids)
 
-        return Answer(tokens(), self._tokenizer(), request.stop_strings)
+        limit = request.sampling.max_new_tokens
+        return Answer(tokens(), self._tokenizer(), request.stop_strings, max_new_tokens=limit)
 
     def prepare_request(
         self,
@@ -62,6 +67,7 @@ class Answers(Seeing):
         image: Picture | Sequence[Picture] | Tensor | None = None,
         adapter: str | None = None,
         sampling: Sampling | None = None,
+        question_ids: list[int] | None = None,
     ) -> Request:
         """All that it takes to answer, whoever does it. Arguments and errors are those of `stream_chat`."""
         name = self._name(adapter)
@@ -70,7 +76,7 @@ class Answers(Seeing):
             encoded = image if isinstance(image, Tensor) else self.encode_images(image, adapter=name)
             owners = torch.zeros(len(encoded), dtype=torch.long)
             features = {"image_features": encoded, "image_owners": owners}
-        ids = self.encode_question(turns, adapter=name)
+        ids = question_ids or self.encode_question(turns, adapter=name)
         sampling = sampling or Sampling()
         if self.context_length is not None:
             room = self.context_length - len(ids)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.pictures import Picture, open_picture
+from llama_adapter.data.pictures import Picture, opened_picture
 from llama_adapter.methods.config import VisionConfig
 from llama_adapter.surface.named_adapters import NO_ADAPTER, NamedAdapters
 
@@ -82,5 +82,5 @@ class Seeing(NamedAdapters):
         tower = self.tower(adapter)
         if not several:
             return torch.zeros(0, tower.feature_width)
-        opened = (open_picture(image, allow_urls=allow_urls) for image in several)
+        opened = (opened_picture(image, allow_urls=allow_urls) for image in several)
         return tower.encode(tower.prepare(opened))

@@ -121,6 +121,25 @@ def test_an_end_token_and_a_stop_string_end_an_answer_as_alone(
         _drain(answer)
         assert (answer.text, answer.tokens) == (expected.text, expected.tokens)
         assert answer.tokens < 40
+        assert answer.finish_reason == expected.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_an_answer_says_why_it_ended(model: LlamaAdapter, served: bool) -> None:
+    stream = Engine(model).stream_chat if served else model.stream_chat
+    sampling = Sampling(max_new_tokens=12, temperature=0)
+    answer = stream("Hi", adapter="one", sampling=sampling)
+    next(answer)
+    assert answer.finish_reason is None
+    _drain(answer)
+    assert (answer.tokens, answer.finish_reason) == (12, "length")
+    answer.close()
+    assert answer.finish_reason == "length", "it had ended already"
+    stopped = stream("Hi", adapter="one", sampling=sampling)
+    next(stopped)
+    stopped.close()
+    _drain(stopped)
+    assert stopped.finish_reason == "closed"
 
 
 def test_a_bad_question_is_refused_at_once(model: LlamaAdapter) -> None:
