@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,3 +52,16 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture
+def upload(uploads: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Puts a file where Gradio puts what is uploaded."""
+
+    def put(name: str, content: bytes) -> Path:
+        folder = uploads / tmp_path.name
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return put

@@ -1,8 +1,11 @@
-"""What comes from outside, read with suspicion: texts of a bearable length, numbers that are some."""
+"""What comes from outside is read with suspicion: no text is too long, and a number is one."""
 
 from __future__ import annotations
 
+import html
 from typing import Any
+
+import gradio as gr
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.decoding.sampling import Sampling
@@ -43,3 +46,8 @@ def _number(name: str, value: Any, kind: type) -> Any:
         return kind(value)
     except (TypeError, ValueError, OverflowError):
         raise UsageError(f"{name} is {value!r:.40}; expected a number") from None
+
+
+def warn(error: UsageError) -> None:
+    """Tell the person what is wrong. The text may quote them, and Gradio takes it for HTML."""
+    gr.Warning(html.escape(str(error)), title="")

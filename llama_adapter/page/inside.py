@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from llama_adapter.answering.conversation import Conversation
 from llama_adapter.answering.influence import effective_gates, measure_influence
@@ -10,6 +13,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.page.heatmap import draw_heatmap
 
+OPEN_GATE = 0.05  # of the prompts' part that a gate lets through: less is hardly to be heard
 MAX_TOKENS = 96  # of an answer: more are hard to tell apart
 
 GATES = (
@@ -39,7 +43,10 @@ def show_gates(model: LlamaAdapter, adapter: str) -> str:
         columns=[str(number) for number in range(gates.shape[1])],
         names=("layer", "head"),
         summary=f"Heat map of tanh(gate) of {len(gates)} layers with {gates.shape[1]} heads; {strongest}",
-    ) + _line(f"Layers upwards, heads to the right; {strongest}.")
+    ) + _line(
+        f"Layers upwards, heads to the right; {strongest}.",
+        f"In plain words: {explain_gates(gates, first)}",
+    )
 
 
 def show_answer(model: LlamaAdapter, chat: Conversation | None) -> str:
@@ -52,7 +59,7 @@ def show_answer(model: LlamaAdapter, chat: Conversation | None) -> str:
             model,
             latest.read,
             latest.answer.text,
-            features=latest.features,
+            features=chat.latest_features(),
             adapter=latest.adapter,
             max_tokens=MAX_TOKENS,
         )
@@ -73,8 +80,52 @@ def show_answer(model: LlamaAdapter, chat: Conversation | None) -> str:
             summary=f"Heat map of {len(shares)} layers and {len(found.tokens)} tokens; most: {strongest}",
             upright=False,
         )
-        + (_line(f"The answer's first {MAX_TOKENS} tokens.") if len(found.tokens) == MAX_TOKENS else "")
+        + _line(
+            f"The answer's first {MAX_TOKENS} tokens." if len(found.tokens) == MAX_TOKENS else "",
+            f"In plain words: {explain_influence(shares, found.tokens)}",
+        )
     )
+
+
+def explain_gates(gates: Tensor, first_layer: int) -> str:
+    """What a layman can learn from an adapter's gates, (L, H), as a sentence."""
+    strength = gates.abs()
+    if not strength.any():
+        return "every gate is shut, so the adapter changes nothing yet."
+    opened = int((strength >= OPEN_GATE).sum())
+    by_layer = strength.sum(1)
+    most = int(by_layer.argmax())
+    share = float(by_layer[most] / by_layer.sum())
+    upper = float(by_layer[len(by_layer) // 2 :].sum() / by_layer.sum())
+    where = "early, while words are still being put together" if upper < 0.4 else "on the way all along"
+    where = "late, just before the next word is chosen" if upper > 0.6 else where
+    return (
+        f"{opened} of the {gates.numel()} places where the adapter can have its say are open by at least "
+        f"{OPEN_GATE:.0%}; it speaks loudest in layer {first_layer + most} ({share:.0%} of its whole voice), "
+        f"and mostly {where}."
+    )
+
+
+def explain_influence(shares: Tensor, tokens: Sequence[str]) -> str:
+    """What a layman can learn from the shares of an answer's tokens, (L, T), as a sentence."""
+    by_token = shares.mean(0)
+    sentence = f"on average the adapter's part was {float(by_token.mean()):.0%} of what the model went by"
+    if len(tokens) < 2:
+        return f"{sentence}."
+    most, least = int(by_token.argmax()), int(by_token.argmin())
+    sentence += (
+        f"; it steered most where the model wrote “{_visible(tokens[most])}” ({float(by_token[most]):.0%}) "
+        f"and least at “{_visible(tokens[least])}” ({float(by_token[least]):.0%})"
+    )
+    third = len(tokens) // 3
+    if not third:
+        return f"{sentence}."
+    begin, end = float(by_token[:third].mean()), float(by_token[-third:].mean())
+    if begin > end * 1.1:
+        return f"{sentence}. The beginning of the answer was steered more than its end."
+    if end > begin * 1.1:
+        return f"{sentence}. The end of the answer was steered more than its beginning."
+    return f"{sentence}. Beginning and end of the answer were steered about as much."
 
 
 def _visible(token: str) -> str:
@@ -83,5 +134,5 @@ def _visible(token: str) -> str:
     return text if len(text) <= 12 else f"{text[:11]}…"
 
 
-def _line(text: str) -> str:
-    return f'<p class="line">{html.escape(text)}</p>'
+def _line(*sentences: str) -> str:
+    return "".join(f'<p class="line">{html.escape(text)}</p>' for text in sentences if text)

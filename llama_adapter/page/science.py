@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import gradio as gr
 import torch
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.records import PictureFile
 from llama_adapter.data.templates import check_unicode, question_turn
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.page.checks import check_length
-from llama_adapter.page.uploads import PICTURE_EXAMPLES, open_given
+from llama_adapter.page.checks import check_length, warn
+from llama_adapter.page.uploads import PICTURE_EXAMPLES, open_given, picture_file
 from llama_adapter.scienceqa.examining import Examination, trained_on_scienceqa
 from llama_adapter.scienceqa.problems import LETTERS, Problem, question_text
 
@@ -87,3 +88,26 @@ def labelled(options: list[str], probabilities: list[float]) -> dict[str, float]
         f"({letter}) {option}": share
         for letter, option, share in zip(LETTERS, options, probabilities, strict=False)
     }
+
+
+# --- what the tab's events call -----------------------------------------------------------------------------
+
+
+def answer(model: LlamaAdapter, box: dict[str, Any], options: str, context: str, adapter: str) -> Any:
+    """The options with their probabilities, by the form's fields."""
+    try:
+        choices = [line.strip() for line in check_length(options).splitlines() if line.strip()]
+        shares = score(model, box["text"], choices, context, box["files"], adapter)
+    except UsageError as error:
+        warn(error)
+        return gr.skip()
+    return labelled(choices, shares)
+
+
+def fill(number: int | None) -> tuple[Any, ...]:
+    """Put an example into the form."""
+    if number is None:
+        return (gr.skip(),) * 4
+    question, options, context, picture = EXAMPLES[number]
+    files = [] if picture is None else [picture_file(PICTURE_EXAMPLES[picture])]
+    return {"text": question, "files": files}, options, context, None

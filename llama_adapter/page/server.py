@@ -13,66 +13,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.pictures import MAX_BYTES
-from llama_adapter.page.display import SCRIPT
+from llama_adapter.page.look import CSS, THEME
+from llama_adapter.page.script import SCRIPT
 
 # Gradio's page has inline scripts and styles and compiles some; what counts is that all comes from here.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
-
-THEME = gr.themes.Base(
-    primary_hue="teal",
-    neutral_hue="slate",
-    radius_size="lg",
-    # The system's own: any other would be fetched.
-    font=["system-ui", "sans-serif"],
-    font_mono=["ui-monospace", "monospace"],
-).set(body_text_color_subdued="*neutral_500")
-
-CSS = """
-.gradio-container { max-width: 60rem !important; width: 100%; margin: auto !important; }
-.gradio-container .main { padding: 1rem clamp(0.5rem, 3vw, 2rem) !important; }
-#header { align-items: end; }
-#header h1 { margin-bottom: 0.25rem; }
-#line * { color: var(--body-text-color-subdued); }
-.message-row.bubble { margin: 0.75rem 0.75rem 0.5rem; }
-.message-buttons .icon-button-wrapper { margin: 0 0.75rem !important; }
-.examples { grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) !important; }
-/* The note under an answer: no bubble of its own, beside the answer's buttons. */
-.bot-row + .message-buttons + .bot-row { margin: -1.45rem 0.75rem 0.5rem 3rem !important; }
-.message-buttons:has([aria-label="Retry"]) + .bot-row { margin-left: 6.5rem !important; }
-.bot-row + .message-buttons + .bot-row .message {
-    padding: 0;
-    border: none;
-    background: none;
-    box-shadow: none;
-}
-.bot-row + .message-buttons + .bot-row .prose * {
-    color: var(--body-text-color-subdued);
-    font-size: var(--text-sm);
-}
-.bot-row + .message-buttons + .bot-row + .message-buttons { display: none; }
-/* A picture above its question, which has the buttons. */
-.message-row:has(.component) + .message-buttons { display: none; } /* nor shared with huggingface.co */
-.message-row .image-frame img { max-height: 14rem !important; }
-.multimodal-textbox .padded-button {
-    width: auto !important;
-    padding: 0 var(--size-3) !important;
-    border-radius: var(--radius-xl);
-    background: var(--button-primary-background-fill);
-    color: var(--button-primary-text-color);
-}
-.multimodal-textbox .padded-button:hover { background: var(--button-primary-background-fill-hover); }
-/* Gradio at times lays this over a chat whose waiting question was stopped; what went wrong is in a toast. */
-[data-testid="status-tracker"]:has(.error) { display: none; }
-#gates, #influence { padding: 0; }
-.heatmap { overflow-x: auto; }
-.heatmap svg { width: 100%; display: block; }
-.heatmap text { fill: currentColor; font-size: 11px; }
-.heatmap rect { stroke: currentColor; stroke-opacity: 0.15; }
-.heatmap rect:hover { stroke-opacity: 1; }
-.line { color: var(--body-text-color-subdued); }
-/* Nothing to clear where every question stands for itself. */
-.answer .icon-button-wrapper.top-panel { display: none; }
-"""
 
 
 class SameOrigin:

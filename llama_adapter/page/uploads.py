@@ -18,6 +18,7 @@ from llama_adapter.data.pictures import open_picture
 
 MAX_PICTURES = 8  # with one question
 MAX_SIDE = 768  # pixels; larger ones are made smaller, since a chat keeps them and towers look at fewer
+MAX_EXACT_URL = 60_000  # characters of a picture kept as it is; larger ones are kept as JPEG
 
 # Decoding takes a few hundred MB for the largest picture; many at once would take all there is.
 _one_at_a_time = threading.Lock()
@@ -42,10 +43,31 @@ def open_given(given: Any) -> list[Image.Image]:
 def picture_file(image: Image.Image) -> str:
     """Where the page gets a picture from. Written there when it is first shown, or was cleared away."""
     file: Path | None = image.info.get("file")
-    if file is None or not file.exists():
+    if file is None or not (file.exists() and file.is_relative_to(get_upload_folder())):
         file = Path(save_pil_to_cache(image, get_upload_folder(), "picture", "png"))
         image.info["file"] = file  # no text, which would be written into the file as well
     return str(file)
+
+
+def kept_url(image: Image.Image) -> str:
+    """A picture as a data URL that is small enough for a browser to keep. Made once a picture."""
+    known: tuple[str, ...] = image.info.get("kept", ())  # no text: see `picture_file`
+    if not known:
+        url = data_url(image)
+        if len(url) > MAX_EXACT_URL:
+            content = io.BytesIO()
+            image.save(content, "JPEG", quality=85)
+            url = f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+        known = image.info["kept"] = (url,)
+    return known[0]
+
+
+def thumbnail_url(image: Image.Image) -> str:
+    """A picture as a data URL of a few kilobytes, to be shown small."""
+    small = image.copy()
+    small.thumbnail((160, 160))
+    small.info.clear()
+    return data_url(small)
 
 
 def _open(given: Any) -> Image.Image:

@@ -21,9 +21,11 @@ import pytest
 
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.page.experts import load_experts
-from llama_adapter.page.layout import EXAMPLES, PEOPLE, build_page
+from llama_adapter.page.layout import build_page
+from llama_adapter.page.parts import EXAMPLES
 from llama_adapter.page.server import serve
 from llama_adapter.page.uploads import PICTURE_EXAMPLES
+from llama_adapter.page.wiring import PEOPLE
 from tests.conftest import CHECKOUT
 from tests.drawn import png
 from tests.scripted import ScriptedModel, build_scripted_model
@@ -155,9 +157,9 @@ def _attach(page: Page, name: str, content: bytes, mime: str = "image/png") -> N
     chooser.value.set_files({"name": name, "mimeType": mime, "buffer": content})
 
 
-def _drop(page: Page, kind: str, content: bytes) -> None:
-    """Let a picture be dropped on the box, or pasted into it."""
-    page.get_by_placeholder("Ask something").evaluate(
+def _drop(target: Locator, kind: str, content: bytes) -> None:
+    """Let a picture be dropped somewhere, or pasted there."""
+    target.evaluate(
         """(box, [kind, bytes]) => {
             const data = new DataTransfer();
             data.items.add(new File([new Uint8Array(bytes)], "image.png", {type: "image/png"}));
@@ -362,11 +364,15 @@ def test_a_picture_is_shown_above_its_question_and_known_afterwards(page: Page) 
     assert page.title() == "LLaMA-Adapter"
 
 
-def test_a_picture_can_be_dropped_pasted_and_taken(page: Page) -> None:
+def test_a_picture_can_be_dropped_anywhere_pasted_and_taken(page: Page) -> None:
     _choose(page, "eyes")
-    _drop(page, "drop", png("#ff0000", (320, 240)))
+    _drop(page.locator("#chat"), "drop", png("#ff0000", (320, 240)))
     playwright.expect(_thumbnails(page)).to_have_count(1)
-    _drop(page, "paste", png("#0000ff", (320, 240)))
+    _drop(page.get_by_placeholder("Ask something"), "drop", png("#0000ff", (320, 240)))
+    playwright.expect(_thumbnails(page)).to_have_count(2)
+    page.get_by_role("button", name="Remove file").or_(page.locator(".delete-button")).last.click()
+    playwright.expect(_thumbnails(page)).to_have_count(1)
+    _drop(page.get_by_placeholder("Ask something"), "paste", png("#0000ff", (320, 240)))
     playwright.expect(_thumbnails(page)).to_have_count(2)
     page.get_by_role("button", name="Take a photo").click()
     page.get_by_text("Click to Access Webcam").click()
@@ -377,6 +383,9 @@ def test_a_picture_can_be_dropped_pasted_and_taken(page: Page) -> None:
     _ask(page, "What are they?")
     playwright.expect(_answer(page)).to_contain_text(re.compile("saw: #ff0000 #0000ff #0.[6-9a-f].0."))
     playwright.expect(_pictures(page)).to_have_count(3)
+    boxes = [picture.bounding_box() for picture in _pictures(page).all()]
+    assert len({box["y"] for box in boxes if box}) == 1, "several are beside each other"
+    assert all(box and box["height"] < 100 for box in boxes), "and small"
     _stop(page)
 
 
@@ -423,7 +432,12 @@ def test_side_by_side_the_base_is_not_shown_the_picture(page: Page) -> None:
     _thumbnails(page).wait_for()
     _ask(page, "What is it?", "Ask both the same")
     playwright.expect(_answer(page, 1)).to_contain_text("saw: #00ff00")
-    playwright.expect(page.get_by_text("made without the picture")).to_have_count(1)
+    playwright.expect(page.get_by_text("The bare base cannot see pictures, so it was not")).to_be_visible()
+    playwright.expect(page.locator("#question img")).to_have_count(1)
+    asked = page.locator("#question").bounding_box()
+    for side in (page.get_by_label("Left").first, page.get_by_label("Right").first):
+        below = side.bounding_box()
+        assert asked and below and asked["y"] + asked["height"] <= below["y"]
     _shoot(page, "side-by-side-picture")
     _stop(page)
 
@@ -474,6 +488,61 @@ def test_look_inside(page: Page) -> None:
     _choose(page, "none")
     playwright.expect(page.get_by_text("The bare base has no prompts and no gates")).to_be_visible()
     playwright.expect(gates).to_have_count(0)
+
+
+def test_a_question_waits_its_turn_and_code_is_drawn_as_code(page: Page) -> None:
+    _shorten(page, 112)
+    _ask(page, "Mend this:\ndef add(a, b):\n    return a * b * 2\nThanks.")
+    playwright.expect(_answer(page)).to_contain_text("one heard")
+    _ask(page, "Second")
+    playwright.expect(page.get_by_text("Next: “Second”")).to_be_visible()
+    _shoot(page, "next")
+    playwright.expect(page.get_by_test_id("user").last).to_have_text("Second")
+    playwright.expect(page.get_by_text("Next: ")).to_have_count(0)
+    _finished(page, 112)
+    playwright.expect(page.get_by_text("112 tokens")).to_have_count(2)
+    for said in (page.get_by_test_id("user").first, _answer(page, 0)):
+        assert said.locator("pre code").inner_text().rstrip() == "def add(a, b):\n    return a * b * 2"
+        assert said.locator("em").count() == 0
+    page.get_by_role("button", name="Copy message").first.click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == "Mend this:\ndef add(a, b):\n    return a * b * 2\nThanks."
+
+
+def test_chats_survive_a_reload_and_can_be_saved(page: Page) -> None:
+    _shorten(page)
+    _choose(page, "eyes")
+    _drop(page.locator("#chat"), "drop", png("#204060", (320, 240)))
+    _thumbnails(page).wait_for()
+    _ask(page, "What is it?")
+    _finished(page)
+    page.get_by_role("button", name="New chat").click()
+    playwright.expect(page.get_by_role("button", name=EXAMPLES[2])).to_have_count(0)
+    _ask(page, "Second chat")
+    _finished(page)
+    page.wait_for_timeout(500)  # what is to be kept comes after the answer
+    page.reload()
+    playwright.expect(page.get_by_test_id("user")).to_have_text(["Second chat"])
+    playwright.expect(page.get_by_role("combobox", name="Adapter")).to_have_value("eyes")
+    _shorten(page)
+    page.get_by_role("combobox", name="Your chats").click()
+    page.get_by_role("option", name="What is it?").click()
+    playwright.expect(_pictures(page)).to_have_js_property("naturalWidth", 320)
+    playwright.expect(page.get_by_test_id("bot").last).to_contain_text("eyes · cut off at the length limit")
+    _ask(page, "And now?")
+    playwright.expect(_answer(page)).to_contain_text("saw: #204060")
+    _finished(page)
+    page.get_by_role("button", name="Save or delete this chat").click()
+    for kind, start in (("Markdown", "# What is it?"), ("JSON", "{")):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=f"Save as {kind}").click()
+        assert download.value.path().read_text().startswith(start)
+    page.get_by_role("button", name="Delete this chat", exact=True).click()
+    playwright.expect(page.get_by_test_id("user")).to_have_text(["Second chat"])
+    page.wait_for_timeout(500)
+    page.reload()
+    page.get_by_role("combobox", name="Your chats").click()
+    playwright.expect(page.get_by_role("option")).to_have_count(1)
 
 
 def test_who_has_to_wait_sees_the_place_in_the_queue(browser: Browser, address: str) -> None:
@@ -550,6 +619,12 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(
     options: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
     with _opened(browser, address, **options, has_touch=True, is_mobile=True) as page:
         _shoot(page, "phone-empty")
+        title, expert, box = (
+            page.locator(where).bounding_box() for where in ("#header h1", "#expert", "#box")
+        )
+        assert title and expert and box
+        assert title["y"] < expert["y"] + expert["height"] / 2 < title["y"] + title["height"], "one line"
+        assert box["y"] + box["height"] <= 844, "on the first screen"
         page.get_by_role("button", name=EXAMPLES[0]).tap()
         playwright.expect(_answer(page)).to_contain_text("1 2 3")
         _shoot(page, "phone-chat")

@@ -30,9 +30,9 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.data.pictures import MAX_BYTES
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.page.chatting import ChatHandlers
 from llama_adapter.page.checks import MAX_CHARACTERS
 from llama_adapter.page.endpoints import Endpoints
-from llama_adapter.page.handlers import Handlers
 from llama_adapter.page.layout import build_page
 from llama_adapter.page.science import score, trained_for_it
 from llama_adapter.page.server import check_port, serve
@@ -307,7 +307,7 @@ def test_the_box_takes_no_path_from_outside(
 ) -> None:
     """What the browser sends by itself, with another path in it."""
     asked: list[Any] = []
-    monkeypatch.setattr(Handlers, "ask", lambda *values: asked.append(values))
+    monkeypatch.setattr(ChatHandlers, "ask", lambda *values: asked.append(values))
     config = httpx.get(f"{address}config").json()
     box = next(part["id"] for part in config["components"] if part["type"] == "multimodaltextbox")
     call = next(each for each in config["dependencies"] if [box, "submit"] in each["targets"])

@@ -1,0 +1,37 @@
+"""A line on how large the model is and what it is not good at, so that nobody expects too much of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+
+# What a decoder with fewer parameters than this is not good at.
+_LIMITS = (
+    (1e9, "So small a model is often wrong about facts, sums and counts, and loses the thread of long texts"),
+    (1e10, "It can be wrong about facts, and in questions that take several steps"),
+    (float("inf"), "It can be wrong"),
+)
+
+
+def describe_limits(model: LlamaAdapter, adapter: str) -> str:
+    """The size of the base and of an adapter of it, and what they are not good at."""
+    size = model.decoder.num_parameters()
+    parts = f"{Path(str(model.base)).name} has {_count(size)} parameters"
+    if adapter != NO_ADAPTER:
+        trained = sum(parameter.numel() for parameter in model.get_adapter(adapter).parameters())
+        parts += f", this adapter {_count(trained)} more"
+    limits = next(text for below, text in _LIMITS if size < below)
+    sight = (
+        "It gets the gist of a picture, not its fine print."
+        if model.sees(adapter)
+        else "It does not see pictures."
+    )
+    return f"{parts}. {limits}: check what matters. {sight}"
+
+
+def _count(number: int) -> str:
+    for size, name in ((1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return f"{number:,}"

@@ -1,0 +1,243 @@
+"""What happens when a person does something in the page's chat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import gradio as gr
+
+from llama_adapter.answering.conversation import Conversation
+from llama_adapter.answering.engine import Engine
+from llama_adapter.common.errors import UsageError
+from llama_adapter.page.chats import Chat, Chats, Question, Settings, Turns
+from llama_adapter.page.checks import check_length, read_sampling, warn
+from llama_adapter.page.display import messages, pace, shown, typed
+from llama_adapter.page.inside import show_answer
+from llama_adapter.page.kept import Kept, as_json, as_markdown, pack, unpack
+from llama_adapter.page.uploads import PICTURE_EXAMPLES, open_given, picture_file
+
+# The box that a question is typed in, while nobody answers and while somebody does.
+IDLE: dict[str, Any] = {"submit_btn": "Send", "stop_btn": False}
+BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": "Stop"}
+
+EMPTY: dict[str, Any] = {"text": "", "files": []}
+
+# What a handler of the chat gives: the person's chats, what the browser keeps of them, the box, what the chat
+# looks like, the list of chats, and what waits.
+View = tuple[Any, Any, Any, Any, Any, Any]
+UNCHANGED: View = (gr.skip(),) * 6
+
+
+class ChatHandlers:
+    """What the chat's events call. All that is kept of a person is their `Chats`, in Gradio's session state.
+
+    A question is taken at once, its pictures encoded; its answer waits for the model. ``settings`` are the
+    name of the adapter, the system text and what `read_sampling` takes.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.model = engine.model
+
+    # --- questions ---
+
+    def ask(self, box: dict[str, Any], chats: Chats | None, *settings: Any) -> View:
+        """Take what was typed out of the box, with the pictures there."""
+        return self._take(
+            lambda chats: chats.open.take(read_question(box, read_settings(settings))), chats, value=EMPTY
+        )
+
+    def ask_example(self, event: gr.SelectData, chats: Chats | None, *settings: Any) -> View:
+        """Take the example that was clicked; its picture is ours, whatever file the click names."""
+        text = event.value["text"]
+        pictures = (PICTURE_EXAMPLES[text],) if text in PICTURE_EXAMPLES else ()
+
+        def take(chats: Chats) -> None:
+            chats.open.take(Question(check_length(text), pictures, read_settings(settings)))
+
+        return self._take(take, chats)
+
+    def retry(self, chats: Chats | None, *settings: Any) -> View:
+        """Take the last question again."""
+
+        def again(chats: Chats) -> None:
+            chats.open.set(read_settings(settings))
+            chats.open.conversation.retry()
+
+        return self._take(again, chats)
+
+    def edit(self, event: gr.EditData, chats: Chats | None, *settings: Any) -> View:
+        """Take an earlier question in its new words."""
+        index = event.index if isinstance(event.index, int) else event.index[0]
+
+        def anew(chats: Chats) -> None:
+            chats.open.set(read_settings(settings))
+            chats.open.conversation.edit(index // 2, check_length(typed(event.value)))
+
+        return self._take(anew, chats)
+
+    def _take(self, act: Callable[[Chats], None], chats: Chats | None, **box: Any) -> View:
+        chats = Chats(self._converse) if chats is None else chats
+        try:
+            act(chats)
+        except UsageError as error:
+            warn(error)
+            return UNCHANGED
+        return self._view(chats, **box)
+
+    def _converse(self) -> Conversation:
+        return Conversation(self.model, stream_chat=self.engine.stream_chat)
+
+    # --- answers ---
+
+    def answer(self, chats: Chats | None) -> Iterator[tuple[Any, Any, Any]]:
+        """Give the answer to the question that was taken, and to those that came meanwhile: the box, what
+        the chat looks like, and what waits, again and again."""
+        yield UNCHANGED[:3]
+        if chats is None:
+            return
+        chat = chats.open
+
+        def view(**box: Any) -> tuple[Any, Any, Any]:
+            if chats.open is not chat:  # the person looks at another one
+                return UNCHANGED[:3]
+            look = messages(chat.conversation, waiting=chat.busy)
+            return gr.update(**box) if box else gr.skip(), look, show_waiting(chat)
+
+        for _ in chat.rounds(warn):
+            with closing(chat.conversation.exchanges[-1].answer) as answer:  # also where the page was closed
+                for _ in pace(answer):
+                    yield view()
+        yield view(**(BUSY if chat.busy else IDLE))
+
+    def save(self, chats: Chats | None) -> Any:
+        """What the browser is to keep."""
+        return gr.skip() if chats is None else self._pack(chats)
+
+    def stop(self, chats: Chats | None) -> View:
+        """End the answer where it is; a question that waits has its turn then."""
+        if chats is None or chats.open.empty:
+            return (*UNCHANGED[:2], gr.update(**IDLE), *UNCHANGED[:3])
+        chats.open.conversation.exchanges[-1].answer.close()
+        return self._view(chats)
+
+    # --- chats ---
+
+    def load(self, kept: Any, chats: Chats | None, adapter: str) -> tuple[Any, ...]:
+        """The chats and the expert that the person's browser kept, when the page is opened."""
+        if chats is not None:  # they asked something before this came
+            return (gr.skip(), *UNCHANGED)
+        try:
+            chats = unpack(kept, self._converse)
+        except UsageError as error:
+            warn(error)
+            chats = Chats(self._converse)
+        known = chats.adapter if self._offers(chats.adapter) else adapter
+        look = self._view(chats)
+        return (known, look[0], gr.skip(), *look[2:])
+
+    def choose_expert(self, adapter: str, chats: Chats | None) -> tuple[Any, Any]:
+        """Keep which expert was chosen."""
+        chats = Chats(self._converse) if chats is None else chats
+        chats.adapter = adapter
+        return chats, pack(chats)
+
+    def start(self, chats: Chats | None) -> View:
+        """Open a new chat."""
+        return self._take(Chats.start, chats)
+
+    def choose(self, key: str, chats: Chats | None) -> View:
+        """Open another chat. An answer that is being made in the one before goes on."""
+        return self._take(lambda chats: chats.choose(key), chats)
+
+    def delete(self, chats: Chats | None) -> View:
+        """Forget the open chat."""
+        return self._take(Chats.delete, chats)
+
+    def undo(self, chats: Chats | None) -> View:
+        """Forget the last exchange; its question is back in the box, with its pictures."""
+        if chats is None or chats.open.empty:
+            return UNCHANGED
+        conversation = chats.open.conversation
+        files = [picture_file(image) for image in conversation.exchanges[-1].images]
+        return self._view(chats, value={"text": conversation.undo(), "files": files})
+
+    def save_json(self, chats: Chats | None) -> Any:
+        """The open chat as a JSON file."""
+        return self._save(chats, as_json)
+
+    def save_markdown(self, chats: Chats | None) -> Any:
+        """The open chat as a Markdown file."""
+        return self._save(chats, as_markdown)
+
+    def _save(self, chats: Chats | None, write: Callable[[Chat], dict[str, str]]) -> Any:
+        if chats is None or chats.open.empty:
+            raise gr.Error("there is nothing to save yet", print_exception=False, title="")
+        return write(chats.open)
+
+    def _offers(self, adapter: str | None) -> bool:
+        try:
+            self.model.template(adapter)
+        except UsageError:  # it was there when the browser was told
+            return False
+        return adapter is not None
+
+    # --- others ---
+
+    def attach(self, photo: str | None, box: dict[str, Any]) -> tuple[Any, Any]:
+        """Put the photo that was just taken into the box, and have the camera ready for another."""
+        if photo is None:
+            return gr.skip(), gr.skip()
+        return {**box, "files": [*box["files"], photo]}, None
+
+    def show_answer(self, chats: Chats | None) -> str:
+        """The heat map of the open chat's latest answer."""
+        return show_answer(self.model, None if chats is None else chats.open.conversation)
+
+    def _view(self, chats: Chats, **box: Any) -> View:
+        """All that a change in the chats may have changed."""
+        chat = chats.open
+        return (
+            chats,
+            self._pack(chats),
+            gr.update(**(BUSY if chat.busy or chat.waiting else IDLE), **box),
+            messages(chat.conversation, waiting=chat.busy),
+            gr.update(choices=[(each.title, each.key) for each in chats.all], value=chat.key),
+            show_waiting(chat),
+        )
+
+    def _pack(self, chats: Chats) -> Kept:
+        before = chats.left_out
+        kept = pack(chats)
+        if chats.left_out > before:
+            gr.Info(
+                "This browser has no room for all chats. The oldest will be gone when the page is opened "
+                "again; save it as a file, or delete some.",
+                title="",
+            )
+        return kept
+
+
+def show_waiting(turns: Turns) -> str:
+    """The questions that wait for their turn, as Markdown."""
+    lines = []
+    for question in turns.waiting:
+        number = len(question.pictures)
+        pictures = f" (with {number} picture{'' if number == 1 else 's'})" if number else ""
+        text = " ".join(question.text.split())
+        lines.append(f"“{text if len(text) <= 60 else f'{text[:59]}…'}”{pictures}")
+    return shown(f"Next: {', '.join(lines)}") if lines else ""
+
+
+def read_settings(settings: tuple[Any, ...], *, experts: int = 1) -> Settings:
+    """The settings as the page's fields hold them: the names of so many experts, the system text and what
+    `read_sampling` takes. Raises UsageError for a bad one."""
+    system, *knobs = settings[experts:]
+    return Settings(settings[:experts], check_length(system), read_sampling(*knobs))
+
+
+def read_question(box: dict[str, Any], settings: Settings) -> Question:
+    """What is in the box. Raises UsageError for what is no text or no picture."""
+    return Question(check_length(box["text"]), tuple(open_given(box["files"])), settings)

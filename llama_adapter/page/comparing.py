@@ -1,0 +1,158 @@
+"""One question to any two experts, side by side."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from itertools import zip_longest
+from typing import Any
+
+import gradio as gr
+
+from llama_adapter.answering.conversation import Conversation
+from llama_adapter.answering.engine import Engine
+from llama_adapter.common.errors import UsageError
+from llama_adapter.decoding.streams import Answer
+from llama_adapter.model import NO_ADAPTER
+from llama_adapter.page.chats import Question, Turns
+from llama_adapter.page.chatting import BUSY, EMPTY, IDLE, read_question, read_settings, show_waiting
+from llama_adapter.page.checks import warn
+from llama_adapter.page.display import Message, answer_messages, named, note_message, pace
+from llama_adapter.page.uploads import thumbnail_url
+
+# What a handler gives: the comparison, the box, the question, the two answers, and what waits.
+View = tuple[Any, Any, Any, Any, Any, Any]
+UNCHANGED: View = (gr.skip(),) * 6
+
+
+class Comparison(Turns):
+    """One question at a time to two experts; each question stands for itself.
+
+    Attributes:
+        question: the latest one.
+        sides: each expert's conversation about it; None for one that cannot see its pictures and is not
+            asked, since it could only make something up.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self._engine = engine
+        self.question: Question | None = None
+        self.sides: list[Conversation | None] = []
+
+    @property
+    def answers(self) -> list[Answer]:
+        """The answers to the latest question, of those who were asked."""
+        return [side.exchanges[-1].answer for side in self.sides if side is not None]
+
+    @property
+    def busy(self) -> bool:
+        return any(answer.finish_reason is None for answer in self.answers)
+
+    def check(self, question: Question) -> None:
+        for side in self._sides(question):
+            if side is not None:
+                side.check(question.text, question.pictures)
+
+    def begin(self, question: Question) -> None:
+        sides = self._sides(question)
+        for side in sides:
+            if side is not None:
+                side.ask(question.text, question.pictures)
+        self.question, self.sides = question, sides
+
+    def _sides(self, question: Question) -> list[Conversation | None]:
+        model, settings = self._engine.model, question.settings
+        left, right = settings.adapters
+        if left == right:
+            raise UsageError(f"{named(left)} is chosen on both sides; choose another expert on one of them")
+        blind = [bool(question.pictures) and not model.sees(adapter) for adapter in settings.adapters]
+        if all(blind):
+            raise UsageError("neither of the two sees pictures; choose an expert that does")
+        return [
+            None
+            if cannot
+            else Conversation(
+                model,
+                adapter=adapter,
+                system=settings.system,
+                sampling=settings.sampling,
+                stream_chat=self._engine.stream_chat,
+            )
+            for adapter, cannot in zip(settings.adapters, blind, strict=True)
+        ]
+
+
+class ComparisonHandlers:
+    """What the events of the tab call. ``settings`` are the names of the two, and then those of the chat."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def ask(self, box: dict[str, Any], comparison: Comparison | None, *settings: Any) -> View:
+        """Ask the two the same."""
+        comparison = Comparison(self.engine) if comparison is None else comparison
+        try:
+            comparison.take(read_question(box, read_settings(settings, experts=2)))
+        except UsageError as error:
+            warn(error)
+            return UNCHANGED
+        return _view(comparison, value=EMPTY)
+
+    def answer(self, comparison: Comparison | None) -> Iterator[tuple[Any, ...]]:
+        """Let the two answer by turns, a piece each, and then to the questions that came meanwhile: the box,
+        the question, the two answers and what waits, again and again."""
+        if comparison is None:
+            yield UNCHANGED[1:]
+            return
+        for _ in comparison.rounds(warn):
+            with ExitStack() as stack:
+                answers = [stack.enter_context(closing(answer)) for answer in comparison.answers]
+                for _ in pace(zip_longest(*answers)):
+                    yield (gr.skip(), *_view(comparison)[2:])
+            yield (gr.skip(), *_view(comparison)[2:])
+        yield _view(comparison)[1:]
+
+    def stop(self, comparison: Comparison | None) -> View:
+        """End the two answers where they are; a question that waits has its turn then."""
+        if comparison is None:
+            return (gr.skip(), gr.update(**IDLE), *UNCHANGED[:4])
+        for answer in comparison.answers:
+            answer.close()
+        return _view(comparison)
+
+
+def _view(comparison: Comparison, **box: Any) -> View:
+    state = BUSY if comparison.busy or comparison.waiting else IDLE
+    left, right = _answers(comparison)
+    waiting = show_waiting(comparison)
+    return comparison, gr.update(**state, **box), show_question(comparison.question), left, right, waiting
+
+
+def _answers(comparison: Comparison) -> list[list[Message]]:
+    if comparison.question is None:
+        return [[], []]
+    sides = zip(comparison.question.settings.adapters, comparison.sides, strict=True)
+    return [_answer(adapter, side) for adapter, side in sides]
+
+
+def _answer(adapter: str, side: Conversation | None) -> list[Message]:
+    if side is None:
+        name = "The bare base" if adapter == NO_ADAPTER else adapter
+        return note_message(f"{name} cannot see pictures, so it was not asked.")
+    latest = side.exchanges[-1]
+    waiting = latest.answer.finish_reason is None
+    # Gradio's moving dots come only under a question.
+    return answer_messages(latest, waiting=waiting) or [{"role": "assistant", "content": "…"}]
+
+
+def show_question(question: Question | None) -> str:
+    """HTML of a question with its pictures, small."""
+    if question is None:
+        return ""
+    pictures = "".join(
+        f'<img src="{thumbnail_url(image)}" alt="picture {number}">'
+        for number, image in enumerate(question.pictures, start=1)
+    )
+    return f'<div class="pictures">{pictures}</div><p>{html.escape(question.text)}</p>'
