@@ -39,6 +39,8 @@ from llama_adapter.methods.packed_attention import Segment, mask_of_segments, se
 
 TOKENS = 8  # as many that in bfloat16, too, no two columns of a product agree on all of them
 LONG_PAST = 2**17  # tokens, where the decoder sets no limit
+# Tensors by keyword that an attention function may be given; sparse attention hands over a choice of tokens.
+UNDERSTOOD = ("position_ids", "cache_position", "s_aux", "position_bias")
 LONGEST_ROW = 64  # tokens of a row of the packed pass
 
 
@@ -179,6 +181,7 @@ class _Call:
     mask: Tensor | None
     window: int | None
     modules_run: int  # of the layer, before this call
+    not_understood: str | None  # a tensor besides, by its keyword
 
 
 @dataclass
@@ -198,7 +201,9 @@ def _note_call(
     notes = kwargs.get("prompts")
     if isinstance(notes, _Notes):
         run = len(notes.modules.get(module, ()))
-        notes.calls.append(_Call(module, query, key, value, mask, kwargs.get("sliding_window"), run))
+        others = (n for n, v in kwargs.items() if isinstance(v, Tensor) and n not in UNDERSTOOD)
+        window = kwargs.get("sliding_window")
+        notes.calls.append(_Call(module, query, key, value, mask, window, run, next(others, None)))
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
 
@@ -318,6 +323,8 @@ def _check_calls(decoder: PreTrainedModel, notes: _Notes) -> None:
         index = layer_index(call.layer)
         if (call.key.shape, call.value.shape) != (first.key.shape, first.value.shape):
             _refuse(decoder, f"layer {index}'s keys and values differ in size from the others'")
+        if call.not_understood is not None:
+            _refuse(decoder, f"layer {index} needs an attention that takes {call.not_understood!r}")
         if call.query.shape[1] != config.num_attention_heads:
             _refuse(decoder, f"layer {index} has {call.query.shape[1]} heads, not the config's number")
         if notes.hidden[call.layer].shape != (TOKENS, 1, config.hidden_size):
