@@ -221,7 +221,7 @@ def build_tiny(family: str) -> PreTrainedModel:
             _randomise(decoder)
             with torch.no_grad():
                 decoder(torch.arange(3, 9)[None], use_cache=False)
-            return decoder  # type: ignore[no-any-return]
+            return decoder
         except Exception as error:
             first = first or error
     assert first is not None

@@ -31,7 +31,7 @@ class Folders(NamedAdapters):
         """Load a decoder, with no adapter yet.
 
         Args:
-            base: a name in the weights folders, a folder, or a hub id of any decoder of transformers.
+            base: a name in the weights folders, a folder, or a hub id of a decoder of transformers.
             weights: where names are looked for (see `locations.weights_folders`).
             device: cpu, cuda, mps; None takes the fastest there is.
             dtype: float32, bfloat16, float16; None takes what is fast on the device.

@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "diffllama": ("attends more than once", {}),
     "lfm2": ("layer 0 " + UNHEARD, {"layer_types": ["conv", "full_attention", "conv"]}),
     "falcon_h1": ("meet elsewhere than in its attention", {}),
-    "doge": ("masks or positions of its own", {}),
+    "doge": ("needs an attention that takes", {}),
     # Sizes that change from layer to layer; keys that are clipped outside of any module.
     "gemma4_text": ("differ in size", {"global_head_dim": 16, "num_global_key_value_heads": 2}),
     "olmo": ("layer 0 computes its keys in a way of its own", {"clip_qkv": 0.1}),
