@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.hub import PushToHubMixin
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.attention import (
     LivePrompts,
     ProjectedPrompts,
     Prompts,
-)
-from llama_adapter.methods.decoder import (
-    decoder_shape,
 )
 from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
 from llama_adapter.methods.probe import attention_layers, prepare_decoder
@@ -33,12 +30,12 @@ from llama_adapter.surface.named_adapters import NO_ADAPTER
 _PROJECTED = ("prompt_keys", "prompt_values", "tuning")  # what `LlamaAdapter.project` gives
 
 
-class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
+class LlamaAdapter(Folders, Answers, GenerationMixin):
     """A frozen decoder with adapters that are added, chosen, switched off and dropped by name.
 
     Every call takes ``adapter=NAME`` (``"none"`` is the bare base), so that several threads can use different
     adapters at once; without it the one chosen by `set_adapter` answers. What this class does not define
-    is the decoder's own (``device``, ``dtype``, ``gradient_checkpointing_enable`` ...).
+    is looked up on the decoder, or refused in a line (see `surface.passing`).
 
     Attributes:
         decoder: the frozen transformers model.
@@ -49,6 +46,9 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
     """
 
     main_input_name = "input_ids"
+    get_compiled_call = (
+        PreTrainedModel.get_compiled_call
+    )  # compiles our forward; the decoder's would be its own
     _is_stateful = False
 
     def __init__(
@@ -72,19 +72,13 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
         self.decoder = prepare_decoder(decoder)
         self.tokenizer = tokenizer
         self.base = base or str(decoder.config._name_or_path)
-        self.shape = decoder_shape(decoder.config)
         self.weights = weights
         self._towers = {}
         self.adapters = nn.ModuleDict()
         self.active_adapter = NO_ADAPTER
         self.config = decoder.config
         self.generation_config = decoder.generation_config
-        # Trainer and accelerate save and load the adapters; the base with its tied weights stays where it is.
-        self._keys_to_ignore_on_save = {f"decoder.{name}" for name in decoder.state_dict()}
-        self.register_state_dict_post_hook(_leave_out_decoder)
-        self.register_load_state_dict_post_hook(_expect_no_decoder)
-
-    # --- computing ------------------------------------------------------------------------------------------
+        self._keep_base_out_of_state()
 
     def forward(
         self,
@@ -103,6 +97,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
         image_features: Tensor | None = None,
         image_owners: Tensor | None = None,
         segments: tuple[Segment, ...] | None = None,
+        part: nn.Module | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """The decoder's own forward, with the prompts of an adapter in its attention.
@@ -122,6 +117,8 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
             image_owners: (I,) the row (in a packed sequence the set of prompts) that each belongs to; None
                 gives every row one.
             segments: the rows of a packed sequence (B = 1), which see each other no more than apart.
+            part: the part of the decoder that computes, with the same prompts (see `surface.carried`);
+                None is the whole decoder. One without the head takes no ``labels``.
             **kwargs: whatever the decoder's forward takes.
         """
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
@@ -134,9 +131,9 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
             behind_padding = F.pad(_padding(attention_mask)[:, :-1], (1, 0))
             labels = labels.masked_fill(behind_padding, -100)
         if segments is not None and position_ids is None:
-            position_ids = segment_positions(segments).to(self.decoder.device)
+            position_ids = segment_positions(segments).to(self.device)
         if segments is not None:
-            attention_mask = mask_of_segments(self.decoder.device)
+            attention_mask = mask_of_segments(self.device)
         prompts: Prompts | None
         if prompt_keys is not None and prompt_values is not None:
             if segments is not None and tuning is not None and len(tuning) > 1:
@@ -148,14 +145,14 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
             assert tokens is not None
             sets = len(tokens) if segments is None else 1 + max(segment.prompts for segment in segments)
             prompts = self._prompts(adapter, image_features, image_owners, sets)
-        output: CausalLMOutputWithPast = self.decoder(
+        if part is None or part is self.decoder:
+            kwargs |= {"labels": labels, "logits_to_keep": logits_to_keep}
+        output: CausalLMOutputWithPast = (self.decoder if part is None else part.forward)(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
             prompts=prompts,
             segments=segments,
             **kwargs,
@@ -176,7 +173,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
                 raise UsageError(
                     f"{len(features)} pictures for {sets} rows; give image_owners, a row for each"
                 )
-            features = features.to(self.decoder.device)
+            features = features.to(self.device)
             owners = (torch.arange(sets) if owners is None else owners).to(features.device)
         adapter = self.get_adapter(name)
         prompts = adapter(features, owners, sets)
@@ -226,8 +223,12 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
         """transformers' ``generate`` with every decoding it knows, answered by ``adapter``.
 
         ``image_features`` and ``image_owners`` are those of `forward`; or give what `project` made of them.
+        An answer ends where `chat` ends it, at the end tokens of the adapter's template, unless
+        ``eos_token_id`` is given, here or in a ``generation_config``.
         """
         name = self._name(adapter)
+        if name != NO_ADAPTER and not _ends_given(*args, **kwargs) and self.tokenizer is not None:
+            kwargs["eos_token_id"] = self.end_ids(name)
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         rows = next((len(tokens) for tokens in given if tokens is not None), 1)
         # One copy a row: beams and returned sequences are multiplied and reordered along the first dimension.
@@ -235,7 +236,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
             kwargs |= self.project(name, image_features=image_features, image_owners=image_owners, rows=rows)
         for key in set(_PROJECTED) & set(kwargs):
             kwargs[key] = kwargs[key].expand(rows, *kwargs[key].shape[1:])
-        return super().generate(inputs, *args, adapter=name, **kwargs)
+        return super().generate(inputs, *args, adapter=name, **kwargs)  # type: ignore[misc]
 
     def _get_candidate_generator(  # type: ignore[override]
         self, *, model_kwargs: dict[str, Any], **kwargs: Any
@@ -243,15 +244,12 @@ class LlamaAdapter(Folders, Answers, GenerationMixin, PushToHubMixin):
         # An assistant model guesses ahead without our prompts: it has another shape, or does not know them.
         ours = ("adapter", *_PROJECTED)
         theirs = {name: value for name, value in model_kwargs.items() if name not in ours}
-        return super()._get_candidate_generator(model_kwargs=theirs, **kwargs)
+        return super()._get_candidate_generator(model_kwargs=theirs, **kwargs)  # type: ignore[misc]
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "decoder":
-                raise
-            return getattr(self.decoder, name)
+
+def _ends_given(generation_config: Any = None, *_: Any, **options: Any) -> bool:
+    """Whether a user of ``generate`` chose the end tokens."""
+    return "eos_token_id" in options or getattr(generation_config, "eos_token_id", None) is not None
 
 
 def _positions(mask: Tensor, *, cached: bool) -> Tensor:
@@ -272,11 +270,5 @@ def _padding(mask: Tensor) -> Tensor:
     return (real.cumsum(-1) == 0) | (real.flip(-1).cumsum(-1).flip(-1) == 0)
 
 
-def _leave_out_decoder(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}decoder.")]:
-        del state[name]
-
-
-def _expect_no_decoder(module: nn.Module, incompatible: Any) -> None:
-    missing = [name for name in incompatible.missing_keys if not name.startswith("decoder.")]
-    incompatible.missing_keys[:] = missing
+# A pipeline looks up the name of a model's class, and complains at length where it does not know it.
+SUPPORTED_PEFT_TASKS["text-generation"].append(LlamaAdapter.__name__)

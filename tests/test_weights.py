@@ -18,7 +18,7 @@ from llama_adapter.vision.tower import load_tower
 from tests.conftest import CHECKOUT
 
 WEIGHTS = CHECKOUT / "weights"
-ADAPTERS = sorted(path.parent for path in WEIGHTS.glob("*/adapter_config.json"))
+ADAPTERS = sorted(path.parent for path in WEIGHTS.glob("*/llama_adapter_config.json"))
 SHAPES = CHECKOUT / "examples" / "shapes" / "images"
 
 

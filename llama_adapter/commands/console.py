@@ -333,7 +333,14 @@ def _choose_adapter(chat: Conversation, name: str, weights: str | None) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from llama_adapter.methods.checkpoint import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, load_adapter
+    from llama_adapter.methods.checkpoint import (
+        CONFIG_FILE,
+        FORMER_CONFIG_FILE,
+        STATE_FILE,
+        WEIGHTS_FILE,
+        adapter_folder,
+        load_adapter,
+    )
 
     if arguments.adapter is None:
         raise UsageError("give a name: `llama-adapter list` shows what there is")
@@ -346,7 +353,8 @@ def _info(arguments: argparse.Namespace) -> None:
     folder = adapter_folder(found)
     adapter = load_adapter(folder)
     config = adapter.config
-    size = sum((folder / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE))
+    files = [folder / name for name in (CONFIG_FILE, FORMER_CONFIG_FILE, WEIGHTS_FILE, STATE_FILE)]
+    size = sum(file.stat().st_size for file in files if file.is_file())
     facts: dict[str, Any] = {
         "adapter": folder,
         "base": config.base,

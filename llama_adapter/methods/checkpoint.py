@@ -1,6 +1,11 @@
-"""An adapter as a folder: adapter_config.json and adapter_model.safetensors, a few MB; and the authors' .pth.
+"""An adapter as a folder of a few MB, and the authors' .pth.
+
+The folder has llama_adapter_config.json and adapter_model.safetensors.
 
 Loading is strict (every key, every shape) and reads weights only: no pickled code ever runs.
+
+What other trainers save is a model's state: of each adapter its tensors and its config (as a tensor of
+bytes) under ``adapters.NAME.``. A folder with such a model.safetensors is read too.
 """
 
 from __future__ import annotations
@@ -10,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -22,31 +32,60 @@ from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.config import AdapterConfig, DecoderShape
 from llama_adapter.weights.hub import gated_error
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = "llama_adapter_config.json"
+FORMER_CONFIG_FILE = "adapter_config.json"  # PEFT's name too: its files have a "peft_type"
 WEIGHTS_FILE = "adapter_model.safetensors"
+STATE_FILE = "model.safetensors"  # what transformers' Trainer writes
+STATE_PREFIX = "adapters."
 
 
-def save_adapter(adapter: Adapter, folder: str | Path) -> None:
-    """Write the adapter's two files; each appears whole or not at all. Weights are kept in float32."""
+def save_adapter(adapter: Adapter, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter's two files; each appears whole or not at all. Weights are kept in float32.
+
+    Args:
+        state: the tensors, by the names that they have in the adapter; None takes the adapter's own.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = adapter.state_dict().items()
-    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors}
+    tensors = (adapter.state_dict() if state is None else state).items()
+    kept = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors}
     with write_atomically(folder / WEIGHTS_FILE) as path:
-        path.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would hide it from other users
+        path.write_bytes(save(kept, metadata={"format": "pt"}))  # save_file would hide it from other users
     write_json(folder / CONFIG_FILE, adapter.config.to_dict())
+    former = folder / FORMER_CONFIG_FILE
+    if former.is_file() and "peft_type" not in _read_json(former):
+        former.unlink()  # of the adapter that this one replaces
 
 
-def adapter_folder(name: str) -> Path:
+def encode_config(config: AdapterConfig, *, active: bool) -> Tensor:
+    """A config as bytes in a tensor, for a model's state; ``active``: the adapter answers by default."""
+    text = json.dumps({**config.to_dict(), "active": active}, sort_keys=True)
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def adapter_folder(name: str, *, subfolder: str = "", **hub: Any) -> Path:
     """The local folder of an adapter, fetched from the hub where ``name`` is a hub id.
 
+    Args:
+        subfolder: of the adapter in ``name``.
+        hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+
     Raises:
-        UsageError: no such repository, or no way to reach it.
+        UsageError: no such repository or revision, or no way to reach it.
     """
     if Path(name).is_dir():
-        return Path(name)
+        return Path(name) / subfolder
+    wanted = [CONFIG_FILE, FORMER_CONFIG_FILE, WEIGHTS_FILE, "README.md"]
+    patterns = [f"{subfolder}/{file}" if subfolder else file for file in wanted]
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "README.md"]))
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **hub)) / subfolder
+        if (
+            not any((folder / file).is_file() for file in wanted[:2])
+            and not subfolder
+            and _is_state(name, hub)
+        ):
+            folder = Path(snapshot_download(name, allow_patterns=[STATE_FILE, "README.md"], **hub))
+        return folder
     except GatedRepoError:
         raise gated_error("adapter", name) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -57,17 +96,43 @@ def adapter_folder(name: str) -> Path:
         ) from None
 
 
+def _is_state(name: str, hub: dict[str, Any]) -> bool:
+    """Whether a repository's weights, of which only the names are fetched, are adapters."""
+    options = {option: hub[option] for option in ("revision", "token") if option in hub}
+    try:
+        metadata = get_safetensors_metadata(name, **options)
+    except NotASafetensorsRepoError:
+        return False
+    return any(tensor.startswith(STATE_PREFIX) for tensor in metadata.weight_map)
+
+
 def read_config(folder: str | Path) -> AdapterConfig:
     """The settings in an adapter folder.
 
     Raises:
-        UsageError: no adapter folder, not JSON, another version, a missing or unknown key.
+        UsageError: no adapter folder, PEFT's, not JSON, another version, a missing or unknown key.
     """
-    path = Path(folder) / CONFIG_FILE
+    folder = Path(folder)
+    path = folder / CONFIG_FILE
     if not path.is_file():
-        raise UsageError(
-            f"{folder} is no adapter folder: it has no {CONFIG_FILE}; give one that train.* wrote"
-        )
+        path = folder / FORMER_CONFIG_FILE
+    if path.is_file():
+        values = _read_json(path)
+        if "peft_type" in values:
+            raise UsageError(
+                f"{folder} holds an adapter of PEFT ({values['peft_type']}), not a LLaMA-Adapter; load it "
+                "with peft.PeftModel.from_pretrained"
+            )
+        return AdapterConfig.from_dict(values, str(path))
+    if (folder / STATE_FILE).is_file() and (found := load_state_file(folder / STATE_FILE)):
+        return next(iter(found.values())).config
+    raise UsageError(
+        f"{folder} is no adapter folder: it has no {CONFIG_FILE}; give one that train.* or save_pretrained "
+        "wrote"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -75,24 +140,58 @@ def read_config(folder: str | Path) -> AdapterConfig:
     if not isinstance(values, dict):
         found = type(values).__name__
         raise UsageError(f"{path} holds a {found}, expected an object; copy the adapter again")
-    return AdapterConfig.from_dict(values, str(path))
+    return values
 
 
 def load_adapter(folder: str | Path) -> Adapter:
-    """Rebuild the adapter in a folder, in float32 on the CPU.
+    """Rebuild the adapter in a folder, in float32 on the CPU; of a trainer's several, the active one.
 
     Raises:
         UsageError: as `read_config`, and a truncated file, a missing or extra key, a wrong size.
     """
     config = read_config(folder)
     path = Path(folder) / WEIGHTS_FILE
+    state = Path(folder) / STATE_FILE
     if not path.is_file():
+        if state.is_file() and not (Path(folder) / CONFIG_FILE).is_file():
+            return next(iter(load_state_file(state).values()))
         raise UsageError(f"{folder} has no {WEIGHTS_FILE}; copy the adapter again")
+    return _build_adapter(config, _load_tensors(path), str(path))
+
+
+def load_state_file(path: Path) -> dict[str, Adapter]:
+    """The adapters in a model's saved state by name, the active one first; empty where it has none.
+
+    Raises:
+        UsageError: as `load_adapter`.
+    """
+    configs: dict[str, Tensor] = {}
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in _load_tensors(path).items():
+        if key.startswith(STATE_PREFIX):
+            name, _, rest = key.removeprefix(STATE_PREFIX).partition(".")
+            if rest == "config":
+                configs[name] = tensor
+            else:
+                states.setdefault(name, {})[rest] = tensor
+    adapters, active = {}, set()
+    for name, encoded in configs.items():
+        source = f"{path}, adapter {name!r}"
+        try:
+            values = json.loads(bytes(encoded.tolist()))
+            if values.pop("active"):
+                active.add(name)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UsageError(f"{source}: its config cannot be read; copy the adapter again") from None
+        adapters[name] = _build_adapter(AdapterConfig.from_dict(values, source), states.get(name, {}), source)
+    return {name: adapters[name] for name in sorted(adapters, key=lambda name: name not in active)}
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        state = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} cannot be read ({error}); it is cut off or no safetensors file") from None
-    return _build_adapter(config, state, str(path))
 
 
 def _build_adapter(config: AdapterConfig, state: dict[str, Tensor], source: str) -> Adapter:

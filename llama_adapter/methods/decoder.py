@@ -48,8 +48,9 @@ def choose_device(device: str | None) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The named dtype; by default bfloat16 on CUDA (where it is fast) and float32 elsewhere."""
+    dtype = None if dtype is None else str(dtype).removeprefix("torch.")
     if dtype is None or dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
@@ -59,22 +60,33 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     return choices[dtype]
 
 
-def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id; a missing padding token becomes the end token."""
+def load_tokenizer(base: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; a missing padding token becomes the end token.
+
+    ``options`` are those of transformers' ``from_pretrained``, as ``revision`` and ``token``.
+    """
     with _clear_errors(base):
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+HUB_OPTIONS = frozenset(  # of transformers' from_pretrained, for config, tokenizer and weights alike
+    {"cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "token"}
+    | {"subfolder", "trust_remote_code"}
+)
+
+
 def load_decoder(
-    base: str, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+    base: str, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None, **options: Any
 ) -> PreTrainedModel:
     """Load a causal decoder from a folder or hub id, frozen and ready for adapters.
 
     Args:
+        device: where it goes, unless ``options`` has a ``device_map``.
         quantize: the format that its weights are kept in (`quantization.formats`); None: as they are.
+        options: whatever transformers' ``from_pretrained`` takes.
 
     Raises:
         UsageError: not found, gated, no decoder, of a family that cannot be adapted, or a format that is not
@@ -82,18 +94,22 @@ def load_decoder(
     """
     if quantize is not None:
         check_format(quantize)
-        if device.type != "cpu":
-            raise UsageError(
-                f"quantize: {quantize} runs on a CPU only, not on {device.type!r}; choose device cpu"
-            )
+        if device.type != "cpu" or options.get("device_map") is not None:
+            place = options.get("device_map") or device.type
+            raise UsageError(f"quantize: {quantize} runs on a CPU only, not on {place!r}; choose device cpu")
+    if options.get("quantization_config") is not None and options.get("device_map") is None:
+        options["device_map"] = {"": device}  # quantised where they will stay
+    hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
     with _clear_errors(base):
-        config = AutoConfig.from_pretrained(base)  # first, so that a hub out of reach is waited for once
+        # First, so that a hub out of reach is waited for once.
+        config = AutoConfig.from_pretrained(base, **hub)
         # As the file has them, often in 16 bits: quantising makes float32 of one weight at a time.
         stored = dtype if quantize is None else "auto"
-        decoder = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=stored)
+        decoder = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=stored, **options)
     if quantize is not None:
         quantize_decoder(decoder, quantize)
-    return prepare_decoder(decoder.to(device, dtype))  # type: ignore[arg-type]
+    placed = options.get("device_map") is not None
+    return prepare_decoder(decoder if placed else decoder.to(device, dtype))  # type: ignore[arg-type]
 
 
 class _clear_errors:

@@ -63,7 +63,7 @@ def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
             _refuse(decoder, "it has an encoder; this method adapts decoders")
         with _restoring_on_failure(decoder):
             decoder.eval()
-            if decoder.device.type == "meta":
+            if computing_device(decoder).type == "meta":
                 _suppose_usual_forms(decoder)  # there is nothing to compute with: a shape is being looked at
                 _switch(decoder, register(current))
             else:
@@ -76,6 +76,22 @@ def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
                 attach_decoding_step(decoder)
     decoder.requires_grad_(False)
     return decoder.eval()
+
+
+def computing_device(decoder: PreTrainedModel) -> torch.device:
+    """The device that a decoder computes on, which is not where its weights lie if they are offloaded.
+
+    The meta device where there is none: the decoder is only a shape.
+    """
+    if decoder.device.type != "meta":
+        return decoder.device
+    for module in decoder.modules():  # accelerate's hooks bring the weights to where they are needed
+        hook = getattr(module, "_hf_hook", None)
+        for single in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(single, "execution_device", None)) is not None:
+                return torch.device(device)
+    real = (parameter.device for parameter in decoder.parameters() if parameter.device.type != "meta")
+    return next(real, decoder.device)
 
 
 def attention_layers(decoder: PreTrainedModel) -> list[nn.Module]:
@@ -96,7 +112,7 @@ def input_sizes(decoder: PreTrainedModel) -> list[float]:
     It is taken over 32 random tokens. 1 where the weights are only shapes (the meta device).
     """
     layers = attention_layers(decoder)
-    if decoder.device.type == "meta":
+    if computing_device(decoder).type == "meta":
         return [1.0] * len(layers)
     vocabulary = decoder.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
@@ -107,7 +123,7 @@ def input_sizes(decoder: PreTrainedModel) -> list[float]:
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
-        decoder(tokens.to(decoder.device), use_cache=False)
+        decoder(tokens.to(computing_device(decoder)), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -515,7 +531,7 @@ def _two_tokens(decoder: PreTrainedModel, stock: str, past: int) -> list[_Call]:
     with _noting(decoder, stock), _noting_modules(decoder, notes):
         decoder(
             input_ids=_random_tokens(decoder, 1, 2),
-            position_ids=torch.arange(2, device=decoder.device)[None],
+            position_ids=torch.arange(2, device=computing_device(decoder))[None],
             past_key_values=Cache(layers=[_ClaimedPast(past) for _ in range(layers)]),
             prompts=notes,
             use_cache=True,
@@ -568,8 +584,8 @@ def _probe_packed(decoder: PreTrainedModel) -> None:
         with _noting_outputs(decoder) as together:
             packed = decoder(
                 input_ids=rows.flatten()[None],
-                attention_mask=mask_of_segments(decoder.device),
-                position_ids=segment_positions(segments).to(decoder.device),
+                attention_mask=mask_of_segments(computing_device(decoder)),
+                position_ids=segment_positions(segments).to(computing_device(decoder)),
                 segments=segments,
                 use_cache=False,
             ).logits.view(logits.shape)
@@ -614,4 +630,4 @@ def _random_tokens(decoder: PreTrainedModel, rows: int, tokens: int) -> Tensor:
     padding = getattr(config, "pad_token_id", None)
     if padding is not None:
         ids += ids >= padding
-    return ids.to(decoder.device)
+    return ids.to(computing_device(decoder))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,23 +19,28 @@ from llama_adapter.decoding.streams import Answer, Request, stream_tokens
 from llama_adapter.surface.named_adapters import NO_ADAPTER
 from llama_adapter.surface.seeing import Seeing
 
+# One turn or several; a dictionary is a turn with "role" and "content", as chat templates take it.
+Question: TypeAlias = "str | Turn | Mapping[str, Any] | Sequence[Turn | Mapping[str, Any]]"
+
 
 class Answers(Seeing):
     """The chat of `LlamaAdapter`."""
 
     if TYPE_CHECKING:
         config: Any
+        generation_config: Any
 
         def project(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]: ...
 
     def stream_chat(
         self,
-        turns: str | Sequence[Turn],
+        turns: Question,
         *,
         image: Picture | Sequence[Picture] | Tensor | None = None,
         adapter: str | None = None,
         sampling: Sampling | None = None,
         question_ids: list[int] | None = None,
+        **settings: Any,
     ) -> Answer:
         """The answer to a question, or to a conversation that ends with one, as a stream of text.
 
@@ -43,14 +48,19 @@ class Answers(Seeing):
         of the decoder's context ends there.
 
         Args:
+            turns: a question, or turns of which the last asks one: `Turn`, or dictionaries with ``role`` and
+                ``content``.
             image: a picture or several: files, their contents, opened ones, or features of `encode_images`.
             question_ids: what `encode_question` gives for ``turns``, where the caller has it already.
+            sampling: how tokens are chosen; None takes the paper's settings.
+            **settings: single ones of `Sampling`, as ``max_new_tokens=8, temperature=0`` (greedy).
 
         Raises:
-            UsageError: an empty question, one longer than the decoder's context, or what is no picture.
+            UsageError: an empty question, one longer than the decoder's context, what is no picture, or a
+                setting that is not known.
         """
         request = self.prepare_request(
-            turns, image=image, adapter=adapter, sampling=sampling, question_ids=question_ids
+            turns, image=image, adapter=adapter, sampling=sampling, question_ids=question_ids, **settings
         )
 
         def tokens() -> Iterator[int]:
@@ -62,12 +72,13 @@ class Answers(Seeing):
 
     def prepare_request(
         self,
-        turns: str | Sequence[Turn],
+        turns: Question,
         *,
         image: Picture | Sequence[Picture] | Tensor | None = None,
         adapter: str | None = None,
         sampling: Sampling | None = None,
         question_ids: list[int] | None = None,
+        **settings: Any,
     ) -> Request:
         """All that it takes to answer, whoever does it. Arguments and errors are those of `stream_chat`."""
         name = self._name(adapter)
@@ -77,7 +88,7 @@ class Answers(Seeing):
             owners = torch.zeros(len(encoded), dtype=torch.long)
             features = {"image_features": encoded, "image_owners": owners}
         ids = question_ids or self.encode_question(turns, adapter=name)
-        sampling = sampling or Sampling()
+        sampling = _sampling(sampling, settings)
         if self.context_length is not None:
             room = self.context_length - len(ids)
             if room < 1:
@@ -86,38 +97,48 @@ class Answers(Seeing):
             sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         template = self.template(name)
         return Request(
-            question=torch.tensor([ids], device=self.decoder.device),
+            question=torch.tensor([ids], device=self.device),
             project=functools.partial(self.project, name, **features),
             sampling=sampling,
-            end_ids=end_token_ids(template, self._tokenizer()),
+            end_ids=self.end_ids(name),
             stop_strings=stop_strings(template),
         )
 
     def chat(
         self,
-        turns: str | Sequence[Turn],
+        turns: Question,
         *,
         image: Picture | Sequence[Picture] | Tensor | None = None,
         adapter: str | None = None,
         sampling: Sampling | None = None,
+        **settings: Any,
     ) -> str:
         """The whole answer to a question, or to a conversation that ends with one. See `stream_chat`."""
-        answer = self.stream_chat(turns, image=image, adapter=adapter, sampling=sampling)
+        answer = self.stream_chat(turns, image=image, adapter=adapter, sampling=sampling, **settings)
         for _ in answer:
             pass
         return answer.text
 
-    def encode_question(self, turns: str | Sequence[Turn], *, adapter: str | None = None) -> list[int]:
+    def encode_question(self, turns: Question, *, adapter: str | None = None) -> list[int]:
         """Token ids of a question in the text format of an adapter; the bare base has its own chat template.
 
         Raises:
             UsageError: an empty question, or a model without a tokenizer.
         """
-        turns = [question_turn(turns)] if isinstance(turns, str) else list(turns)
-        if turns:
-            question_turn(turns[-1].text)
+        if isinstance(turns, str):
+            turns = [question_turn(turns)]
+        asked = [_turn(turn) for turn in ([turns] if isinstance(turns, (Turn, Mapping)) else turns)]
+        if asked:
+            question_turn(asked[-1].text)
         date = self.template_date(adapter)
-        return encode_question(turns, self.template(adapter), self._tokenizer(), date=date)
+        return encode_question(asked, self.template(adapter), self._tokenizer(), date=date)
+
+    def end_ids(self, adapter: str | None = None) -> list[int]:
+        """Tokens that end an answer of an adapter (the active one), or of the bare base."""
+        ids = end_token_ids(self.template(adapter), self._tokenizer())
+        own = self.generation_config.eos_token_id
+        own = [] if own is None else own if isinstance(own, list) else [own]
+        return [*dict.fromkeys([*ids, *map(int, own)])]
 
     def template_date(self, adapter: str | None = None) -> str | None:
         """The day that the chat template writes for an adapter (the active one); None is today's."""
@@ -141,3 +162,27 @@ class Answers(Seeing):
             return self.get_adapter(name).config.template
         has_own = self.tokenizer is not None and self.tokenizer.chat_template
         return "chat" if has_own else "alpaca"
+
+
+def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
+    known = [field.name for field in dataclasses.fields(Sampling)]
+    if unknown := [name for name in settings if name not in known]:
+        raise UsageError(f"there is no setting {unknown[0]!r} of sampling; there are {', '.join(known)}")
+    return dataclasses.replace(sampling or Sampling(), **settings)
+
+
+def _turn(turn: Turn | Mapping[str, Any]) -> Turn:
+    """A turn; of a dictionary whose content is a list, its texts."""
+    if isinstance(turn, Turn):
+        return turn
+    if not isinstance(turn, Mapping) or set(turn) != {"role", "content"}:
+        raise UsageError(f"a turn is {turn!r:.80}; expected a Turn, or a dictionary with role and content")
+    content = turn["content"]
+    if isinstance(content, (list, tuple)):
+        kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content]
+        if other := [kind for kind in kinds if kind != "text"]:
+            raise UsageError(f"a turn's content has a part of type {other[0]!r}; give pictures with image=")
+        content = "\n".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str):
+        raise UsageError(f"a turn's content is {content!r:.80}; expected text")
+    return Turn(str(turn["role"]), content)

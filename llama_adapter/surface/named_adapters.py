@@ -1,14 +1,17 @@
-"""Adapters by name on one decoder: added, chosen, switched off, dropped.
+"""Adapters by name on one decoder: added, chosen, switched off, dropped. PEFT's names for it work too.
 
 Shapes: L adapted layers, K prompts.
 """
 
 from __future__ import annotations
 
+import copy
 import datetime
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,24 +20,42 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.chat_template import writes_date
 from llama_adapter.methods.adapter import Adapter
+from llama_adapter.methods.attention import PREFIX, STOCK, register
 from llama_adapter.methods.config import AdapterConfig, DecoderShape, VisionConfig, default_adapted_layers
-from llama_adapter.methods.probe import input_sizes
+from llama_adapter.methods.decoder import decoder_shape
+from llama_adapter.methods.probe import computing_device, input_sizes
 from llama_adapter.methods.tuning import listen, tuning_width
+from llama_adapter.surface.carried import carry
+from llama_adapter.surface.passing import PassedOn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 NO_ADAPTER = "none"  # the name that stands for the bare base
 _NOT_NAMES = {NO_ADAPTER, "", *dir(nn.ModuleDict())}  # what torch's container of modules calls its own
 
 
-class NamedAdapters(nn.Module):
+class NamedAdapters(PassedOn):
     """The adapters of `LlamaAdapter`; its docstring describes the attributes."""
 
-    decoder: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     adapters: nn.ModuleDict
     active_adapter: str
     base: str
-    shape: DecoderShape
     weights: str | Path | None
+    _switched_off: str | None = None  # what `enable_adapters` brings back; None: nothing is switched off
+
+    @property
+    def shape(self) -> DecoderShape:
+        """The decoder's sizes as they are now: a vocabulary may have been resized."""
+        return decoder_shape(self.decoder.config)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the decoder computes on."""
+        return computing_device(self.decoder)
+
+    # --- adding and dropping --------------------------------------------------------------------------------
 
     def new_adapter(
         self,
@@ -65,14 +86,16 @@ class NamedAdapters(nn.Module):
             template_date: the day that the tokenizer's chat template writes in training and in answering, as
                 2026-11-28; None takes today's for a template that writes one.
         """
+        self._check_name(name)
+        shape = self.shape
         if adapted_layers is None:
-            adapted_layers = default_adapted_layers(self.shape.num_layers)
+            adapted_layers = default_adapted_layers(shape.num_layers)
         dated = template == "chat" and self.tokenizer is not None and writes_date(self.tokenizer)
         if dated and template_date is None:
             template_date = datetime.date.today().isoformat()
         config = AdapterConfig(
             base=self.base,
-            shape=self.shape,
+            shape=shape,
             adapted_layers=adapted_layers,
             prompt_length=prompt_length,
             template=template,
@@ -96,14 +119,26 @@ class NamedAdapters(nn.Module):
         Raises:
             UsageError: a name that is taken or cannot be one, or an adapter of another base.
         """
-        if name in self.adapters:
-            raise UsageError(f"adapter name {name!r} is taken; delete that one first")
-        if name in _NOT_NAMES or "." in name:
-            raise UsageError(f"adapter name {name!r} cannot be used; choose another, without dots")
-        if adapter.config.shape != self.shape:
+        given: tuple[Any, Any] = (name, adapter)
+        if not isinstance(given[0], str) or not isinstance(given[1], Adapter):
+            kinds = " and ".join(type(value).__name__ for value in given)
+            raise UsageError(
+                f"add_adapter takes a name and an Adapter, given {kinds}; new_adapter(name) makes a new one, "
+                "load_adapter(folder) loads one"
+            )
+        self._check_name(name)
+        shape = self.shape
+        # No tensor of an adapter depends on the vocabulary, and adding a token is no reason to train again.
+        if replace(adapter.config.shape, vocab_size=shape.vocab_size) != shape:
             raise UsageError(
                 f"adapter {name!r} was trained for base {adapter.config.base!r} ({adapter.config.shape}); "
-                f"{self.base!r} is {self.shape}; give its own base"
+                f"{self.base!r} is {shape}; give its own base"
+            )
+        if adapter.config.shape != shape:
+            warnings.warn(
+                f"adapter {name!r} was trained with {adapter.config.shape.vocab_size} tokens, "
+                f"{self.base!r} has {shape.vocab_size}; it works if tokens were only added",
+                stacklevel=3,
             )
         if adapter.tuning is not None:
             if adapter.config.tuning_width != (width := tuning_width(self.decoder)):
@@ -112,12 +147,14 @@ class NamedAdapters(nn.Module):
                     f"{self.base!r} has room for {width}; give its own base"
                 )
             listen(self.decoder)
-        self.adapters[name] = adapter.to(self.decoder.device)
-        self.active_adapter = name
+        self.adapters[name] = adapter.to(self.device)
+        self._choose(name)
 
-    def set_adapter(self, name: str) -> None:
-        """Choose the adapter that answers by default; ``"none"`` is the bare base."""
-        self.active_adapter = self._name(name)
+    def _check_name(self, name: str) -> None:
+        if name in self.adapters:
+            raise UsageError(f"adapter name {name!r} is taken; delete that one first")
+        if name in _NOT_NAMES or "." in name:
+            raise UsageError(f"adapter name {name!r} cannot be used; choose another, without dots")
 
     def delete_adapter(self, name: str) -> None:
         """Drop an adapter; where it was the active one, the bare base answers."""
@@ -125,15 +162,52 @@ class NamedAdapters(nn.Module):
         del self.adapters[name]
         if self.active_adapter == name:
             self.active_adapter = NO_ADAPTER
+        if self._switched_off == name:
+            self._switched_off = None
 
-    @contextmanager
-    def disable_adapters(self) -> Iterator[None]:
-        """Within it, the bare base answers."""
-        before, self.active_adapter = self.active_adapter, NO_ADAPTER
-        try:
-            yield
-        finally:
-            self.active_adapter = before
+    def unload(self) -> PreTrainedModel:
+        """Drop all adapters; returns the bare decoder."""
+        for name in list(self.adapters):
+            self.delete_adapter(name)
+        return self.decoder
+
+    # --- choosing -------------------------------------------------------------------------------------------
+
+    def set_adapter(self, name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose the adapter that answers by default; ``"none"`` is the bare base.
+
+        This ends a `disable_adapters`, and stays when a ``with`` block of one ends.
+        ``inference_mode`` freezes the adapter.
+        """
+        if not isinstance(name, str):
+            if len(name) != 1:
+                raise UsageError(
+                    f"{len(name)} adapters given ({', '.join(name)}); choose one, or call with adapter="
+                )
+            (name,) = name
+        self._choose(self._name(name))
+        if inference_mode and name != NO_ADAPTER:
+            self.set_requires_grad(name, False)
+
+    def _choose(self, name: str) -> None:
+        self.active_adapter = name
+        self._switched_off = None
+
+    def disable_adapters(self) -> SwitchedOff:
+        """The bare base answers from now on: within a ``with`` block, else until `enable_adapters`."""
+        return SwitchedOff(self)
+
+    disable_adapter = disable_adapters  # PEFT's name
+
+    def enable_adapters(self) -> None:
+        """The adapter that `disable_adapters` switched off answers again."""
+        if self._switched_off is not None:
+            self._choose(self._switched_off)
+
+    @property
+    def active_adapters(self) -> ActiveAdapters:
+        """Names of those that answer by default: one or none. PEFT reads it, transformers calls it."""
+        return ActiveAdapters([] if self.active_adapter == NO_ADAPTER else [self.active_adapter])
 
     def _name(self, name: str | None) -> str:
         name = self.active_adapter if name is None else name
@@ -149,6 +223,129 @@ class NamedAdapters(nn.Module):
         adapter = self.adapters[name]
         assert isinstance(adapter, Adapter)
         return adapter
+
+    def reference_model(self, adapter: str | None = None) -> Self:
+        """A model on the same decoder, of a frozen copy of an adapter (the active one) as it is now.
+
+        It is the reference of preference training, and takes no memory for a second base:
+        ``DPOTrainer(model, ref_model=model.reference_model(), ...)``. ``"none"`` gives the bare base.
+        """
+        name = self._name(adapter)
+        model = type(self)(self.decoder, self.tokenizer, base=self.base, weights=self.weights)
+        if name != NO_ADAPTER:
+            model.add_adapter(name, copy.deepcopy(self.get_adapter(name)).requires_grad_(False))
+        return model
+
+    # --- names of PEFT and transformers ---------------------------------------------------------------------
+
+    def get_base_model(self) -> nn.Module:
+        """The decoder, with the active adapter in its forward as in PEFT; ``decoder`` is the bare one."""
+        return carry(self, self.decoder)
+
+    def get_decoder(self) -> nn.Module:
+        """The decoder's backbone, with the active adapter in its forward."""
+        return carry(self, self.decoder.get_decoder())
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze adapters, or let them be trained. The base stays frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for adapter in [self.get_adapter(name) for name in names]:
+            adapter.requires_grad_(requires_grad)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many parameters base and adapters have together, shared ones counted once."""
+        embeddings = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+        left_out = {id(weight) for weight in embeddings} if exclude_embeddings else set()
+        return sum(
+            _count(parameter)
+            for parameter in self.parameters()
+            if id(parameter) not in left_out and (parameter.requires_grad or not only_trainable)
+        )
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable parameters, and all."""
+        return self.num_parameters(only_trainable=True), self.num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of base and adapters."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], **_: Any) -> None:
+        """Change the attention that the prompts are added to: ``"sdpa"`` or ``"eager"``.
+
+        Raises:
+            UsageError: an implementation that cannot carry prompts.
+        """
+        given = attn_implementation
+        if isinstance(given, dict):
+            if len(set(given.values())) != 1:
+                raise UsageError(f"attention {given!r} given; give one for the whole decoder, sdpa or eager")
+            given = next(iter(given.values()))
+        stock = given.removeprefix(PREFIX)
+        if stock not in STOCK:
+            raise UsageError(f"attention {given!r} cannot be adapted; choose {' or '.join(STOCK)}")
+        self.decoder.set_attn_implementation(register(stock))
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Let the backward pass compute each layer again instead of keeping what is within it.
+
+        Raises:
+            UsageError: reentrant checkpointing, whose first pass has no gradients for an adapter.
+        """
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise UsageError(
+                "use_reentrant=True gives an adapter no gradients; leave it out, or give use_reentrant=False"
+            )
+        settings = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        # transformers renames it.
+        name = "activation_checkpointing_enable"
+        enable = getattr(self.decoder, name, None) or self.decoder.gradient_checkpointing_enable
+        enable(settings, **options)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """As `activation_checkpointing_enable`, under the name it had before transformers 5.2x."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+
+class SwitchedOff:
+    """Adapters that are switched off, from its making to the end of its ``with`` block."""
+
+    def __init__(self, model: NamedAdapters) -> None:
+        self._model = model
+        self._outermost = model._switched_off is None
+        if self._outermost:
+            model._switched_off, model.active_adapter = model.active_adapter, NO_ADAPTER
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: Any) -> None:
+        if self._outermost:
+            self._model.enable_adapters()
+
+
+class ActiveAdapters(list[str]):
+    """A list of names; called, it gives them too."""
+
+    def __call__(self) -> list[str]:
+        return list(self)
+
+
+def _count(parameter: nn.Parameter) -> int:
+    # bitsandbytes packs two numbers of 4 bits in a byte.
+    packed = type(parameter).__name__ == "Params4bit"
+    return parameter.numel() * 2 * parameter.element_size() if packed else parameter.numel()
 
 
 def default_name(adapter: str | Path) -> str:

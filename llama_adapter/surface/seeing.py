@@ -59,7 +59,7 @@ class Seeing(NamedAdapters):
         with _LOADING_A_TOWER:
             if key not in self._towers:
                 tower = load_tower(
-                    vision.tower, depths=vision.depths, weights=self.weights, device=self.decoder.device
+                    vision.tower, depths=vision.depths, weights=self.weights, device=self.device
                 )
                 if tower.fingerprint != vision.tower_fingerprint:
                     raise UsageError(

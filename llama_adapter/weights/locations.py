@@ -12,11 +12,11 @@ from llama_adapter.weights.catalogue import CATALOGUE
 
 Kind = Literal["adapter", "base", "tower"]
 
-# The file that tells what a folder holds.
-_MARKER: dict[Kind, str] = {
-    "adapter": "adapter_config.json",
-    "base": "config.json",
-    "tower": "open_clip_config.json",
+# The files, of which one tells what a folder holds.
+_MARKERS: dict[Kind, tuple[str, ...]] = {
+    "adapter": ("llama_adapter_config.json", "adapter_config.json"),  # the second: before it was renamed
+    "base": ("config.json",),
+    "tower": ("open_clip_config.json",),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -48,7 +48,7 @@ def list_weights(kind: Kind, weights: str | Path | None = None) -> dict[str, Pat
     found: dict[str, Path] = {}
     for folder in weights_folders(weights):
         for path in folder.iterdir() if folder.is_dir() else ():
-            if not path.name.startswith(".") and (path / _MARKER[kind]).is_file():
+            if not path.name.startswith(".") and any((path / name).is_file() for name in _MARKERS[kind]):
                 found.setdefault(path.name, path)
     return dict(sorted(found.items()))
 

@@ -69,7 +69,7 @@ def test_a_run_leaves_an_adapter_that_eval_scores(
 
     run(eval.alpaca, [*score, "--samples", "0", "--validation-rows", "4"], monkeypatch)
     kept_back = json.loads(figures.read_text())
-    trained = json.loads((output / "adapter_config.json").read_text())["training"]
+    trained = json.loads((output / "llama_adapter_config.json").read_text())["training"]
     assert kept_back["rows"] == 4
     assert round(kept_back["adapter_loss"], 4) == trained["validation_loss"]
 

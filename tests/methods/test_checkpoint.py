@@ -60,13 +60,16 @@ def refusal(action: Callable[[], Any]) -> str:
 
 
 def test_a_folder_holds_these_files_and_these_keys(adapter: Adapter, folder: Path) -> None:
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "llama_adapter_config.json",
+        "adapter_model.safetensors",
+    }
     state = load_file(folder / "adapter_model.safetensors")
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()} == {
         "prompts": ((6, 10, 64), torch.float32),
         "gates": ((6, 4), torch.float32),
     }
-    assert json.loads((folder / "adapter_config.json").read_text()) == adapter.config.to_dict()
+    assert json.loads((folder / "llama_adapter_config.json").read_text()) == adapter.config.to_dict()
 
 
 def test_what_is_saved_comes_back_bit_for_bit(adapter: Adapter, folder: Path) -> None:

@@ -49,7 +49,7 @@ def test_order_of_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_list_tells_adapters_from_bases_and_skips_what_is_half_made(tmp_path: Path) -> None:
     weights = tmp_path / "weights"
-    adapter = make(weights / "an-adapter", marker="adapter_config.json")
+    adapter = make(weights / "an-adapter", marker="llama_adapter_config.json")
     base = make(weights / "a-base", marker="config.json")
     make(weights / ".a-base-being-made.tmp", marker="config.json")
     (weights / "notes.txt").write_text("")
@@ -85,8 +85,8 @@ def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_unknown_name_is_told_with_what_there_is(tmp_path: Path) -> None:
     weights = tmp_path / "weights"
-    make(weights / "one", marker="adapter_config.json")
-    make(weights / "two", marker="adapter_config.json")
+    make(weights / "one", marker="llama_adapter_config.json")
+    make(weights / "two", marker="llama_adapter_config.json")
     make(weights / "a-base", marker="config.json")
     with pytest.raises(UsageError, match=rf"no adapter 'three'.*{re.escape(str(weights))}.*there: one, two$"):
         resolve("three", kind="adapter", weights=weights)

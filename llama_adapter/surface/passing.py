@@ -1,0 +1,100 @@
+"""Which names of its decoder a model passes on, and which names of transformers and PEFT it refuses, and why.
+
+Nothing falls through by accident: data and submodules are passed on, a method only where it is listed here. A
+method that acts on the decoder alone could leave the adapters out without a word.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.surface.carried import carry
+
+# The decoder's methods that mean the same for the whole model.
+PASSED_METHODS = frozenset(
+    {"can_generate", "get_correct_attn_implementation", "get_experts_implementation", "is_backend_compatible"}
+    | {"is_custom_code", "is_remote_code", "loss_function", "warn_if_padding_and_no_attention_mask"}
+    | {"activation_checkpointing_disable", "gradient_checkpointing_disable"}
+    | {"disable_input_require_grads", "enable_input_require_grads"}
+    | {"get_input_embeddings", "get_output_embeddings", "get_position_embeddings"}
+    | {
+        "set_experts_implementation",
+        "set_input_embeddings",
+        "set_output_embeddings",
+        "resize_token_embeddings",
+    }
+    | {"tie_weights", "get_expanded_tied_weights_keys"}
+    | {"_default_compile_config"}  # transformers' get_compiled_call, which compiles our forward, asks for it
+)
+
+_MERGING = (
+    "prompts are read by attention and cannot be merged into weights; save the adapter with save_pretrained"
+)
+_SETTINGS = "an adapter's settings are in model.get_adapter(name).config"
+_MIXING = "adapters cannot be added up; give each row its own with adapter=, or train one adapter on all data"
+_NEW_BASE = "this would change the frozen base; change model.decoder before an adapter is made"
+
+# Names that users of transformers and PEFT call, and that have no right answer here.
+REFUSED = {
+    "merge": _MERGING,
+    "merge_adapter": _MERGING,
+    "merge_and_unload": _MERGING,
+    "unmerge_adapter": _MERGING,
+    "add_weighted_adapter": _MIXING,
+    "peft_config": _SETTINGS,
+    "active_peft_config": _SETTINGS,
+    "peft_type": _SETTINGS,
+    "modules_to_save": "an adapter has no copies of the base's modules",
+    "get_prompt": "prompts are not tokens; model.get_adapter(name).prompts has those of each layer",
+    "get_prompt_embedding_to_save": "save the adapter with save_pretrained",
+    "get_layer_status": "see model.adapters and model.active_adapters",
+    "get_model_status": "see model.adapters and model.active_adapters",
+    "create_or_update_model_card": "push_to_hub writes a card",
+    "inject_adapter": "use new_adapter",
+    "enable_peft_hotswap": "load both adapters and choose by set_adapter, which copies nothing",
+    "set_decoder": _NEW_BASE,
+    "set_encoder": _NEW_BASE,
+    "init_weights": _NEW_BASE,
+    "initialize_weights": _NEW_BASE,
+    "post_init": _NEW_BASE,
+    "dequantize": _NEW_BASE,
+    "resize_position_embeddings": _NEW_BASE,
+    "set_use_kernels": "the adapter lives in transformers' own attention, which kernels would replace",
+    "register_for_auto_class": "an adapter folder has no code; LlamaAdapter.from_pretrained loads it",
+}
+
+
+class NameRefused(UsageError, AttributeError):
+    """A name that is refused, in a line. To `hasattr` it is not there."""
+
+
+class PassedOn(nn.Module):
+    """What `LlamaAdapter` does not define itself, looked up on its decoder."""
+
+    decoder: PreTrainedModel
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "decoder" or (name.startswith("__") and name.endswith("__")):
+                raise
+        if name in REFUSED:
+            raise NameRefused(f"a LlamaAdapter has no {name!r}: {REFUSED[name]}")
+        try:
+            value = getattr(self.decoder, name)
+        except AttributeError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
+        if isinstance(value, PreTrainedModel):
+            return carry(self, value)
+        if inspect.isroutine(value) and name not in PASSED_METHODS:
+            raise NameRefused(
+                f"a LlamaAdapter has no {name!r}: it is its decoder's alone; if you mean that, "
+                f"call model.decoder.{name}"
+            )
+        return value
