@@ -24,6 +24,7 @@ from llama_adapter.methods.attention import (
 from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
 from llama_adapter.methods.probe import attention_layers, prepare_decoder
 from llama_adapter.surface.answers import Answers
+from llama_adapter.surface.effect import check_effect
 from llama_adapter.surface.folders import Folders
 from llama_adapter.surface.named_adapters import NO_ADAPTER
 
@@ -145,6 +146,8 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
             assert tokens is not None
             sets = len(tokens) if segments is None else 1 + max(segment.prompts for segment in segments)
             prompts = self._prompts(adapter, image_features, image_owners, sets)
+        if prompts is not None:
+            check_effect(self.decoder)
         if part is None or part is self.decoder:
             kwargs |= {"labels": labels, "logits_to_keep": logits_to_keep}
         output: CausalLMOutputWithPast = (self.decoder if part is None else part.forward)(
