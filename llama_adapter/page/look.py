@@ -18,7 +18,7 @@ _PAGE = """
 .gradio-container .main { padding: 0.75rem clamp(0.5rem, 3vw, 2rem) !important; }
 #header { align-items: center; flex-wrap: nowrap; justify-content: space-between; }
 #header h1 { margin: 0; font-size: 1.5rem; white-space: nowrap; }
-#title { flex: 1 1 auto; min-width: 0; width: auto; }
+#title { flex: 1 0 auto; width: auto; }
 #expert { flex: 0 1 18rem; min-width: 9rem !important; }
 .line, .line * { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 .line p { margin: 0; }
@@ -28,6 +28,7 @@ body.dropping .multimodal-textbox { outline: 2px dashed var(--primary-500); outl
 _CHAT = """
 #chats { align-items: center; flex-wrap: nowrap; gap: 0.5rem; justify-content: space-between; }
 #chats > :first-child { max-width: 26rem; }
+#chats input { text-overflow: ellipsis; margin-right: 1rem; }
 #chat { height: calc(100dvh - 22rem) !important; min-height: 19rem; }
 .waiting:not(:has(p)) { display: none; }
 .message-row.bubble { margin: 0.75rem 0.75rem 0.5rem; }
