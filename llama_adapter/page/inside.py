@@ -109,7 +109,9 @@ def explain_gates(gates: Tensor, first_layer: int) -> str:
 def explain_influence(shares: Tensor, tokens: Sequence[str]) -> str:
     """What a layman can learn from the shares of an answer's tokens, (L, T), as a sentence."""
     by_token = shares.mean(0)
-    sentence = f"on average the adapter's part was {float(by_token.mean()):.0%} of what the model went by"
+    sentence = (
+        f"what the adapter added was on average {float(by_token.mean()):.0%} as strong as what was read"
+    )
     if len(tokens) < 2:
         return f"{sentence}."
     most, least = int(by_token.argmax()), int(by_token.argmin())

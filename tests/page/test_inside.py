@@ -41,7 +41,7 @@ def test_what_prompts_did_to_the_latest_answer_is_drawn_and_explained(model: Scr
     picture = show_answer(model, chat)
     assert 0 < picture.count("<rect") <= 3 * 96
     assert "first 96 tokens" in picture
-    assert "In plain words: on average the adapter" in picture
+    assert "In plain words: what the adapter added" in picture
     assert not re.search(r"<(script|img|b)\b", picture)
     chat.adapter = NO_ADAPTER
     list(chat.ask("Who?"))
@@ -66,16 +66,16 @@ def test_the_influence_in_plain_words_follows_from_it() -> None:
     tokens = ["A", " hen", "\n", " lays", " eggs", "."]
     said = explain_influence(shares, tokens)
     assert said == (
-        "on average the adapter's part was 16% of what the model went by; it steered most where the model "
-        "wrote “hen” (50%) and least at “eggs” (2%). The beginning of the answer was steered more than its "
-        "end."
+        "what the adapter added was on average 16% as strong as what was read; it steered most where the "
+        "model wrote “hen” (50%) and least at “eggs” (2%). The beginning of the answer was steered more "
+        "than its end."
     )
     assert explain_influence(shares.flip(1), tokens).endswith(
         "end of the answer was steered more than its beginning."
     )
     assert explain_influence(torch.ones(2, 6), tokens).endswith("steered about as much.")
     assert explain_influence(shares[:, :1], tokens[:1]) == (
-        "on average the adapter's part was 20% of what the model went by."
+        "what the adapter added was on average 20% as strong as what was read."
     )
 
 
