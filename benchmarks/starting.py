@@ -31,6 +31,7 @@ def demo(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]
     command = [sys.executable, "-m", "demo", "--base", model.base, "--port", str(port)]
     command += ["--weights", str(arguments.weights)] if arguments.weights else []
     command += ["--dtype", arguments.dtype] if arguments.dtype else []
+    command += ["--quantize", arguments.quantize] if arguments.quantize else []
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as page:
         try:

@@ -7,6 +7,10 @@ gives ratios of all rounds together, as each round has other rows.
 decoding: a token, the first token, a forward pass and transformers' generate(), with the adapter and without.
 --json writes {"decode_vs_base", "forward_vs_base", "tokens_per_second"}: the first two are the time with the
 adapter divided by the bare base's (1.03 is 3 % slower), the last is the adapter's.
+With --quantize also a token by the quantised base without an adapter, in turn with float32, with
+CTranslate2's int8 where it is installed, and with reading memory; --json then has of these {"int8_vs_float32",
+"bandwidth_share", "tokens_per_second", "peer_tokens_per_second"}. The second is the bytes of weights read in a
+second, divided by the speed at which memory is read.
 
 training: an optimiser step on the same rows, packed as train.* does it, in turn with one padded to the
 longest row; with --peers also with PEFT's AdaptionPrompt padded to the longest row and to 512 tokens, as the
@@ -44,13 +48,14 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.examining import scienceqa
 from benchmarks.gpu import gpu
 from benchmarks.measuring import alternate, ratio, seconds_of, show
+from benchmarks.quantized import quantized_decoding
 from benchmarks.serving import serving
 from benchmarks.starting import demo
 from benchmarks.training import training
@@ -81,7 +86,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    suites: dict[str, Callable[[LlamaAdapter, argparse.Namespace], dict[str, float]]] = {
+    suites: dict[str, Callable[[LlamaAdapter, argparse.Namespace], Mapping[str, float | None]]] = {
         "decoding": decoding,
         "training": training,
         "vision": vision,
@@ -116,7 +121,7 @@ def main() -> None:
     model = load_model(arguments if arguments.suite == "vision" else untrained)
     where = f"{model.decoder.device}, {str(model.decoder.dtype).removeprefix('torch.')}"
     print(f"base {model.base}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    figures: dict[str, float] = {}
+    figures: dict[str, float | None] = {}
     for name, suite in suites.items():
         if arguments.suite == name or (arguments.suite == "all" and name != "gpu"):
             print(f"\n{name}; load average at the start {os.getloadavg()[0]:.1f}")
@@ -129,7 +134,7 @@ def main() -> None:
 # --- decoding -----------------------------------------------------------------------------------------------
 
 
-def decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]:
+def decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> Mapping[str, float | None]:
     """The adapter's cost to someone who asks."""
     import torch
 
@@ -182,11 +187,14 @@ def decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
     show(f"forward pass, {FORWARD_TOKENS} tokens", passes)
     whole = alternate({label: partial(generate, name) for label, name in names.items()}, rounds=pairs)
     show("transformers' generate(), a token", whole)
-    return {
+    figures: dict[str, float | None] = {
         "decode_vs_base": ratio(decode["adapter"], decode["bare base"]),
         "forward_vs_base": ratio(passes["adapter"], passes["bare base"]),
         "tokens_per_second": 1 / statistics.median(decode["adapter"]),
     }
+    if arguments.quantize is not None:
+        figures |= quantized_decoding(model, arguments)
+    return figures
 
 
 # --- vision -------------------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """What an adapter has learnt of instructions: python -m eval.alpaca --adapter DIR --data FILE
 
 Mean cross-entropy in nats over all response tokens (end token counted), for the adapter and for the bare base
-on the same rows in the same text format; and sample answers of both, side by side.
+on the same rows in the same text format; and sample answers of both, side by side. With --quantize also the
+loss of the base in float32, and what quantising it costs ("quantized_loss_difference", for the bare base).
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llama_adapter.commands.arguments import (
     Parser,
@@ -22,6 +25,9 @@ from llama_adapter.commands.arguments import (
     seed_number,
 )
 from llama_adapter.common.errors import UsageError
+
+if TYPE_CHECKING:  # slow to import
+    from llama_adapter.model import LlamaAdapter
 
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.alpaca") -> None:
@@ -64,8 +70,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.a
         records = draw.sample(records, min(arguments.limit, len(records)))
     model = load_model(arguments)
     adapter = model.active_adapter
-    if adapter == NO_ADAPTER:
+    if adapter == NO_ADAPTER and arguments.quantize is None:
         raise UsageError("there is no adapter to score; name one with --adapter")
+    scored = {"base": NO_ADAPTER} if adapter == NO_ADAPTER else {"base": NO_ADAPTER, "adapter": adapter}
     assert model.tokenizer is not None
     template = model.template()
     examples, encoded = encode_and_count(
@@ -78,24 +85,36 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.a
     print(f"to score: {encoded}", file=sys.stderr)
     if encoded.warning is not None:
         print(encoded.warning, file=sys.stderr)
-    losses = {}
-    for name in (NO_ADAPTER, adapter):
-        label = "bare base" if name == NO_ADAPTER else "adapter"
+
+    def score(model: LlamaAdapter, name: str, label: str) -> tuple[float, int]:
         progress = RowProgress(label, len(examples))
-        losses[name], tokens = mean_answer_loss(
-            model, examples, device=model.decoder.device, progress=progress, adapter=name
-        )
+        device = model.decoder.device
+        return mean_answer_loss(model, examples, device=device, progress=progress, adapter=name)
+
+    figures: dict[str, float] = {}
+    for label, name in scored.items():
+        figures[f"{label}_loss"], tokens = score(model, name, label)
     for record in draw.sample(records, min(arguments.samples, len(records))):
         *before, answer = record.turns
         print("-" * 110)
         _show("question", f"{before[-1].text}\n{before[-1].input}".strip())
         _show("bare base", model.chat(before, adapter=NO_ADAPTER, sampling=sampling))
-        _show("adapter", model.chat(before, adapter=adapter, sampling=sampling))
+        if "adapter" in scored:
+            _show("adapter", model.chat(before, adapter=adapter, sampling=sampling))
         _show("in the data", answer.text)
     print("-" * 110)
     print(f"{len(examples):,} rows, {tokens:,} response tokens, template {template}")
-    print(f"nats a response token: bare base {losses[NO_ADAPTER]:.4f}, adapter {losses[adapter]:.4f}")
-    figures = {"adapter_loss": losses[adapter], "base_loss": losses[NO_ADAPTER]}
+    losses = ", ".join(f"{label} {figures[f'{label}_loss']:.4f}" for label in scored)
+    print(f"nats a response token: {losses}")
+    if arguments.quantize is not None:
+        del model  # before the other is loaded
+        full = load_model(argparse.Namespace(**{**vars(arguments), "quantize": None, "dtype": "float32"}))
+        for label, name in scored.items():
+            figures[f"{label}_loss_float32"], _ = score(full, name, f"{label} in float32")
+        lost = {label: figures[f"{label}_loss"] - figures[f"{label}_loss_float32"] for label in scored}
+        figures["quantized_loss_difference"] = lost["base"]
+        differences = ", ".join(f"{label} {loss:+.4f}" for label, loss in lost.items())
+        print(f"{arguments.quantize} to float32, nats a response token: {differences}")
     report({**figures, "rows": len(examples), "tokens": tokens}, arguments.json)
 
 

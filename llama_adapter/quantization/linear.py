@@ -193,6 +193,12 @@ class QuantizedEmbedding(_Quantized):
         return rows.view(*ids.shape, self.embedding_dim).to(self.compute_dtype)
 
 
+def read_bytes(decoder: nn.Module) -> int:
+    """Bytes of the quantised weights that a token reads: all but an embedding's, of which it reads a row."""
+    modules = [module for module in decoder.modules() if isinstance(module, QuantizedLinear)]
+    return sum({id(module.quantized): module.quantized.nbytes for module in modules}.values())
+
+
 def quantize_decoder(decoder: PreTrainedModel, format: str) -> None:
     """Replace every ``nn.Linear`` and the token embedding of a decoder by modules with quantised weights.
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import examining, measuring, throughput, ways_to_train
+from benchmarks import examining, measuring, quantized, throughput, ways_to_train
 from benchmarks.gpu import LLAMA_7B, gpu, work_of
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.records import Example
@@ -78,6 +78,19 @@ def test_all_suites_and_peers(
     rates = re.search(r"PEFT, padded +([0-9.]+) +([0-9.]+) ", printed)
     assert rates, "rows a second of all rounds, as the ratio is"
     assert figures["training_vs_peft"] == pytest.approx(float(rates[2]) / float(rates[1]), rel=0.01)
+
+
+def test_quantised_decoding_is_measured_beside_float32(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quantized, "READ_BYTES", 1 << 20)
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    options = ["--suite", "decoding", "--quantize", "int8", "--pairs", "2", "--new-tokens", "3"]
+    figures = measure(monkeypatch, tmp_path, "--base", str(base), *options)
+    assert set(figures) == DECODING | {"int8_vs_float32", "bandwidth_share", "peer_tokens_per_second"}
+    assert figures["int8_vs_float32"] > 0 and figures["bandwidth_share"] > 0
+    assert figures["peer_tokens_per_second"] is None
+    assert "peer left out" in capsys.readouterr().out
 
 
 def test_the_gpu_suite_runs_on_a_tiny_shape(

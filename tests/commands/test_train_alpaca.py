@@ -74,6 +74,24 @@ def test_a_run_leaves_an_adapter_that_eval_scores(
     assert round(kept_back["adapter_loss"], 4) == trained["validation_loss"]
 
 
+def test_eval_says_what_quantising_costs(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = ["--adapter", "none", "--base", str(base), "--data", str(DATA), "--samples", "0"]
+    figures = {}
+    for name in ("int8", "int4"):
+        run(eval.alpaca, [*score, "--quantize", name, "--json", str(tmp_path / name)], monkeypatch)
+        figures[name] = json.loads((tmp_path / name).read_text())
+        difference = figures[name]["base_loss"] - figures[name]["base_loss_float32"]
+        assert figures[name]["quantized_loss_difference"] == pytest.approx(difference)
+        assert f"{name} to float32" in capsys.readouterr().out
+    assert figures["int8"]["base_loss_float32"] == figures["int4"]["base_loss_float32"]
+    losses = [abs(figures[name]["quantized_loss_difference"]) for name in figures]
+    assert 0 < losses[0] < losses[1] < 1
+    with pytest.raises(UsageError, match="no adapter to score"):
+        run(eval.alpaca, score, monkeypatch)  # nothing to compare
+
+
 @pytest.mark.parametrize("more", [[], ["--limit", "12", "--device", "cpu"]])
 def test_the_commands_that_it_ends_with_work(
     base: Path,

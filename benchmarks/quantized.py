@@ -1,0 +1,124 @@
+"""Decoding with quantised weights beside float32 and a peer: what --quantize adds to the suite "decoding"."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.measuring import alternate, ratio, show
+from llama_adapter.weights import locations
+
+if TYPE_CHECKING:  # slow to import
+    from llama_adapter.model import LlamaAdapter
+
+QUESTION_TOKENS = 64
+READ_BYTES = 1 << 28  # more than any cache, to measure the memory with
+
+
+def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float | None]:
+    """A token by the quantised base, by float32 and by a peer, and the memory's speed, all in turn."""
+    import torch
+
+    from llama_adapter.decoding.sampling import Sampling
+    from llama_adapter.decoding.streams import stream_tokens
+    from llama_adapter.model import LlamaAdapter
+    from llama_adapter.quantization.linear import read_bytes
+
+    quantized = str(arguments.quantize)
+    options = {name: getattr(arguments, name) for name in ("weights", "device", "dtype")}
+    plain = LlamaAdapter.from_base(model.base, **options)
+    generator = torch.Generator().manual_seed(0)
+    question = torch.randint(model.shape.vocab_size, (1, QUESTION_TOKENS), generator=generator)
+    sampling = Sampling(max_new_tokens=arguments.new_tokens, temperature=0)
+    matrix, vector = torch.ones(READ_BYTES // 4 // 1024, 1024), torch.ones(1024)
+
+    def answer(contender: LlamaAdapter, _: int) -> float:
+        """Seconds of each token after the first."""
+        stream = stream_tokens(partial(contender, adapter="none"), question, sampling, ())
+        next(stream)
+        first = time.perf_counter()
+        for _ in stream:
+            pass
+        return (time.perf_counter() - first) / (arguments.new_tokens - 1)
+
+    def read(_: int) -> float:
+        """Seconds a byte, of the fastest of three passes over a matrix that no cache holds."""
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            torch.mv(matrix, vector)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds) / READ_BYTES
+
+    contenders: dict[str, Callable[[int], float]] = {
+        str(plain.decoder.dtype).removeprefix("torch."): partial(answer, plain),
+        quantized: partial(answer, model),
+        "reading": read,
+    }
+    base = locations.resolve(model.base, kind="base", weights=arguments.weights)
+    with _ctranslate2(base, question[0].tolist(), arguments.new_tokens) as peer:
+        if peer is not None:
+            contenders["CTranslate2"] = peer
+        times = alternate(contenders, rounds=arguments.pairs)
+    speed = times.pop("reading")
+    show("decoding without an adapter, a token", times)
+    full, ours, *peers = times.values()
+    weights = read_bytes(model.decoder)
+    shares = [weights / seconds * byte for seconds, byte in zip(ours, speed, strict=True)]
+    print(
+        f"\n{weights / 1e6:,.0f} MB of weights a token; memory is read at "
+        f"{1e-9 / statistics.median(speed):.1f} GB/s, {statistics.median(shares):.0%} of it by {quantized}"
+    )
+    return {
+        f"{quantized}_vs_float32": ratio(full, ours),
+        "bandwidth_share": statistics.median(shares),
+        "tokens_per_second": 1 / statistics.median(ours),
+        "peer_tokens_per_second": 1 / statistics.median(peers[0]) if peers else None,
+    }
+
+
+@contextmanager
+def _ctranslate2(base: str, question: list[int], new_tokens: int) -> Iterator[Callable[[int], float] | None]:
+    """CTranslate2's int8 with the same weights; None, with a line that says why, where it cannot be had."""
+    try:
+        import ctranslate2
+        from ctranslate2.converters import TransformersConverter
+    except ImportError as error:
+        print(f"peer left out: {error}; pip install ctranslate2")
+        yield None
+        return
+    import torch
+
+    with TemporaryDirectory() as folder:
+        converted = Path(folder) / "base"
+        try:
+            TransformersConverter(base).convert(str(converted), quantization="int8")
+        except Exception as error:  # whatever a converter of another version of transformers stumbles over
+            print(f"peer left out: CTranslate2 cannot convert this base ({type(error).__name__}: {error})")
+            yield None
+            return
+        generator: Any = ctranslate2.Generator(
+            str(converted), compute_type="int8", intra_threads=torch.get_num_threads()
+        )
+        from transformers import AutoTokenizer
+
+        tokens = AutoTokenizer.from_pretrained(base).convert_ids_to_tokens(question)
+
+        def answer(_: int) -> float:
+            """Seconds of each token after the first."""
+            steps = generator.generate_tokens(
+                tokens, max_length=new_tokens, min_length=new_tokens, end_token=[], sampling_topk=1
+            )
+            next(steps)
+            first = time.perf_counter()
+            count = sum(1 for _ in steps)
+            return (time.perf_counter() - first) / count
+
+        yield answer
