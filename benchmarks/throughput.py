@@ -8,9 +8,9 @@ decoding: a token, the first token, a forward pass and transformers' generate(),
 --json writes {"decode_vs_base", "forward_vs_base", "tokens_per_second"}: the first two are the time with the
 adapter divided by the bare base's (1.03 is 3 % slower), the last is the adapter's.
 With --quantize also a token by the quantised base without an adapter, in turn with float32, with
-CTranslate2's int8 where it is installed, and with reading memory; --json then has of these {"int8_vs_float32",
-"bandwidth_share", "tokens_per_second", "peer_tokens_per_second"}. The second is the bytes of weights read in a
-second, divided by the speed at which memory is read.
+CTranslate2's int8 where it is installed, and with reading memory; --json then has, of these,
+{"int8_vs_float32", "bandwidth_share", "tokens_per_second", "peer_tokens_per_second"}. The second is the bytes
+of weights read in a second, divided by the speed at which memory is read.
 
 training: an optimiser step on the same rows, packed as train.* does it, in turn with one padded to the
 longest row; with --peers also with PEFT's AdaptionPrompt padded to the longest row and to 512 tokens, as the

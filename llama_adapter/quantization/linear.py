@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from llama_adapter.quantization.formats import CODES, Quantized, dequantize, quantize
+from llama_adapter.quantization.formats import CODES, INT4, INT8, Quantized, dequantize, quantize
 from llama_adapter.quantization.kernels import Matrix, load_kernels
 
 # Vectors up to which the kernel multiplies by the quantised weights themselves. Above, a slice of them is
@@ -204,19 +204,22 @@ def quantize_decoder(decoder: PreTrainedModel, format: str) -> None:
 
     One after the other, so that each float weight is freed before the next is quantised. A head that is tied
     to the embedding stays tied. Norms, biases and what is no ``nn.Linear`` (a mixture's experts) stay as they
-    are.
+    are. In int4 the embedding and the head are int8.
     """
-    embedding = decoder.get_input_embeddings()
+    embedding, head = decoder.get_input_embeddings(), decoder.get_output_embeddings()
+    outer = INT8 if format == INT4 else format
     tied: tuple[Tensor, QuantizedWeight] | None = None
     for name in [name for name, _ in decoder.named_modules()]:
         module = decoder.get_submodule(name)
         if module is embedding and type(module) is nn.Embedding:
-            stored = QuantizedWeight(quantize(module.weight, format))
+            stored = QuantizedWeight(quantize(module.weight, outer))
             tied = module.weight, stored
             replacement: nn.Module = QuantizedEmbedding(stored, module.weight.dtype, module.padding_idx)
         elif type(module) is nn.Linear:
-            shared = tied is not None and module.weight is tied[0]
-            stored = tied[1] if tied and shared else QuantizedWeight(quantize(module.weight, format))
+            if tied is not None and module.weight is tied[0]:
+                stored = tied[1]
+            else:
+                stored = QuantizedWeight(quantize(module.weight, outer if module is head else format))
             replacement = QuantizedLinear(stored, module.weight.dtype, module.bias)
         else:
             continue
