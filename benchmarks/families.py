@@ -182,7 +182,7 @@ def _try_adapter(decoder: PreTrainedModel) -> Finding:
     for row, logits in zip(rows, expected, strict=True):
         if not torch.equal(model(row, use_cache=False).logits, logits):
             return Finding("wrong", "an untrained adapter changes the logits")
-    adapter.gates.fill_(1.0)
+    adapter.prompts.gates.fill_(1.0)
     adapted = [model(row, use_cache=False).logits for row in rows]
     if any(torch.allclose(a, b, atol=1e-3) for a, b in zip(adapted, expected, strict=True)):
         return Finding("wrong", "an adapter changes nothing")

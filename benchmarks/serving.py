@@ -30,7 +30,7 @@ def serving(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, flo
     from llama_adapter.model import NO_ADAPTER
 
     if model.active_adapter == NO_ADAPTER:
-        torch.nn.init.constant_(model.new_adapter("serving", seed=0).gates, 0.1)
+        torch.nn.init.constant_(model.new_adapter("serving", seed=0).prompts.gates, 0.1)
     draw = random.Random(0)
     questions = [" ".join(draw.choices(WORDS, k=draw.randint(*QUESTION_WORDS))) for _ in range(CLIENTS)]
     sampling = Sampling(max_new_tokens=arguments.new_tokens, temperature=0)

@@ -144,14 +144,14 @@ def decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> Mapping[str,
 
     device, new_tokens, pairs = model.decoder.device, arguments.new_tokens, arguments.pairs
     if model.active_adapter == NO_ADAPTER:
-        torch.nn.init.constant_(model.new_adapter("untrained", seed=0).gates, 0.1)
+        torch.nn.init.constant_(model.new_adapter("untrained", seed=0).prompts.gates, 0.1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.shape.vocab_size, (1, FORWARD_TOKENS), generator=generator).to(device)
     question = tokens[:, :QUESTION_TOKENS]
     names = {"bare base": NO_ADAPTER, "adapter": model.active_adapter}
 
     def prepared(name: str) -> Callable[..., Any]:
-        return partial(model, adapter=name, **model.project(name))
+        return partial(model, adapter=model.project(name))
 
     def answer(prepare: Callable[[], Callable[..., Any]], _: int) -> tuple[float, float]:
         """Seconds to the first token, and for each one after it."""
@@ -223,7 +223,7 @@ def vision(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, floa
         started = time.perf_counter()
         owners = None if features is None else torch.zeros(1, dtype=torch.long)
         projected = model.project(image_features=features, image_owners=owners)
-        stream = stream_tokens(partial(model, **projected), question, sampling, ())
+        stream = stream_tokens(partial(model, adapter=projected), question, sampling, ())
         next(stream)
         first = time.perf_counter()
         for _ in stream:

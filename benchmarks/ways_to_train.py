@@ -114,7 +114,7 @@ def build_peft(model: LlamaAdapter, *, like: str | None = None) -> torch.nn.Modu
     weights = {id(parameter): parameter for parameter in model.decoder.parameters()}
     decoder = copy.deepcopy(model.decoder, weights)  # the memo lets both share the weights
     decoder.set_attn_implementation("sdpa")
-    layers, length, _ = adapter.prompts.shape
+    layers, length, _ = adapter.prompts.embeddings.shape
     config = AdaptionPromptConfig(adapter_len=length, adapter_layers=layers, task_type="CAUSAL_LM")
     try:
         with warnings.catch_warnings():
@@ -124,7 +124,8 @@ def build_peft(model: LlamaAdapter, *, like: str | None = None) -> torch.nn.Modu
         raise UsageError(f"--peers: PEFT cannot adapt this base: {error}") from None
     if like is not None:
         adapted = [module for module in peer.modules() if hasattr(module, "adaption_prompt")]
-        for module, prompts, gates in zip(adapted, adapter.prompts, adapter.gates, strict=True):
+        own = adapter.prompts
+        for module, prompts, gates in zip(adapted, own.embeddings, own.gates, strict=True):
             module.adaption_prompt.data.copy_(prompts[None])  # type: ignore[operator]
             module.adaption_gate = torch.nn.Parameter(gates.detach().clone()[:, None, None])
     return peer

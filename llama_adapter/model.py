@@ -16,19 +16,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.methods.attention import (
-    LivePrompts,
-    ProjectedPrompts,
-    Prompts,
-)
 from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
 from llama_adapter.methods.probe import attention_layers, prepare_decoder
+from llama_adapter.methods.state import AdapterState
 from llama_adapter.surface.answers import Answers
 from llama_adapter.surface.effect import check_effect
 from llama_adapter.surface.folders import Folders
 from llama_adapter.surface.named_adapters import NO_ADAPTER
 
-_PROJECTED = ("prompt_keys", "prompt_values", "tuning")  # what `LlamaAdapter.project` gives
+_PROJECTED_WITH_PICTURES = (
+    "pictures are part of what project() gives; give them to it, or give an adapter's name"
+)
 
 
 class LlamaAdapter(Folders, Answers, GenerationMixin):
@@ -90,11 +88,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        adapter: str | None = None,
-        prompt_keys: Tensor | None = None,
-        prompt_values: Tensor | None = None,
-        prompt_mask: Tensor | None = None,
-        tuning: Tensor | None = None,
+        adapter: str | AdapterState | None = None,
         image_features: Tensor | None = None,
         image_owners: Tensor | None = None,
         segments: tuple[Segment, ...] | None = None,
@@ -109,11 +103,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
             position_ids: (B, T); by default counted from the end of the padding in front (or by the
                 segments), since the prompts' term depends on the position that a query was rotated to.
             labels: (B, T), -100 where there is no loss; the output then has ``loss``.
-            adapter: the adapter's name; None takes the active one.
-            prompt_keys, prompt_values: (B or 1, L, H, K, d) from `project`, in place of ``adapter``.
-            prompt_mask: (B, K), False where a row has fewer prompts than others; None: all have as many.
-            tuning: (B or 1, L, S) from `project`, of an adapter with scales and biases, beside its keys.
-                In a packed sequence (1, L, S): all rows have the same.
+            adapter: the adapter's name, or what `project` made of one; None takes the active one.
             image_features: (I, F) from `encode_images`, of the pictures of all rows; None: there are none.
             image_owners: (I,) the row (in a packed sequence the set of prompts) that each belongs to; None
                 gives every row one.
@@ -135,18 +125,13 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
             position_ids = segment_positions(segments).to(self.device)
         if segments is not None:
             attention_mask = mask_of_segments(self.device)
-        prompts: Prompts | None
-        if prompt_keys is not None and prompt_values is not None:
-            if segments is not None and tuning is not None and len(tuning) > 1:
-                raise UsageError(f"{len(tuning)} sets of scales and biases for a packed sequence; give one")
-            first = self.shape.num_layers - prompt_keys.shape[1]
-            prompts = ProjectedPrompts(prompt_keys, prompt_values, first, prompt_mask, tuning)
-        else:
-            tokens = input_ids if input_ids is not None else inputs_embeds
-            assert tokens is not None
-            sets = len(tokens) if segments is None else 1 + max(segment.prompts for segment in segments)
-            prompts = self._prompts(adapter, image_features, image_owners, sets)
-        if prompts is not None:
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        assert tokens is not None
+        sets = len(tokens) if segments is None else 1 + max(segment.prompts for segment in segments)
+        state = self._state(adapter, image_features, image_owners, sets)
+        if segments is not None:
+            state.check_packed()
+        if state.parts:
             check_effect(self.decoder)
         if part is None or part is self.decoder:
             kwargs |= {"labels": labels, "logits_to_keep": logits_to_keep}
@@ -156,31 +141,33 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            prompts=prompts,
+            adapter=state if state.parts else None,
             segments=segments,
             **kwargs,
         )
         return output
 
-    def _prompts(
-        self, name: str | None, features: Tensor | None, owners: Tensor | None, sets: int
-    ) -> LivePrompts | None:
-        name = self._name(name)
+    def _state(
+        self, adapter: str | AdapterState | None, features: Tensor | None, owners: Tensor | None, rows: int
+    ) -> AdapterState:
         if features is not None and len(features) == 0:
             features = None
-        if name == NO_ADAPTER and features is None:
-            return None
+        if isinstance(adapter, AdapterState):
+            if features is not None:
+                raise UsageError(_PROJECTED_WITH_PICTURES)
+            return adapter
+        name = self._name(adapter)
         if features is not None:
             self._vision(name)
-            if len(features) != (sets if owners is None else len(owners)):
+            if len(features) != (rows if owners is None else len(owners)):
                 raise UsageError(
-                    f"{len(features)} pictures for {sets} rows; give image_owners, a row for each"
+                    f"{len(features)} pictures for {rows} rows; give image_owners, a row for each"
                 )
             features = features.to(self.device)
-            owners = (torch.arange(sets) if owners is None else owners).to(features.device)
-        adapter = self.get_adapter(name)
-        prompts = adapter(features, owners, sets)
-        return LivePrompts(prompts, adapter.gates, adapter.config.first_layer, tuning=adapter.tuning)
+            owners = (torch.arange(rows) if owners is None else owners).to(features.device)
+        if name == NO_ADAPTER:
+            return AdapterState(self.shape.num_layers, {})
+        return self.get_adapter(name).state(features, owners, rows)
 
     @torch.no_grad()
     def project(
@@ -190,63 +177,60 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         image_features: Tensor | None = None,
         image_owners: Tensor | None = None,
         rows: int = 1,
-    ) -> dict[str, Tensor]:
-        """The prompts' keys and values of every adapted layer, computed once for many forward passes.
+    ) -> AdapterState:
+        """What an adapter adds to forward passes, computed once for many of them; `forward` takes it as
+        ``adapter``.
 
-        They carry no gradient and live with the caller, so they cannot leak into a later training step.
+        It carries no gradient and lives with the caller, so it cannot leak into a later training step.
 
         Args:
             image_features, image_owners: as in `forward`.
             rows: B, of the forward passes; it counts only where there are pictures.
-
-        Returns:
-            ``prompt_keys`` and ``prompt_values``, each (1, L, H, K, d), with pictures (B, ...), and
-            ``tuning``, (1 or B, L, S), of an adapter that has one, for `forward`; empty for the base.
         """
-        live = self._prompts(adapter, image_features, image_owners, rows)
-        if live is None:
-            return {}
-        layers = attention_layers(self.decoder)[live.first_layer :]
-        pairs = [live.of_layer(layer) for layer in layers]
-        keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*pairs, strict=True))
-        projected = {"prompt_keys": keys, "prompt_values": values}
-        if live.tuning is not None:
-            projected["tuning"] = live.tuning.to(keys.dtype, copy=True).expand(len(keys), *live.tuning.shape)
-        return projected
+        live = self._state(adapter, image_features, image_owners, rows)
+        attentions = attention_layers(self.decoder)
+        return live.precompute(attentions)
 
     def generate(
         self,
         inputs: Tensor | None = None,
         *args: Any,
-        adapter: str | None = None,
+        adapter: str | AdapterState | None = None,
         image_features: Tensor | None = None,
         image_owners: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' ``generate`` with every decoding it knows, answered by ``adapter``.
 
-        ``image_features`` and ``image_owners`` are those of `forward`; or give what `project` made of them.
+        ``image_features`` and ``image_owners`` are those of `forward`.
         An answer ends where `chat` ends it, at the end tokens of the adapter's template, unless
         ``eos_token_id`` is given, here or in a ``generation_config``.
         """
-        name = self._name(adapter)
-        if name != NO_ADAPTER and not _ends_given(*args, **kwargs) and self.tokenizer is not None:
-            kwargs["eos_token_id"] = self.end_ids(name)
-        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        rows = next((len(tokens) for tokens in given if tokens is not None), 1)
-        # One copy a row: beams and returned sequences are multiplied and reordered along the first dimension.
-        if "prompt_keys" not in kwargs:
-            kwargs |= self.project(name, image_features=image_features, image_owners=image_owners, rows=rows)
-        for key in set(_PROJECTED) & set(kwargs):
-            kwargs[key] = kwargs[key].expand(rows, *kwargs[key].shape[1:])
-        return super().generate(inputs, *args, adapter=name, **kwargs)  # type: ignore[misc]
+        if not isinstance(adapter, AdapterState):
+            name = self._name(adapter)
+            if name != NO_ADAPTER and not _ends_given(*args, **kwargs) and self.tokenizer is not None:
+                kwargs["eos_token_id"] = self.end_ids(name)
+            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            rows = next((len(tokens) for tokens in given if tokens is not None), 1)
+            pictures = {"image_features": image_features, "image_owners": image_owners}
+            adapter = self.project(name, rows=rows, **pictures)
+        elif image_features is not None:
+            raise UsageError(_PROJECTED_WITH_PICTURES)
+        return super().generate(inputs, *args, adapter=adapter, **kwargs)  # type: ignore[misc]
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, adapter: AdapterState | None = None, **kwargs: Any
+    ) -> Any:
+        # transformers does so with tensors alone.
+        if adapter is not None:
+            kwargs["adapter"] = adapter.repeat(expand_size)
+        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]
 
     def _get_candidate_generator(  # type: ignore[override]
         self, *, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
         # An assistant model guesses ahead without our prompts: it has another shape, or does not know them.
-        ours = ("adapter", *_PROJECTED)
-        theirs = {name: value for name, value in model_kwargs.items() if name not in ours}
+        theirs = {name: value for name, value in model_kwargs.items() if name != "adapter"}
         return super()._get_candidate_generator(model_kwargs=theirs, **kwargs)  # type: ignore[misc]
 
 

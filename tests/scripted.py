@@ -16,6 +16,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llama_adapter.data.templates import Turn
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import Request
+from llama_adapter.methods.part import Part
+from llama_adapter.methods.state import AdapterState
 from llama_adapter.model import LlamaAdapter
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import VISION, build_tiny_decoder
@@ -42,6 +44,12 @@ def open_eyes(model: LlamaAdapter) -> None:
         return MeanColour()
 
     model.tower = tower  # type: ignore[method-assign]
+
+
+class Script(Part):
+    """Says in a batch whose row is whose: (R, 1, 2), the script's number and how long its question is."""
+
+    kind = "script"
 
 
 class ScriptedModel(LlamaAdapter):
@@ -74,10 +82,9 @@ class ScriptedModel(LlamaAdapter):
             turns, adapter=adapter, sampling=sampling, question_ids=question_ids
         )
         self._scripts.append(self._tokenizer().encode(said, add_special_tokens=False))
-        # What says in a batch whose row is whose: the script's number, and how long its question is.
         coded = [len(self._scripts) - 1, request.question.shape[1]]
-        keys, values = torch.tensor(coded, dtype=torch.double).reshape(2, 1, 1, 1, 1, 1)
-        return replace(request, project=lambda: {"prompt_keys": keys, "prompt_values": values})
+        state = AdapterState(self.shape.num_layers, {Script: {"coded": torch.tensor([[coded]])}})
+        return replace(request, project=lambda: state)
 
     @property
     def _scripts(self) -> list[list[int]]:
@@ -86,7 +93,8 @@ class ScriptedModel(LlamaAdapter):
 
     def forward(self, input_ids: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """Logits of the next word of each row's script."""
-        if "prompt_keys" not in kwargs or kwargs["prompt_keys"].shape[-1] > 1:
+        adapter = kwargs.get("adapter")
+        if not isinstance(adapter, AdapterState) or Script not in adapter.parts:
             return super().forward(input_ids, **kwargs)
         time.sleep(self.delay)
         rows, length = input_ids.shape
@@ -97,8 +105,8 @@ class ScriptedModel(LlamaAdapter):
         cache.update(states, states, 0)
         read = kwargs.get("position_ids", torch.tensor([[cache.get_seq_length() - 1]]))[:, -1] + 1
         logits = torch.zeros(rows, 1, self.shape.vocab_size)
-        coded = (kwargs[name].flatten(1)[:, 0].long() for name in ("prompt_keys", "prompt_values"))
-        for row, (script, question, place) in enumerate(zip(*coded, read.expand(rows), strict=True)):
+        coded = adapter.parts[Script]["coded"][:, 0].expand(rows, 2)
+        for row, ((script, question), place) in enumerate(zip(coded, read.expand(rows), strict=True)):
             words = [*self._scripts[script], self._tokenizer().eos_token_id]
             logits[row, 0, words[place - question]] = 1e4
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
@@ -118,7 +126,7 @@ def build_scripted_model(
     for name in (*names, *seeing):
         vision = VISION if name in seeing else None
         adapter = model.new_adapter(name, prompt_length=3, vision=vision, seed=1)
-        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(adapter.prompts.gates, generator=torch.Generator().manual_seed(1))
     open_eyes(model)
     model.set_adapter(names[0])
     model.delay = delay

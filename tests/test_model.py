@@ -27,6 +27,8 @@ from llama_adapter.methods import checkpoint
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.packed_attention import Segment
 from llama_adapter.methods.probe import attention_layers
+from llama_adapter.methods.projection import Projection
+from llama_adapter.methods.prompts import Prompts
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.vision import tower as vision
 from tests.reference import plain_llama_logits
@@ -42,7 +44,7 @@ from tests.tiny_models import (
     sight_of,
 )
 
-ADAPTER_KEYS = {"adapters.tiny.prompts", "adapters.tiny.gates", "adapters.tiny.config"}
+ADAPTER_KEYS = {"adapters.tiny.prompts.embeddings", "adapters.tiny.prompts.gates", "adapters.tiny.config"}
 
 
 def refusal(action: Callable[[], Any]) -> str:
@@ -80,9 +82,9 @@ def test_adapters_are_chosen_by_name_for_good_or_for_one_call(model: LlamaAdapte
 def test_new_prompts_are_noise_as_large_as_what_their_layers_read(family: str, dtype: torch.dtype) -> None:
     model = LlamaAdapter(build_tiny_decoder(family, dtype))
     adapter = model.new_adapter("fresh", prompt_length=7, adapted_layers=2, vision=VISION, seed=3)
-    assert adapter.projection is not None and adapter.projection.sizes is not None
-    prompts, sizes = adapter.prompts, adapter.projection.sizes
-    noise = Adapter(model.get_adapter("fresh").config, torch.Generator().manual_seed(3)).prompts
+    assert adapter.find(Projection) is not None and adapter.projection.sizes is not None
+    prompts, sizes = adapter.prompts.embeddings, adapter.projection.sizes
+    noise = Adapter(model.get_adapter("fresh").config, torch.Generator().manual_seed(3)).prompts.embeddings
     assert prompts.dtype == torch.float32
     tokens = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(0))
     states = model.decoder.model(tokens, output_hidden_states=True).hidden_states
@@ -99,7 +101,7 @@ def test_new_adapters_fit_a_decoder_that_is_partly_offloaded() -> None:
     whole, partly = build_tiny_decoder(), build_tiny_decoder()
     cpu_offload(partly.model.layers[2], execution_device=torch.device("cpu"))
     one, other = (LlamaAdapter(decoder).new_adapter("fresh", seed=3) for decoder in (whole, partly))
-    assert torch.equal(one.prompts, other.prompts)
+    assert torch.equal(one.prompts.embeddings, other.prompts.embeddings)
 
 
 @torch.no_grad()
@@ -171,7 +173,9 @@ def test_sizes_that_no_adapter_can_have_are_refused(model: LlamaAdapter, layers:
 def test_the_same_seed_gives_the_same_prompts() -> None:
     model = build_tiny_model(names=())
     one, same, other = (model.new_adapter(f"a{i}", seed=seed) for i, seed in enumerate((5, 5, 6)))
-    assert torch.equal(one.prompts, same.prompts) and not torch.equal(one.prompts, other.prompts)
+    assert torch.equal(one.prompts.embeddings, same.prompts.embeddings) and not torch.equal(
+        one.prompts.embeddings, other.prompts.embeddings
+    )
 
 
 def test_a_model_without_adapters_is_the_base() -> None:
@@ -315,7 +319,7 @@ def test_packed_rows_equal_rows_one_at_a_time(family: str, shared: int) -> None:
     ]
 
     def gradients(loss: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(loss, [adapter.prompts, adapter.gates]))
+        return list(torch.autograd.grad(loss, [adapter.prompts.embeddings, adapter.prompts.gates]))
 
     def loss_of(logits: Tensor, rest: Tensor) -> Tensor:
         return F.cross_entropy(logits[:-1], rest[1:], reduction="sum")
@@ -367,8 +371,9 @@ def alone(model: LlamaAdapter, row: Tensor, number: int) -> Tensor:
 def test_a_row_with_pictures_is_one_with_the_prompts_that_they_give(seeing: LlamaAdapter) -> None:
     [row] = random_rows(6)
     adapter = seeing.get_adapter("first")
-    prompts = adapter(FEATURES, torch.zeros(3, dtype=torch.long), 1)[0]
-    expected = plain_llama_logits(seeing.decoder, row, prompts, adapter.gates)
+    state = adapter.state(FEATURES, torch.zeros(3, dtype=torch.long), 1)
+    prompts = state.parts[Prompts]["embeddings"][0]
+    expected = plain_llama_logits(seeing.decoder, row, prompts, adapter.prompts.gates)
     given = seeing(row[None], image_features=FEATURES, image_owners=torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(given.logits[0], expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(given.logits, seeing(row[None]).logits, atol=1e-2)
@@ -383,7 +388,7 @@ def test_a_batch_mixes_rows_with_pictures_and_without(family: str, side: str) ->
     ids, mask = padded(rows, side)
     pictures: dict[str, Any] = {"image_features": FEATURES, "image_owners": OWNERS}
     projected = model.project(**pictures, rows=3)
-    for given in (pictures, projected):
+    for given in (pictures, {"adapter": projected}):
         logits = model(ids, attention_mask=mask, **given).logits
         for number, row in enumerate(rows):
             expected = alone(model, row, number)
@@ -413,7 +418,7 @@ def test_generating_reads_the_pictures_as_forward_does(seeing: LlamaAdapter, opt
     pictures: dict[str, Any] = {"image_features": FEATURES, "image_owners": OWNERS}
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
     together = seeing.generate(ids, attention_mask=mask, **pictures, **options)
-    for given in (seeing.project(**pictures, rows=3), {**pictures, "adapter": "first"}):
+    for given in ({"adapter": seeing.project(**pictures, rows=3)}, {**pictures, "adapter": "first"}):
         assert torch.equal(seeing.generate(ids, attention_mask=mask, **given, **options), together)
     for number, row in enumerate(random_rows(4, 9, 6)):
         own = FEATURES[number == OWNERS]
@@ -516,7 +521,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         model(
             ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), use_cache=False
         ).loss.backward()
-        return [adapter.prompts.grad.clone(), adapter.gates.grad.clone()], calls
+        return [adapter.prompts.embeddings.grad.clone(), adapter.prompts.gates.grad.clone()], calls
 
     plain, plain_calls = gradients()
     model.gradient_checkpointing_enable()
@@ -529,10 +534,10 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 def test_projecting_the_prompts_for_inference_cannot_stop_their_training() -> None:
     model = build_tiny_model()
     (row,) = random_rows(6)
-    model(row[None], **model.project())
+    model(row[None], adapter=model.project())
     model.generate(row[None], max_new_tokens=2)
     model(row[None], labels=row[None]).loss.backward()
-    assert model.adapters["tiny"].prompts.grad.abs().max() > 0
+    assert model.adapters["tiny"].prompts.embeddings.grad.abs().max() > 0
 
 
 def training_rows() -> list[dict[str, Tensor]]:
@@ -621,8 +626,8 @@ def test_a_state_dict_with_a_key_too_few_or_too_many_is_refused() -> None:
     state = model.state_dict()
     assert set(state) == ADAPTER_KEYS
     model.load_state_dict(state)
-    with pytest.raises(RuntimeError, match=r"adapters\.tiny\.gates"):
-        model.load_state_dict({"adapters.tiny.prompts": state["adapters.tiny.prompts"]})
+    with pytest.raises(RuntimeError, match=r"adapters\.tiny\.prompts\.gates"):
+        model.load_state_dict({"adapters.tiny.prompts.embeddings": state["adapters.tiny.prompts.embeddings"]})
     with pytest.raises(RuntimeError, match="stray"):
         model.load_state_dict({**state, "stray": torch.zeros(1)})
 
@@ -644,7 +649,7 @@ def save_trained(base: Path, folder: Path, *, name: str = "tiny") -> LlamaAdapte
     """Save an adapter with gates that are not zero to ``folder``; returns the model it comes from."""
     model = LlamaAdapter.from_base(str(base), device="cpu")
     adapter = model.new_adapter(name, seed=3)
-    torch.nn.init.normal_(adapter.gates)
+    torch.nn.init.normal_(adapter.prompts.gates)
     model.save_pretrained(folder)
     return model
 
@@ -739,7 +744,7 @@ def test_an_adapter_that_sees_comes_back_and_finds_its_tower(
         (weights / folder.name).symlink_to(folder)
     model = LlamaAdapter.from_base("tiny-base", weights=weights, device="cpu")
     adapter = model.new_adapter("tiny", vision=sight_of(towers, "one"), seed=3)
-    torch.nn.init.normal_(adapter.gates)
+    torch.nn.init.normal_(adapter.prompts.gates)
     model.save_pretrained(weights / "mine")
     again = LlamaAdapter.from_pretrained("mine", weights=weights, device="cpu")
     assert again.get_adapter("mine").config.vision == adapter.config.vision
@@ -788,11 +793,15 @@ def test_the_bare_base_is_asked_by_its_own_template_and_the_adapter_by_its(chatt
 def test_prompts_are_projected_once_an_answer(chatty: LlamaAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     layer: Any = attention_layers(chatty.decoder)[-1]
     seen: list[int] = []
-    hook = layer.k_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    try:
-        chatty.chat("Name three colours.", sampling=GREEDY)
-    finally:
-        hook.remove()
+    forward = layer.k_proj.forward
+
+    def project(read: Tensor) -> Tensor:
+        seen.append(read.shape[1])
+        projected: Tensor = forward(read)
+        return projected
+
+    monkeypatch.setattr(layer.k_proj, "forward", project)
+    chatty.chat("Name three colours.", sampling=GREEDY)
     assert seen.count(3) == 1, "three prompts once, then only tokens"
     assert seen.count(1) >= 5
 

@@ -39,7 +39,7 @@ def test_it_is_small_and_its_card_says_how_it_was_made(folder: Path) -> None:
 def test_an_adapter_loads_and_its_gates_are_open(folder: Path) -> None:
     adapter = load_adapter(folder)
     assert adapter.config.training["validation_loss"] > 0
-    assert 1e-3 < float(torch.tanh(adapter.gates.detach()).abs().mean()) < 0.5
+    assert 1e-3 < float(torch.tanh(adapter.prompts.gates.detach()).abs().mean()) < 0.5
     assert all(math.isfinite(float(parameter.detach().sum())) for parameter in adapter.parameters())
 
 

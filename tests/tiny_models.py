@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from llama_adapter.methods.config import AdapterConfig, DecoderShape, VisionConfig
+from llama_adapter.methods.config import AdapterConfig
+from llama_adapter.methods.projection import VisionConfig
+from llama_adapter.methods.shape import DecoderShape
 from llama_adapter.model import LlamaAdapter
 
 # For adapters that need no decoder.
@@ -23,7 +25,7 @@ SHAPE = DecoderShape(
     head_dim=16,
     vocab_size=100,
 )
-CONFIG = AdapterConfig(base="base", shape=SHAPE, adapted_layers=6, prompt_length=10)
+CONFIG = AdapterConfig(base="base", shape=SHAPE, adapted_layers=6)
 
 # For adapters that see: features of 6 numbers from a tower that nobody loads.
 VISION = VisionConfig(tower="tiny", tower_fingerprint="0" * 16, depths=(1, 2), feature_width=6, bottleneck=5)
@@ -129,7 +131,7 @@ def build_tiny_model(
     for seed, name in enumerate(names, start=1):
         adapter = model.new_adapter(name, prompt_length=3, adapted_layers=2, vision=vision, seed=seed)
         adapter.to(dtype)
-        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(seed))
+        torch.nn.init.normal_(adapter.prompts.gates, generator=torch.Generator().manual_seed(seed))
     return model
 
 

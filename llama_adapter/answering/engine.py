@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
 from queue import SimpleQueue
 
 from torch import Tensor
@@ -21,7 +20,7 @@ from llama_adapter.data.templates import Turn
 from llama_adapter.decoding.batch import Batch, Row
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import Answer, Request
-from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.model import LlamaAdapter
 
 
 class Engine:
@@ -86,7 +85,7 @@ class Engine:
                 ticket.take(int(row.token))
 
     def _empty_batch(self) -> Batch:
-        return Batch(partial(self.model, adapter=NO_ADAPTER))
+        return Batch(self.model)
 
     def _admit(self, batch: Batch, rows: dict[_Ticket, Row]) -> bool:
         """Let those who are done out and those who wait in; False where nobody is left."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.templates import Turn, encode_dialogues
+from llama_adapter.methods.prompts import Prompts
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 
 
@@ -35,7 +36,10 @@ class Influence:
 @torch.no_grad()
 def effective_gates(model: LlamaAdapter, adapter: str) -> Tensor:
     """tanh(gate) of every head, (L, H), -1 to 1: what its prompts' part is multiplied with."""
-    return model.get_adapter(adapter).gates.tanh().float().cpu()
+    prompts = model.get_adapter(adapter).find(Prompts)
+    if prompts is None:
+        raise UsageError(f"adapter {adapter!r} has no prompts, so no gates to look at; choose another")
+    return prompts.gates.tanh().float().cpu()
 
 
 @torch.inference_mode()
@@ -62,6 +66,8 @@ def measure_influence(
     if name == NO_ADAPTER:
         raise UsageError("the bare base has no prompts to look at; choose an adapter")
     assert model.tokenizer is not None
+    if model.get_adapter(name).find(Prompts) is None:
+        raise UsageError(f"adapter {name!r} has no prompts to look at; choose another")
     question = model.encode_question(turns, adapter=name)
     dialogue = [*turns, Turn("assistant", answer)]
     date = model.template_date(name)
@@ -85,8 +91,7 @@ def measure_influence(
         use_cache=False,
         logits_to_keep=1,
         observe=observe,
-        adapter=NO_ADAPTER,
-        **model.project(name, image_features=features, image_owners=owners),
+        adapter=model.project(name, image_features=features, image_owners=owners),
     )
     return Influence(
         first_layer=min(shares),

@@ -1,8 +1,8 @@
 """Many questions answered in batches, for scoring: in the model's own words, or by choosing among answers.
 
 Questions of about the same length are read together, and what padding there is nobody sees: no answer
-depends on what it was batched with but for rounding. Questions about the same pictures share their prompts'
-keys and values.
+depends on what it was batched with but for rounding. Questions about the same pictures share what the adapter
+adds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 import torch
@@ -19,14 +18,15 @@ from torch import Tensor
 
 from llama_adapter.data.records import PictureFile, Record, encode_records
 from llama_adapter.data.templates import Turn, encode_question, end_token_ids, stop_strings
-from llama_adapter.decoding.batch import Batch, Row, merge_prompts
+from llama_adapter.decoding.batch import Batch, Row
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import stream_text
-from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.methods.state import AdapterState, merge_states
+from llama_adapter.model import LlamaAdapter
 from llama_adapter.packing.pack import answer_losses, split_by_tokens
 
-# A question's number, its tokens, and its prompts' keys and values, (1, ...) each.
-_Asked = tuple[int, list[int], dict[str, Tensor]]
+# A question's number, its tokens, and what the adapter adds to it.
+_Asked = tuple[int, list[int], AdapterState]
 
 
 def answer_records(
@@ -63,8 +63,8 @@ def answer_records(
         if not waiting:
             return []
         some = _take_alike(waiting, questions, most)
-        prompts = _prompts(model, adapter, [records[i].images for i in some], features)
-        return [(i, questions[i], own) for i, own in zip(some, prompts, strict=True)]
+        states = _states(model, adapter, [records[i].images for i in some], features)
+        return [(i, questions[i], own) for i, own in zip(some, states, strict=True)]
 
     if beams == 1:
         said = _greedily(model, take, ends, max_new_tokens, batch_size)
@@ -140,14 +140,14 @@ def _greedily(
         take: gives the next questions, so many at most; none where nothing waits any more.
     """
     greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-    batch, device = Batch(partial(model, adapter=NO_ADAPTER)), model.decoder.device
+    batch, device = Batch(model), model.decoder.device
     rows: dict[int, Row] = {}
     said: dict[int, list[int]] = {}
     while True:
         # Several are read in less time than one by one, so it waits until half of the places are free.
         if 2 * len(rows) <= batch_size and (asked := take(batch_size - len(rows))):
             some = [i for i, _, _ in asked]
-            joining = [(torch.tensor([ids], device=device), prompts, greedy) for _, ids, prompts in asked]
+            joining = [(torch.tensor([ids], device=device), state, greedy) for _, ids, state in asked]
             rows |= zip(some, batch.join_together(joining), strict=True)
         elif rows:
             batch.step()
@@ -182,7 +182,7 @@ def _by_beams(
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
         output = model.generate(
             padded.to(model.decoder.device),
-            adapter=NO_ADAPTER,
+            adapter=merge_states([state for _, _, state in asked]),
             attention_mask=mask.to(model.decoder.device),
             do_sample=False,
             num_beams=beams,
@@ -190,7 +190,6 @@ def _by_beams(
             max_new_tokens=max_new_tokens,
             eos_token_id=ends,
             pad_token_id=ends[0],
-            **merge_prompts([prompts for _, _, prompts in asked]),
         )
         yield from zip((i for i, _, _ in asked), output[:, longest:].tolist(), strict=True)
 
@@ -204,13 +203,13 @@ def _take_alike(waiting: deque[int], questions: Sequence[Sequence[int]], most: i
     return taken
 
 
-def _prompts(
+def _states(
     model: LlamaAdapter,
     adapter: str | None,
     sets: Sequence[tuple[PictureFile, ...]],
     features: Mapping[PictureFile, Tensor] | None,
-) -> list[dict[str, Tensor]]:
-    """The prompts' keys and values, (1, ...), for each set of pictures; equal sets are computed once."""
+) -> list[AdapterState]:
+    """What the adapter adds for each set of pictures; equal sets are computed once."""
     different = list(dict.fromkeys(sets))
     pictures = [picture for images in different for picture in images]
     if pictures:
@@ -220,10 +219,9 @@ def _prompts(
         projected = model.project(adapter, image_features=seen, image_owners=owners, rows=len(different))
     else:
         projected = model.project(adapter)
-    of = {
-        images: {name: tensor[number : number + 1] for name, tensor in projected.items()}
-        for number, images in enumerate(different)
-    }
+    if len(different) == 1:
+        return [projected] * len(sets)
+    of = {images: projected.of_row(number) for number, images in enumerate(different)}
     return [of[images] for images in sets]
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from llama_adapter.decoding.streams import Answer
     from llama_adapter.methods.adapter import Adapter
-    from llama_adapter.methods.config import VisionConfig
+    from llama_adapter.methods.projection import VisionConfig
 
 MAX_QUESTION_BYTES = 4 << 20  # more than any decoder reads, and little enough to hold
 
@@ -360,8 +360,8 @@ def _info(arguments: argparse.Namespace) -> None:
         "base": config.base,
         "shape": config.shape,
         "fingerprint": config.shape.fingerprint(),
-        "prompts": f"K = {config.prompt_length} in each of the top L = {config.adapted_layers} layers",
-        "tuning": f"{config.tuning_width:,} scales and biases a layer" if config.tuning_width else "none",
+        "method": f"{config.method} in the top L = {config.adapted_layers} layers",
+        **{name.replace("_", " "): value for name, value in config.options.items()},
         "parameters": f"{sum(parameter.numel() for parameter in adapter.parameters()):,} trainable",
         "size": f"{size / 2**20:.2f} MiB",
         "template": config.template,
@@ -421,7 +421,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _gates_read(adapter: Adapter, *, raw: bool) -> str:
     """How the gates of a .pth were taken, and what the other way would have made of the largest."""
-    gate = float(adapter.gates.detach().abs().max())
+    gate = float(adapter.prompts.gates.detach().abs().max())
     largest = math.tanh(gate)
     if raw:
         return (

@@ -79,6 +79,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     from llama_adapter.common.progress import RowProgress
     from llama_adapter.data.records import EncodeSummary
     from llama_adapter.methods.checkpoint import load_adapter, save_adapter
+    from llama_adapter.methods.config import ScienceQAConfig
     from llama_adapter.scienceqa.examining import WAYS, Examination, examine
     from llama_adapter.scienceqa.grading import grade
     from llama_adapter.scienceqa.problems import (
@@ -101,6 +102,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     images = [p.image for p in (*train, *validation) if p.image is not None] if arguments.images else []
     model, features = load_model_to_train(arguments, images)
     assert model.tokenizer is not None
+    adapter = model.get_adapter("trained")
+    asked = ScienceQAConfig(arguments.format, caption=arguments.caption)
+    adapter.config = dataclasses.replace(adapter.config, scienceqa=asked)
     encode = {
         "caption": arguments.caption,
         "images": arguments.images,
@@ -157,8 +161,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         right[way] = grade(validation, predictions).shares["AVG"].percent
         processes.say(f"{way:<10} {right[way]:.2f} % of {len(validation):,} problems kept back")
     answer = max(WAYS, key=lambda way: right[way])
-    training = {**adapter.config.training, "answer": answer}
-    adapter.config = dataclasses.replace(adapter.config, training=training)
+    adapter.config = dataclasses.replace(adapter.config, scienceqa=dataclasses.replace(asked, answer=answer))
     if processes.main:
         save_adapter(adapter, arguments.output)
     scoring: list[object] = ["scienceqa", "--data", arguments.data, "--split", "train"]

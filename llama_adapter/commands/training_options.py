@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # slow to import: --help and a mistyped option are answered w
     from torch import Tensor
 
     from llama_adapter.data.records import EncodeSummary, Example, PictureFile, Record
-    from llama_adapter.methods.config import VisionConfig
+    from llama_adapter.methods.projection import VisionConfig
     from llama_adapter.model import LlamaAdapter
     from llama_adapter.training.trainer import TrainingSettings
     from llama_adapter.vision.tower import VisionTower
@@ -27,6 +27,7 @@ DEFAULT_TOWER = "clip-mini"
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Everything in `TrainingSettings`, and the adapter's sizes."""
+    from llama_adapter.methods.table import METHODS
     from llama_adapter.training.trainer import TrainingSettings
 
     defaults = TrainingSettings()
@@ -36,15 +37,14 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         metavar="ADAPTER",
         help="train this one on: name, folder or hub id (default: a new one)",
     )
+    adapter.add_argument(
+        "--method",
+        help=f"what is trained: {', '.join(METHODS)}, or several joined by + (default: prompts, or that of "
+        "--start-from, whose parts are kept)",
+    )
     adapter.add_argument("--prompt-length", type=int, metavar="K", help="prompts in each layer (10)")
     adapter.add_argument(
         "--adapted-layers", type=int, metavar="L", help="topmost layers (default: N - N // 16)"
-    )
-    adapter.add_argument(
-        "--bias-tuning",
-        action="store_true",
-        help="train scales and biases of the layers' projections as well (LLaMA-Adapter V2); an adapter of "
-        "--start-from that has them keeps them",
     )
     adapter.add_argument(
         "--template",
@@ -57,9 +57,6 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         ("batch_size", int, "rows an optimiser step, of all processes together"),
         ("base_learning_rate", float, "the peak is this * batch size / 256"),
         ("learning_rate", float, "the peak itself, in place of that rule"),
-        ("gate_learning_rate", float, "the gates' own peak (default: the prompts')"),
-        ("projection_learning_rate", float, "that of the pictures' projection (default: the prompts')"),
-        ("tuning_learning_rate", float, "that of --bias-tuning (default: the prompts')"),
         ("weight_decay", float, "AdamW's"),
         ("max_grad_norm", float, "scale gradients down to this norm"),
         ("max_steps", int, "end the run, and its schedule, after so many steps"),
@@ -75,6 +72,16 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         default = getattr(defaults, name)
         shown = "" if default is None else f" ({default:g})"
         training.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text + shown)
+    training.add_argument(
+        "--rate",
+        dest="rates",
+        action="append",
+        type=_group_rate,
+        default=[],
+        metavar="GROUP=VALUE",
+        help="a peak of its own for a group of parameters: prompts, gates, projection, scales ...; can be "
+        "given several times (default: --learning-rate for all)",
+    )
     training.add_argument(
         "--mean-over",
         default=defaults.mean_over,
@@ -94,7 +101,18 @@ def training_settings(arguments: argparse.Namespace) -> TrainingSettings:
     from llama_adapter.training.trainer import TrainingSettings
 
     names = TrainingSettings.__dataclass_fields__
-    return TrainingSettings(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    return TrainingSettings(**{**given, "rates": dict(arguments.rates)})
+
+
+def _group_rate(text: str) -> tuple[str, float]:
+    """An option's type: a group of parameters and its rate, "gates=0.003"."""
+    group, _, value = text.partition("=")
+    try:
+        return group.strip(), float(value)
+    except ValueError:
+        said = f"{text}: expected GROUP=VALUE, such as gates=0.003"
+        raise argparse.ArgumentTypeError(said) from None
 
 
 def add_vision_options(parser: argparse.ArgumentParser) -> None:
@@ -136,13 +154,15 @@ def load_model_to_train(
     """
     from llama_adapter.common.processes import running_processes
     from llama_adapter.methods.decoder import checkpoint_activations
+    from llama_adapter.methods.projection import Projection
+    from llama_adapter.training.trainer import parameter_groups
 
     processes = running_processes()
     if processes.sharded and arguments.device is None:
         # The whole of it may fit no accelerator: it goes there by shards, when the training begins.
         arguments = argparse.Namespace(**{**vars(arguments), "device": "cpu"})
     sizes = _given(arguments, "prompt_length", "adapted_layers")
-    settings = {**sizes, **_given(arguments, "template"), "bias_tuning": arguments.bias_tuning}
+    settings = {**sizes, **_given(arguments, "template", "method")}
     sight = _given(arguments, "tower", "depths", "bottleneck", "image_tokens")
     images = list(dict.fromkeys(images))
     if sight and not arguments.images:
@@ -158,30 +178,37 @@ def load_model_to_train(
         if settled := [*sizes, *(sight if config.vision is not None else ())]:
             option = settled[0].replace("_", "-")
             raise UsageError(f"--{option} is settled by --start-from {arguments.start_from}; leave it out")
-        inherited = {name: getattr(config, name) for name in ("prompt_length", "adapted_layers", "template")}
-        if settings.get("template", config.template) == config.template:
-            inherited["template_date"] = config.template_date
-        settings = {**inherited, "vision": config.vision, **settings}
-        settings["bias_tuning"] |= bool(config.tuning_width)
+        inherited = {name: getattr(config, name) for name in ("adapted_layers", "template", "method")}
+        settings = {**inherited, **config.options, "vision": config.vision, **settings}
+        if settings["template"] == config.template:
+            settings["template_date"] = config.template_date
+        missing = [kind for kind in config.method.split("+") if kind not in settings["method"].split("+")]
+        if missing:
+            raise UsageError(
+                f"--method {arguments.method} leaves out {missing[0]!r}, which --start-from "
+                f"{arguments.start_from} has; name it too"
+            )
     if arguments.resume:
         settings["template_date"] = _date_of_run(arguments.output)
-    if arguments.tuning_learning_rate is not None and not settings["bias_tuning"]:
-        raise UsageError("--tuning-learning-rate is for scales and biases; give --bias-tuning as well")
-    features: dict[PictureFile, Tensor] = {}
+    tower = None
     if images:
         if settings.get("vision") is None:
             tower, settings["vision"] = _new_sight(arguments, sight, model.decoder.device)
         else:
             tower = model.tower()
-        with processes.main_first():  # the others find them in the cache
-            features = picture_features(tower, arguments.cache, images)
     if start is not None:
         model.delete_adapter(model.active_adapter)  # its name may be the same
     adapter = model.new_adapter("trained", seed=arguments.seed, **settings)
-    if adapter.projection is not None and features:
-        adapter.projection.fit(features.values())
+    parameter_groups(adapter, training_settings(arguments))  # a mistyped --rate is told before long work
+    features: dict[PictureFile, Tensor] = {}
+    if tower is not None:
+        with processes.main_first():  # the others find them in the cache
+            features = picture_features(tower, arguments.cache, images)
+        projection = adapter.find(Projection)
+        assert projection is not None
+        projection.fit(features.values())
     if start is not None:
-        adapter.load_state_dict(start.state_dict(), strict=False)  # a new projection stays as it is
+        adapter.load_state_dict(start.state_dict(), strict=False)  # new parts stay as they are
     if arguments.gradient_checkpointing:
         checkpoint_activations(model.decoder)
     return model, features
@@ -226,7 +253,7 @@ def _date_of_run(output: Path) -> str | None:
 def _new_sight(
     arguments: argparse.Namespace, sight: dict[str, Any], device: torch.device
 ) -> tuple[VisionTower, VisionConfig]:
-    from llama_adapter.methods.config import VisionConfig
+    from llama_adapter.methods.projection import VisionConfig
     from llama_adapter.vision.tower import load_tower
 
     tower = load_tower(

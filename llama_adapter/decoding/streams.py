@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from llama_adapter.decoding.sampling import Sampling
+from llama_adapter.methods.state import AdapterState
 
 _COLD = 1e-5  # a temperature below it gives all to the likeliest token, where dividing by it would overflow
 
@@ -52,14 +53,14 @@ class Request:
 
     Attributes:
         question: (1, T) token ids.
-        project: gives the prompts' keys and values, as `LlamaAdapter.project`; called when the answer starts.
+        project: gives what the adapter adds, as `LlamaAdapter.project`; called when the answer starts.
         sampling: how tokens are chosen, and how many there may be.
         end_ids: tokens that end the answer.
         stop_strings: texts that end it.
     """
 
     question: Tensor
-    project: Callable[[], dict[str, Tensor]]
+    project: Callable[[], AdapterState]
     sampling: Sampling
     end_ids: Collection[int]
     stop_strings: Sequence[str]

@@ -12,17 +12,15 @@ function: it calls the stock one and adds, in the adapted layers, what the queri
 What a forward pass tells its layers travels as one keyword argument through the decoder, never as state on
 modules: two threads, beams, mixed batches and recomputation in backward would break on state.
 
-Shapes: B rows, T tokens, L adapted layers, H heads, G key-value heads, K prompts, R sets of prompts,
-d head width, D hidden size; of a key, S places of the cache, else S scales and biases of a layer.
+Shapes: B rows, T tokens, H heads, G key-value heads, K prompts, R sets of prompts, S places of the cache, d
+    head width, D hidden size.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -30,92 +28,25 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.computing import nothing_acting
 from llama_adapter.methods.keys_and_values import KeysAndValues
 from llama_adapter.methods.packed_attention import Segment, attend, attend_own_prompts, attend_packed
 
 PREFIX = "llama_adapter_"  # no "flash" and no "/" in it: transformers reads meaning into both
 STOCK = ("sdpa", "eager")  # the implementations that can be wrapped
 FORM = "llama_adapter_form"  # the attribute of an attention layer that holds its `AttentionForm`
-# The scales and biases of the layer that is computing, (1 or B, 1, width) each; see `methods.tuning`.
-TUNING: ContextVar[tuple[Tensor, ...] | None] = ContextVar("tuning", default=None)
 
 
-class Prompts(Protocol):
-    """What an adapted layer asks for: its prompts' keys and values, the gate already in the values; and its
-    projections' scales and biases."""
+class PromptSource(Protocol):
+    """What attention asks for the prompts of its layer; `llama_adapter.methods.state.AdapterState` is one."""
 
-    @property
-    def first_layer(self) -> int:
-        """Index of the lowest adapted layer; all above it are adapted."""
+    def prompts_of(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Keys and gated values, (R, H, K, d) each, and a mask, (R, K), False at padding, or None.
+
+        R is 1 where all tokens read the same prompts, else B, or in a packed sequence what its segments
+        count to. None where the layer has no prompts.
+        """
         ...
-
-    @property
-    def mask(self) -> Tensor | None:
-        """(R, K), False for what only fills up a batch whose rows have more or fewer; None: there is none."""
-        ...
-
-    def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
-        """Keys and gated values for the decoder's layer ``attention``, each (R, H, K, d): R is 1 where all
-        tokens read the same prompts, else B, or in a packed sequence what its segments count to."""
-        ...
-
-    def tuning_of_layer(self, index: int) -> Tensor | None:
-        """The scales and biases of the decoder's layer of this index, (1 or B, S); None: it has none."""
-        ...
-
-
-@dataclass(frozen=True)
-class LivePrompts:
-    """Prompts that each layer projects itself, with gradients: for training.
-
-    ``W_k P`` is computed inside the layer's own forward, where a sharded layer's weights are gathered.
-    """
-
-    prompts: Tensor  # (R, L, K, D)
-    gates: Tensor  # (L, H), before tanh
-    first_layer: int
-    mask: Tensor | None = None
-    tuning: Tensor | None = None  # (L, S)
-
-    def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
-        index = layer_index(attention) - self.first_layer
-        prompts, gates = self._of_all_layers
-        return project_prompts(attention, prompts[index], gates[index])
-
-    @cached_property
-    def _of_all_layers(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Both cut once: a cut a layer would have a gradient as large as all layers together, each."""
-        return self.prompts.unbind(1), self.gates.unbind(0)
-
-    def tuning_of_layer(self, index: int) -> Tensor | None:
-        if self.tuning is None or index < self.first_layer:
-            return None
-        return self._tuning_of_all_layers[index - self.first_layer]
-
-    @cached_property
-    def _tuning_of_all_layers(self) -> tuple[Tensor, ...]:
-        assert self.tuning is not None
-        return self.tuning[:, None].unbind(0)
-
-
-@dataclass(frozen=True)
-class ProjectedPrompts:
-    """Prompts whose keys and values were computed beforehand, once for a whole generation."""
-
-    keys: Tensor  # (R, L, H, K, d)
-    values: Tensor  # (R, L, H, K, d), times tanh(gate)
-    first_layer: int
-    mask: Tensor | None = None  # (R, K)
-    tuning: Tensor | None = None  # (R, L, S)
-
-    def of_layer(self, attention: nn.Module) -> tuple[Tensor, Tensor]:
-        index = layer_index(attention) - self.first_layer
-        return self.keys[:, index], self.values[:, index]
-
-    def tuning_of_layer(self, index: int) -> Tensor | None:
-        if self.tuning is None or index < self.first_layer:
-            return None
-        return self.tuning[:, index - self.first_layer]
 
 
 @dataclass(frozen=True)
@@ -157,12 +88,9 @@ def project_prompts(attention: nn.Module, prompts: Tensor, gate: Tensor) -> tupl
         keys and gated values, each (B, H, K, d). Folding the gate into the values saves one multiplication a
         token and changes nothing else: the softmax is linear in them.
     """
-    tuning = TUNING.set(None)
-    try:
+    with nothing_acting():  # what parts do to tokens leaves the prompts alone
         form = attention_form(attention)
         keys, values = form.keys_and_values.of(attention, prompts.to(compute_dtype(attention)))
-    finally:
-        TUNING.reset(tuning)
     repeats = gate.shape[-1] // keys.shape[1]
     keys = keys.repeat_interleave(repeats, dim=1)
     values = values.repeat_interleave(repeats, dim=1)
@@ -196,16 +124,16 @@ def gated_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    prompts: Prompts | None = None,
+    adapter: PromptSource | None = None,
     segments: tuple[Segment, ...] | None = None,
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The stock attention plus the gated prompts; without ``prompts`` exactly the stock one.
+    """The stock attention plus the gated prompts; without ``adapter`` exactly the stock one.
 
     Args:
         query: (B, H, T, d). key, value: (B, G, S, d), after rotary embedding and cache.
-        prompts: what the adapted layers read, or None.
+        adapter: what the layers' prompts are asked of, or None.
         segments: the rows of a packed sequence (B = 1), in place of ``attention_mask``.
         observe: gets, from every adapted layer, its index and the two parts of its output, (B, T, H, d) each:
             what was read from the tokens, and what from the prompts, gated.
@@ -239,14 +167,17 @@ def gated_attention(
             chunk=form.chunk,
         )
         output = packed.transpose(1, 2).contiguous()  # as the stock functions give it: some families view it
-    if prompts is None or layer_index(module) < prompts.first_layer:
+    added = None if adapter is None else adapter.prompts_of(module)
+    if added is None:
         return output.to(dtype), weights
-    keys, values = (states.to(query.dtype) for states in prompts.of_layer(module))
+    keys, values = (states.to(query.dtype) for states in added[:2])
+    mask = added[2]
     if segments is None or keys.shape[0] == 1:
         rows = query.shape[0]
         if keys.shape[0] != rows:
             keys, values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
-        mask = None if prompts.mask is None else prompts.mask[:, None, None]
+        if mask is not None:
+            mask = mask[:, None, None]
         gated = attend(query, keys, values, scaling=scaling, mask=mask, softcap=softcap)
     else:
         gated = attend_own_prompts(query, keys, values, segments, scaling=scaling, softcap=softcap)

@@ -15,8 +15,8 @@ _TEXT = """---
 
 # {name}
 
-A [LLaMA-Adapter](https://arxiv.org/abs/2303.16199) for `{base}`: {prompts} adaptation prompts in each
-of the top {layers} layers{extras}. This repository has the adapter alone.
+A [LLaMA-Adapter](https://arxiv.org/abs/2303.16199) for `{base}`, trained by method
+`{method}` in the top {layers} layers{extras}. This repository has the adapter alone.
 
 ```python
 from llama_adapter import LlamaAdapter
@@ -44,12 +44,11 @@ def write_card(folder: Path, config: AdapterConfig, repo_id: str, *, tags: Seque
         tags=list(dict.fromkeys(["llama-adapter", *tags])),
     )
     extras = [f"a projection of the features of `{config.vision.tower}`"] if config.vision else []
-    extras += ["scales and biases of their projections"] if config.tuning_width else []
     text = _TEXT.format(
         data=data.to_yaml(),
         name=repo_id.rpartition("/")[2],
         base=config.base,
-        prompts=config.prompt_length,
+        method=config.method,
         layers=config.adapted_layers,
         extras="".join(f", and {extra}" for extra in extras),
         repo_id=repo_id,

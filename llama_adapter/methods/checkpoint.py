@@ -29,7 +29,9 @@ from torch import Tensor
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import write_atomically, write_json
 from llama_adapter.methods.adapter import Adapter
-from llama_adapter.methods.config import AdapterConfig, DecoderShape
+from llama_adapter.methods.config import AdapterConfig
+from llama_adapter.methods.prompts import Prompts, PromptsConfig
+from llama_adapter.methods.shape import DecoderShape
 from llama_adapter.weights.hub import gated_error
 
 CONFIG_FILE = "llama_adapter_config.json"
@@ -37,6 +39,8 @@ FORMER_CONFIG_FILE = "adapter_config.json"  # PEFT's name too: its files have a 
 WEIGHTS_FILE = "adapter_model.safetensors"
 STATE_FILE = "model.safetensors"  # what transformers' Trainer writes
 STATE_PREFIX = "adapters."
+# What tensors were called in format version 1. Those of a projection kept their names.
+_FORMER_NAMES = {"prompts": "prompts.embeddings", "gates": "prompts.gates", "tuning": "scales.values"}
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
@@ -200,6 +204,7 @@ def _build_adapter(config: AdapterConfig, state: dict[str, Tensor], source: str)
             adapter = Adapter(config)
     except (TypeError, RuntimeError):  # past what a tensor can have
         raise UsageError(f"{source}: its config asks for sizes that no tensor has; copy it again") from None
+    state = {_FORMER_NAMES.get(name, name): tensor for name, tensor in state.items()}
     expected = adapter.state_dict()
     for name in sorted(set(expected) | set(state)):
         if name not in state:
@@ -211,7 +216,9 @@ def _build_adapter(config: AdapterConfig, state: dict[str, Tensor], source: str)
             raise UsageError(f"{source}: {name!r} has the shape {found}, its config says {wanted}")
         if not torch.isfinite(state[name]).all():
             raise UsageError(f"{source}: {name!r} has values that are not finite; train again")
-    adapter.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    # Copied, since products differ in their last digits where a tensor begins at an odd place in the file.
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    adapter.load_state_dict(copies, assign=True)
     return adapter
 
 
@@ -253,7 +260,10 @@ def import_pth(path: str | Path, *, base: str, shape: DecoderShape, raw_gates: b
             f"(layers * {prompt_length}, {shape.hidden_size})"
         )
     config = AdapterConfig(
-        base=base, shape=shape, adapted_layers=query.shape[0] // prompt_length, prompt_length=prompt_length
+        base=base,
+        shape=shape,
+        adapted_layers=query.shape[0] // prompt_length,
+        parts=(PromptsConfig(prompt_length),),
     )
     gates = []
     for layer in range(config.first_layer, shape.num_layers):
@@ -273,7 +283,9 @@ def import_pth(path: str | Path, *, base: str, shape: DecoderShape, raw_gates: b
             gate = gate.atanh()
         gates.append(gate.float())
     prompts = query.float().reshape(config.adapted_layers, prompt_length, -1)
-    return _build_adapter(config, {"prompts": prompts, "gates": torch.stack(gates)}, str(path))
+    return _build_adapter(
+        config, {"prompts.embeddings": prompts, "prompts.gates": torch.stack(gates)}, str(path)
+    )
 
 
 def export_pth(adapter: Adapter, path: str | Path, *, raw_gates: bool = False) -> None:
@@ -286,20 +298,21 @@ def export_pth(adapter: Adapter, path: str | Path, *, raw_gates: bool = False) -
         UsageError: the layout has no room for this adapter.
     """
     config = adapter.config
+    prompts = adapter.find(Prompts)
+    others = [kind for kind in adapter if kind != Prompts.kind]
+    if prompts is None or others:
+        raise UsageError(
+            f"the authors' layout has room for prompts alone; this adapter is of method {config.method}"
+            + (" and sees pictures" if config.vision is not None else "")
+        )
     if config.prompt_length != 10:
         raise UsageError(
             f"the authors' layout has 10 prompts a layer; this adapter has {config.prompt_length}"
         )
-    if adapter.tuning is not None:
-        raise UsageError("the authors' layout has no room for scales and biases, which this adapter has")
-    if adapter.projection is not None:
-        raise UsageError(
-            "the authors' layout has no room for a projection of pictures, which this adapter has"
-        )
-    state = {"adapter_query.weight": adapter.prompts.detach().flatten(0, 1).float().cpu().contiguous()}
+    state = {"adapter_query.weight": prompts.embeddings.detach().flatten(0, 1).float().cpu().contiguous()}
     for layer in range(config.shape.num_layers):
         index = layer - config.first_layer
-        gate = adapter.gates[index] if index >= 0 else torch.zeros(config.shape.num_heads)
+        gate = prompts.gates[index] if index >= 0 else torch.zeros(config.shape.num_heads)
         gate = gate.tanh() if raw_gates else gate
         state[f"layers.{layer}.attention.gate"] = gate.detach().float().cpu().reshape(1, -1, 1, 1).clone()
     with write_atomically(Path(path)) as temporary:

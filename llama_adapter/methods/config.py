@@ -3,91 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.part import PartConfig
+from llama_adapter.methods.projection import VisionConfig
+from llama_adapter.methods.prompts import PromptsConfig
+from llama_adapter.methods.shape import DecoderShape, Layout
+from llama_adapter.methods.table import METHODS, PARTS, option_names
 
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """The sizes of a decoder that an adapter has to fit."""
-
-    family: str  # transformers' model_type
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-
-    def fingerprint(self) -> str:
-        """16 hex digits that name this shape."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def __str__(self) -> str:
-        return (
-            f"{self.family}, {self.num_layers} layers, width {self.hidden_size}, {self.num_heads} heads "
-            f"({self.num_key_value_heads} key-value) of {self.head_dim}, vocabulary {self.vocab_size}"
-        )
-
-
-def default_adapted_layers(num_layers: int) -> int:
-    """All but the lowest sixteenth: 30 of 32 as published, 29 of 30."""
-    return num_layers - num_layers // 16
+FORMAT_VERSION = 2  # version 1 knew prompts, a projection and scales alone, each in a place of its own
+C = TypeVar("C", bound=PartConfig)
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """How an adapter sees (paper, section 3.3).
+class ScienceQAConfig:
+    """How ScienceQA's problems are best put to an adapter that was trained on them.
 
     Attributes:
-        tower: name, folder, hub id or MODEL:TAG of the open_clip model that it was trained with.
-        tower_fingerprint: of the tower's weights and preprocessing; another tower of that name is refused.
-        depths: the depths of the tower whose global features are concatenated, from 1, lowest first.
-        feature_width: F, the width of the concatenated features.
-        bottleneck: width of the projection's hidden layer.
-        image_tokens: 1, added to every prompt (eq. 10), or K, one for each, as in the authors' later code.
-        normalised: the projection normalises its hidden layer and its tokens, as in the authors' code, and
-            scales these by layer; False in adapters that were made before it did.
+        format: an official name, such as QCM-A.
+        caption: a machine's caption of the picture is part of the context.
+        answer: how its answers are read, the best way on validation ("generate", "letter" or "option"); None:
+            it was not measured.
     """
 
-    tower: str
-    tower_fingerprint: str
-    depths: tuple[int, ...]
-    feature_width: int
-    bottleneck: int = 128
-    image_tokens: int = 1
-    normalised: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("feature_width", "bottleneck", "image_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name.replace('_', ' ')}: {getattr(self, name)} given; choose 1 or more")
-        if self.normalised and self.bottleneck == 1:
-            raise UsageError("bottleneck: 1 given; choose 2 or more, since one number normalised is always 0")
-        if not self.depths or any(not isinstance(depth, int) or depth < 1 for depth in self.depths):
-            raise UsageError(f"depths: {list(self.depths)} given; expected numbers from 1")
+    format: str
+    caption: bool = False
+    answer: str | None = None
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter's settings (paper, section 3.1) and what it belongs to."""
+    """An adapter's parts and what it belongs to."""
 
     base: str  # name, folder or hub id of the decoder
     shape: DecoderShape
     adapted_layers: int  # L, the topmost ones
-    prompt_length: int = 10  # K
+    parts: tuple[PartConfig, ...] = (PromptsConfig(),)  # in the order of `table.PARTS`
     template: str = "alpaca"  # how turns were written when it was trained
-    vision: VisionConfig | None = None  # None: it knows nothing of pictures
-    tuning_width: int = 0  # S, scales and biases of each adapted layer (LLaMA-Adapter V2); 0: none
-    format_version: int = FORMAT_VERSION
+    projections: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # see `Layout`
+    scienceqa: ScienceQAConfig | None = None
     training: dict[str, Any] = field(default_factory=dict)  # how it was made; shown, never interpreted
     template_date: str | None = (
         None  # the day that a chat template writes, as 2026-11-28; None: today, or none
@@ -101,31 +59,82 @@ class AdapterConfig:
                 f"adapted layers: {self.adapted_layers} given; the decoder has {self.shape.num_layers}, "
                 f"so choose 1 to {self.shape.num_layers}"
             )
-        if self.prompt_length < 1:
-            raise UsageError(f"prompt length: {self.prompt_length} given; choose 1 or more (the paper: 10)")
-        if self.tuning_width < 0:
-            raise UsageError(f"tuning width: {self.tuning_width} given; choose 0 or more")
-        if self.vision is not None and self.vision.image_tokens not in (1, self.prompt_length):
+        kinds = [self.kind_of(part) for part in self.parts]
+        if not kinds or kinds != [kind for kind in PARTS if kind in kinds]:
             raise UsageError(
-                f"image tokens: {self.vision.image_tokens} given; choose 1, or one for each of the "
-                f"{self.prompt_length} prompts"
+                f"parts: {', '.join(kinds) or 'none'} given; expected some of {', '.join(PARTS)}, in this "
+                "order"
             )
+        if self.vision is not None:
+            prompts = self.find(PromptsConfig)
+            if prompts is None:
+                raise UsageError(
+                    "pictures come in with the prompts, which this adapter lacks; add them to its method"
+                )
+            if self.vision.image_tokens not in (1, prompts.prompt_length):
+                raise UsageError(
+                    f"image tokens: {self.vision.image_tokens} given; choose 1, or one for each of the "
+                    f"{prompts.prompt_length} prompts"
+                )
+
+    @staticmethod
+    def kind_of(part: PartConfig) -> str:
+        """The kind of part that has these settings."""
+        return next(kind for kind, cls in PARTS.items() if cls.Config is type(part))
+
+    def find(self, settings: type[C]) -> C | None:
+        """The settings of a class; None where the adapter has no such part."""
+        return next((part for part in self.parts if isinstance(part, settings)), None)
+
+    @property
+    def method(self) -> str:
+        """The parts as a method string, such as "prompts+scales"; the projection is not named there."""
+        return "+".join(kind for kind in map(self.kind_of, self.parts) if kind in METHODS)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings of its parts, the projection's aside, as `LlamaAdapter.new_adapter` takes them."""
+        own = [part for part in self.parts if not isinstance(part, VisionConfig)]
+        return {name: getattr(part, name) for part in own for name in option_names(type(part))}
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        """How it sees; None: it knows nothing of pictures."""
+        return self.find(VisionConfig)
+
+    @property
+    def prompt_length(self) -> int:
+        """K; 0 where it has no prompts."""
+        prompts = self.find(PromptsConfig)
+        return 0 if prompts is None else prompts.prompt_length
 
     @property
     def first_layer(self) -> int:
         """Index of the lowest adapted layer."""
         return self.shape.num_layers - self.adapted_layers
 
+    @property
+    def layout(self) -> Layout:
+        """What its parts are built for."""
+        return Layout(self.shape, self.adapted_layers, self.projections)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict, with the shape's fingerprint for those who only compare."""
-        values = {**dataclasses.asdict(self), "base_fingerprint": self.shape.fingerprint()}
-        if self.vision is not None:
-            values["vision"]["depths"] = list(self.vision.depths)  # JSON has no tuples
-        if not self.tuning_width:
-            del values["tuning_width"]  # what adapters without were always stored as
-        if self.template_date is None:
-            del values["template_date"]  # the same
-        return values
+        values: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "base": self.base,
+            "base_fingerprint": self.shape.fingerprint(),
+            "shape": dataclasses.asdict(self.shape),
+            "adapted_layers": self.adapted_layers,
+            "parts": [{"kind": self.kind_of(part), **_chosen(part)} for part in self.parts],
+            "template": self.template,
+            "template_date": self.template_date,
+            "projections": self.projections,
+            "scienceqa": None if self.scienceqa is None else dataclasses.asdict(self.scienceqa),
+            "training": self.training,
+        }
+        plain: dict[str, Any] = _without_tuples(values)
+        return plain
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> AdapterConfig:
@@ -135,20 +144,24 @@ class AdapterConfig:
             UsageError: another format version, a missing or unknown key, a wrong type, a changed shape.
         """
         values = dict(values)
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        version = values.pop("format_version", None)
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise UsageError(
-                f"{source}: format version {version!r}, this llama-adapter reads {FORMAT_VERSION}; "
+                f"{source}: format version {version!r}, this llama-adapter reads up to {FORMAT_VERSION}; "
                 "install the release that wrote it"
             )
+        if version == 1:
+            values = _from_version_1(values, source)
         fingerprint = values.pop("base_fingerprint", None)
         shape = values.pop("shape", None)
         if not isinstance(shape, dict):
             raise UsageError(f"{source}: 'shape' must be an object, found {type(shape).__name__}")
         values["shape"] = _build(DecoderShape, shape, source)
-        if isinstance(vision := values.get("vision"), dict):
-            values["vision"] = _build(VisionConfig, {"normalised": False, **vision}, source)
-        config = _build(cls, values, source)
+        values["parts"] = tuple(_build_part(part, source) for part in _list(values.get("parts"), source))
+        values["projections"] = _build_projections(values.get("projections", {}), source)
+        if isinstance(scienceqa := values.get("scienceqa"), dict):
+            values["scienceqa"] = _build(ScienceQAConfig, scienceqa, source)
+        config: AdapterConfig = _build(cls, values, source)
         if fingerprint != config.shape.fingerprint():
             raise UsageError(f"{source}: its base_fingerprint does not match its shape; the file was edited")
         return config
@@ -161,14 +174,97 @@ def _is_date(text: str) -> bool:
         return False
 
 
-_TYPES: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "bool": bool,
-    "dict[str, Any]": dict,
-    "tuple[int, ...]": list,
-    "VisionConfig | None": (VisionConfig, type(None)),
-    "str | None": (str, type(None)),
+def _chosen(part: PartConfig) -> dict[str, Any]:
+    """Its settings; what follows from others only where it differs from its default."""
+    fields = {own.name: own for own in dataclasses.fields(part)}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(part).items()
+        if not fields[name].metadata.get("derived") or value != fields[name].default
+    }
+
+
+def _without_tuples(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, Mapping):
+        return {name: _without_tuples(inner) for name, inner in value.items()}
+    return [_without_tuples(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _list(parts: Any, source: str) -> list[Any]:
+    if not isinstance(parts, list):
+        raise UsageError(f"{source}: 'parts' must be a list, found {type(parts).__name__}")
+    return parts
+
+
+def _build_part(values: Any, source: str) -> PartConfig:
+    if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
+        raise UsageError(f"{source}: each of 'parts' must be an object with a 'kind', found {values!r:.60}")
+    values = dict(values)
+    kind = values.pop("kind")
+    if kind not in PARTS:
+        raise UsageError(
+            f"{source}: a part of kind {kind!r}; this llama-adapter knows {', '.join(PARTS)}: "
+            "install the release that wrote it"
+        )
+    part: PartConfig = _build(PARTS[kind].Config, values, source)
+    return part
+
+
+def _build_projections(values: Any, source: str) -> dict[str, tuple[int, int]]:
+    def pair(size: Any) -> bool:
+        return (
+            isinstance(size, list)
+            and len(size) == 2
+            and all(type(width) is int and width > 0 for width in size)
+        )
+
+    if not isinstance(values, dict) or not all(pair(size) for size in values.values()):
+        raise UsageError(
+            f"{source}: 'projections' must be an object of pairs of widths, found {values!r:.60}"
+        )
+    return {name: (size[0], size[1]) for name, size in values.items()}
+
+
+def _from_version_1(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """A config of format version 1 as one of version 2; what is wrong in it is found when that is read."""
+    values = dict(values)
+    parts = [{"kind": "prompts", **_moved(values, "prompt_length")}]
+    if (vision := values.pop("vision", None)) is not None:
+        if not isinstance(vision, dict):
+            raise UsageError(f"{source}: 'vision' must be an object or null, found {vision!r:.60}")
+        parts.append({"kind": "projection", "normalised": False, **vision})
+    if width := values.pop("tuning_width", 0):
+        parts.append({"kind": "scales", "width": width})
+    training = values.get("training")
+    data = training.get("data") if isinstance(training, dict) else None
+    if isinstance(training, dict) and isinstance(data, dict) and "format" in data:
+        # How its problems were put was read from how it was made.
+        values["scienceqa"] = {
+            "format": data["format"],
+            "caption": data.get("caption", False),
+            "answer": training.get("answer"),
+        }
+    return {**values, "parts": parts}
+
+
+def _moved(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values.pop(name) for name in names if name in values}
+
+
+# What a field's annotation allows, and how that is called.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "str"),
+    "int": ((int,), "int"),
+    "bool": ((bool,), "bool"),
+    "float": ((float, int), "a number"),
+    "str | None": ((str, type(None)), "str or null"),
+    "int | None": ((int, type(None)), "int or null"),
+    "float | None": ((float, int, type(None)), "a number or null"),
+    "dict[str, Any]": ((dict,), "dict"),
+    "tuple[int, ...]": ((list,), "list"),
+    "tuple[str, ...]": ((list,), "list"),
+    "ScienceQAConfig | None": ((ScienceQAConfig, type(None)), "an object or null"),
 }
 
 
@@ -181,12 +277,11 @@ def _build(cls: Any, values: dict[str, Any], source: str) -> Any:
         what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
         raise UsageError(f"{source}: {what}; expected {', '.join(sorted(fields))}")
     for name, value in values.items():
-        expected = _TYPES.get(str(fields[name].type))
-        if expected and (not isinstance(value, expected) or isinstance(value, bool) != (expected is bool)):
-            kind = expected.__name__ if not isinstance(expected, tuple) else "text or null"
-            if expected == (VisionConfig, type(None)):
-                kind = "an object or null"
-            raise UsageError(f"{source}: {name!r} must be {kind}, found {value!r:.60}")
+        types, called = _TYPES.get(str(fields[name].type), ((object,), ""))
+        if not isinstance(value, types) or (
+            isinstance(value, bool) and bool not in types and object not in types
+        ):
+            raise UsageError(f"{source}: {name!r} must be {called}, found {value!r:.60}")
     try:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     except UsageError as error:

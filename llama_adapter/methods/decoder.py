@@ -23,8 +23,8 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.methods.config import DecoderShape
 from llama_adapter.methods.probe import prepare_decoder
+from llama_adapter.methods.shape import DecoderShape
 from llama_adapter.quantization.formats import check_format
 from llama_adapter.quantization.linear import quantize_decoder
 from llama_adapter.weights.hub import gated_error

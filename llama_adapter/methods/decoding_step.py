@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from llama_adapter.methods.attention import Prompts, layer_index
+from llama_adapter.methods.attention import layer_index
 from llama_adapter.quantization.kernels import Layer, Matrix, Norm, Step, load_kernels
 from llama_adapter.quantization.linear import QuantizedLinear
 
@@ -36,6 +36,7 @@ _PROJECTIONS = {  # in the order of kernels.cpp
 }
 _NORMS = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # where the family has them
+_KNOWN_PARTS = {"prompts", "scales"}  # of an adapter: with others the decoder's modules take the step
 _WIDEST_HEAD = 1024  # what the kernel has room for
 _MORE_PLACES = 256  # by which a cache's room grows at least
 _TOLERANCE = 1e-3  # of the largest hidden state
@@ -175,7 +176,7 @@ class DecodingStep:
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
-        prompts: Prompts | None = None,
+        adapter: Any = None,
         **others: Any,
     ) -> BaseModelOutputWithPast | None:
         """One token of each row; None where that is not what is asked for."""
@@ -199,7 +200,7 @@ class DecodingStep:
         embeds = self.inner.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if starts is None or embeds.dtype != torch.float32 or layers[0].keys.dtype != torch.float32:
             return None
-        added = _Added(prompts, self.inner)
+        added = _Added(adapter, self.inner)
         if not added.known:
             return None
         if position_ids is None:
@@ -296,38 +297,35 @@ class _Added:
         address: of the first layer's; None where nothing is added.
     """
 
-    def __init__(self, prompts: Prompts | None, inner: Any) -> None:
-        self.known = True
+    def __init__(self, adapter: Any, inner: Any) -> None:
+        self.known = adapter is None or adapter.kinds <= _KNOWN_PARTS
         self.address: int | None = None
-        if prompts is None:
+        if adapter is None or not self.known:
             return
         self._held: list[Tensor] = []
         fields: list[int] = []
         for layer in inner.layers:
-            fields += self._of_layer(prompts, layer)
+            fields += self._of_layer(adapter, layer)
         self._fields = array("q", fields)
         self.address = self._fields.buffer_info()[0]
 
-    def _of_layer(self, prompts: Prompts, layer: Any) -> list[int]:
-        index = layer_index(layer.self_attn)
+    def _of_layer(self, adapter: Any, layer: Any) -> list[int]:
         fields = [0] * 6
-        if index >= prompts.first_layer:
-            keys, values = (self._hold(states) for states in prompts.of_layer(layer.self_attn))
-            mask = prompts.mask
+        added = adapter.prompts_of(layer.self_attn)
+        if added is not None:
+            keys, values = (self._hold(states) for states in added[:2])
             fields = [keys.data_ptr(), values.data_ptr(), keys.shape[2], _stride(keys), 0, 0]
-            if mask is not None:
+            if (mask := added[2]) is not None:
                 self._held.append(mask := mask.contiguous())
                 fields[4:] = [mask.data_ptr(), _stride(mask)]
-        tuning = prompts.tuning_of_layer(index)
-        if tuning is None:
-            return fields + [0] * 21
-        widths = {path: layer.get_submodule(path).out_features for path in sorted(_PROJECTIONS.values())}
-        tuning = self._hold(tuning)
-        place, places = tuning.data_ptr(), {}
-        for path, width in widths.items():  # of each projection its scales, then its biases
-            places[path] = [place, place + 4 * width, _stride(tuning)]
-            place += 8 * width
-        return fields + [number for path in _PROJECTIONS.values() for number in places[path]]
+        acting = adapter.sites_of(layer_index(layer.self_attn))
+        if acting is None:
+            return fields + [0] * 3 * len(_PROJECTIONS)
+        for path in _PROJECTIONS.values():
+            ((_, own),) = acting[path]
+            scale, bias = self._hold(own["scale"]), self._hold(own["bias"])
+            fields += [scale.data_ptr(), bias.data_ptr(), _stride(scale)]
+        return fields
 
     def _hold(self, states: Tensor) -> Tensor:
         """The tensor as the kernel takes it: float32, each row's part contiguous."""

@@ -214,7 +214,7 @@ def _note_call(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """An attention function that notes what it is given and answers with zeros."""
-    notes = kwargs.get("prompts")
+    notes = kwargs.get("adapter")
     if isinstance(notes, _Notes):
         run = len(notes.modules.get(module, ()))
         others = (n for n, v in kwargs.items() if isinstance(v, Tensor) and n not in UNDERSTOOD)
@@ -300,7 +300,7 @@ def _find_forms(decoder: PreTrainedModel, stock: str) -> list[nn.Module]:
     """
     notes = _Notes()
     with _noting(decoder, stock), _noting_modules(decoder, notes):
-        decoder(_random_tokens(decoder, TOKENS, 1), prompts=notes, use_cache=False)
+        decoder(_random_tokens(decoder, TOKENS, 1), adapter=notes, use_cache=False)
     _check_calls(decoder, notes)
     reaches = _reaches(decoder, stock)
     scalings = _rotary_scalings(decoder)
@@ -533,7 +533,7 @@ def _two_tokens(decoder: PreTrainedModel, stock: str, past: int) -> list[_Call]:
             input_ids=_random_tokens(decoder, 1, 2),
             position_ids=torch.arange(2, device=computing_device(decoder))[None],
             past_key_values=Cache(layers=[_ClaimedPast(past) for _ in range(layers)]),
-            prompts=notes,
+            adapter=notes,
             use_cache=True,
         )
     return notes.calls

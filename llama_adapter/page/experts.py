@@ -70,4 +70,4 @@ def describe(folder: Path) -> str:
             sentence = re.split(r"(?<=[.!?])\s|\n\s*\n", text)[0]
             return " ".join(sentence.split())
     config = read_config(folder)
-    return f"{config.prompt_length} prompts in each of the top {config.adapted_layers} layers; no model card."
+    return f"{config.method} in the top {config.adapted_layers} layers; no model card."

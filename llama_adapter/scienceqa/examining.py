@@ -27,7 +27,7 @@ _KEPT_EVERY = 64  # problems: between two writes of the results
 
 def trained_on_scienceqa(model: LlamaAdapter, adapter: str) -> bool:
     """Whether train.scienceqa made the adapter; the bare base it did not."""
-    return adapter != NO_ADAPTER and "format" in model.get_adapter(adapter).config.training.get("data", {})
+    return adapter != NO_ADAPTER and model.get_adapter(adapter).config.scienceqa is not None
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,8 @@ class Examination:
         For an adapter that was trained on something else, and for the bare base, the defaults.
         """
         name = adapter or model.active_adapter
-        training: dict[str, Any] = {} if name == NO_ADAPTER else model.get_adapter(name).config.training
-        learnt = training.get("data", {})
-        return cls(
-            training.get("answer", cls.way),
-            learnt.get("format", cls.format),
-            learnt.get("caption", cls.caption),
-        )
+        learnt = None if name == NO_ADAPTER else model.get_adapter(name).config.scienceqa
+        return cls() if learnt is None else cls(learnt.answer or cls.way, learnt.format, learnt.caption)
 
     def answer(
         self,

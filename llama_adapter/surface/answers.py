@@ -16,6 +16,7 @@ from llama_adapter.data.pictures import Picture
 from llama_adapter.data.templates import Turn, encode_question, end_token_ids, question_turn, stop_strings
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import Answer, Request, stream_tokens
+from llama_adapter.methods.state import AdapterState
 from llama_adapter.surface.named_adapters import NO_ADAPTER
 from llama_adapter.surface.seeing import Seeing
 
@@ -30,7 +31,7 @@ class Answers(Seeing):
         config: Any
         generation_config: Any
 
-        def project(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]: ...
+        def project(self, *args: Any, **kwargs: Any) -> AdapterState: ...
 
     def stream_chat(
         self,
@@ -64,7 +65,7 @@ class Answers(Seeing):
         )
 
         def tokens() -> Iterator[int]:
-            forward = functools.partial(self, adapter=NO_ADAPTER, **request.project())
+            forward = functools.partial(self, adapter=request.project())
             yield from stream_tokens(forward, request.question, request.sampling, request.end_ids)
 
         limit = request.sampling.max_new_tokens

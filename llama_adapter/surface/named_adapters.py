@@ -1,6 +1,6 @@
 """Adapters by name on one decoder: added, chosen, switched off, dropped. PEFT's names for it work too.
 
-Shapes: L adapted layers, K prompts.
+Shapes: L adapted layers, N layers of the decoder.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.data.chat_template import writes_date
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.attention import PREFIX, STOCK, register
-from llama_adapter.methods.config import AdapterConfig, DecoderShape, VisionConfig, default_adapted_layers
+from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.methods.decoder import decoder_shape
 from llama_adapter.methods.probe import computing_device, input_sizes
-from llama_adapter.methods.tuning import listen, tuning_width
+from llama_adapter.methods.projection import VisionConfig
+from llama_adapter.methods.shape import DecoderShape, default_adapted_layers
+from llama_adapter.methods.sites import SitePart, projections_of
+from llama_adapter.methods.table import PARTS, build_configs
 from llama_adapter.surface.carried import carry
 from llama_adapter.surface.passing import PassedOn
 
@@ -61,13 +64,13 @@ class NamedAdapters(PassedOn):
         self,
         name: str,
         *,
-        prompt_length: int = 10,
+        method: str = "prompts",
         adapted_layers: int | None = None,
         template: str = "alpaca",
         vision: VisionConfig | None = None,
-        bias_tuning: bool = False,
         seed: int | None = None,
         template_date: str | None = None,
+        **options: Any,
     ) -> Adapter:
         """Add an untrained adapter, which leaves the base's answers as they are, and choose it.
 
@@ -76,15 +79,18 @@ class NamedAdapters(PassedOn):
         settles on one prompt, which leaves the others with little gradient. Image tokens start so, too.
 
         Args:
-            prompt_length: K, prompts in each adapted layer.
+            method: the parts that it is made of, joined by + ("prompts+scales");
+                `llama_adapter.methods.table` has those there are.
             adapted_layers: L, the topmost ones; None takes N - N // 16 of N.
             template: how turns are written for it.
             vision: how it sees; None makes an adapter for text alone.
-            bias_tuning: train a scale and a bias of each linear projection as well (LLaMA-Adapter V2, see
-                `llama_adapter.methods.tuning`).
-            seed: makes the prompts the same every time, on one device in one dtype.
+            seed: makes what is random the same every time, on one device in one dtype.
             template_date: the day that the tokenizer's chat template writes in training and in answering, as
                 2026-11-28; None takes today's for a template that writes one.
+            **options: the settings of its parts by name, such as ``prompt_length``.
+
+        Raises:
+            UsageError: an unknown method or option, or a value out of its range.
         """
         self._check_name(name)
         shape = self.shape
@@ -93,23 +99,23 @@ class NamedAdapters(PassedOn):
         dated = template == "chat" and self.tokenizer is not None and writes_date(self.tokenizer)
         if dated and template_date is None:
             template_date = datetime.date.today().isoformat()
+        parts = build_configs(method, options, vision)
+        at_sites = any(issubclass(PARTS[AdapterConfig.kind_of(part)], SitePart) for part in parts)
         config = AdapterConfig(
             base=self.base,
             shape=shape,
             adapted_layers=adapted_layers,
-            prompt_length=prompt_length,
+            parts=parts,
             template=template,
-            vision=vision,
-            tuning_width=tuning_width(self.decoder) if bias_tuning else 0,
+            projections=projections_of(self.decoder, adapted_layers) if at_sites else {},
             template_date=template_date if dated else None,
         )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         adapter = Adapter(config, generator)
         with torch.no_grad():
             sizes = torch.tensor(input_sizes(self.decoder)[-adapted_layers:])
-            adapter.prompts.mul_(sizes[:, None, None])
-            if adapter.projection is not None and adapter.projection.sizes is not None:
-                adapter.projection.sizes.mul_(sizes[:, None])
+            for part in adapter.parts:
+                part.initialise(self.decoder, sizes)
         self.add_adapter(name, adapter)
         return adapter
 
@@ -140,13 +146,10 @@ class NamedAdapters(PassedOn):
                 f"{self.base!r} has {shape.vocab_size}; it works if tokens were only added",
                 stacklevel=3,
             )
-        if adapter.tuning is not None:
-            if adapter.config.tuning_width != (width := tuning_width(self.decoder)):
-                raise UsageError(
-                    f"adapter {name!r} has {adapter.config.tuning_width} scales and biases a layer; "
-                    f"{self.base!r} has room for {width}; give its own base"
-                )
-            listen(self.decoder)
+        if any(isinstance(part, SitePart) for part in adapter.parts):
+            adapter.use_projections(projections_of(self.decoder, adapter.config.adapted_layers))
+        for part in adapter.parts:
+            part.attach(self.decoder)
         self.adapters[name] = adapter.to(self.device)
         self._choose(name)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.pictures import Picture, opened_picture
-from llama_adapter.methods.config import VisionConfig
+from llama_adapter.methods.projection import VisionConfig
 from llama_adapter.surface.named_adapters import NO_ADAPTER, NamedAdapters
 
 if TYPE_CHECKING:  # slow to import, and text alone does without

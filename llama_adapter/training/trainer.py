@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.processes import running_processes
@@ -42,9 +42,7 @@ class TrainingSettings:
 
     Attributes:
         learning_rate: the peak; None takes the authors' rule, ``base_learning_rate * batch_size / 256``.
-        gate_learning_rate: the gates' own peak; None takes the prompts'.
-        projection_learning_rate: that of the pictures' projection; None takes the prompts'.
-        tuning_learning_rate: that of scales and biases; None takes the prompts'.
+        rates: peaks of their own for some groups of parameters (`Adapter.parameter_groups`), by name.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         max_steps: ends the run (and its schedule) early.
         validate_every, checkpoint_every: in steps. None validates ten times, at least once an epoch.
@@ -59,9 +57,7 @@ class TrainingSettings:
     batch_size: int = 64
     base_learning_rate: float = 9e-3
     learning_rate: float | None = None
-    gate_learning_rate: float | None = None
-    projection_learning_rate: float | None = None
-    tuning_learning_rate: float | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float | None = None
@@ -85,11 +81,12 @@ class TrainingSettings:
             raise UsageError(f"--weight-decay is {self.weight_decay}; expected a number, 0 or more")
         if self.mean_over not in MEANS:
             raise UsageError(f"--mean-over is {self.mean_over!r}; expected {' or '.join(MEANS)}")
-        rates = [field.name for field in dataclasses.fields(self) if field.name.endswith("learning_rate")]
-        for name in (*rates, "max_grad_norm"):
-            value = getattr(self, name)
+        numbers = ("base_learning_rate", "learning_rate", "max_grad_norm")
+        named = {name.replace("_", "-"): getattr(self, name) for name in numbers}
+        named |= {f"rate {group}": rate for group, rate in self.rates.items()}
+        for name, value in named.items():
             if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; expected a number above 0")
+                raise UsageError(f"--{name} is {value}; expected a number above 0")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed is {self.seed}; expected 0 to 2**32 - 1")
 
@@ -106,6 +103,25 @@ class TrainingSettings:
     def schedule(self, step: int, total: int) -> float:
         """Share of the peak rates: a linear warm-up, then half a cosine to zero; ``step`` counts from 0."""
         return warmup_cosine(step, total, total * self.warmup_epochs / self.epochs)
+
+
+def parameter_groups(adapter: Adapter, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """The adapter's parameters as an optimiser takes them, each group with its "peak" learning rate.
+
+    Raises:
+        UsageError: a rate for a group that the adapter lacks.
+    """
+    groups = adapter.parameter_groups()
+    for name in settings.rates:
+        if name not in groups:
+            raise UsageError(
+                f"--rate {name}={settings.rates[name]}: this adapter has no group {name!r}; it has "
+                f"{', '.join(groups)}"
+            )
+    peak = settings.peak_learning_rate
+    return [
+        {"params": parameters, "peak": settings.rates.get(name, peak)} for name, parameters in groups.items()
+    ]
 
 
 @dataclass
@@ -166,7 +182,7 @@ class Trainer:
         processes.shard(self.model.decoder)
         adapter.to(self.model.decoder.device)  # sharding may have moved it
         optimizer = torch.optim.AdamW(
-            self._parameter_groups(adapter),
+            parameter_groups(adapter, self.settings),
             betas=self.settings.betas,
             weight_decay=self.settings.weight_decay,
         )
@@ -175,7 +191,9 @@ class Trainer:
                 "the weights of the data (--data SOURCE=WEIGHT) leave no row to train on in an epoch; raise "
                 "them"
             )
-        made_of = dataclasses.replace(adapter.config, training={}).to_dict()
+        config = dataclasses.replace(adapter.config, training={})
+        made_of = {"method": config.method, **config.to_dict()}
+        made_of["parts"] = {part.pop("kind"): part for part in made_of["parts"]}
         del made_of["base_fingerprint"]  # follows from the shape
         rows = {"train_rows": len(self.train_examples), "validation_rows": self._validation_rows}
         description = {
@@ -203,19 +221,6 @@ class Trainer:
             self._steps(adapter, optimizer, progress, folder)
         processes.any(False)  # all wait here for the one that writes
         return progress.best_loss
-
-    def _parameter_groups(self, adapter: Adapter) -> list[dict[str, Any]]:
-        peak, settings = self.settings.peak_learning_rate, self.settings
-        groups: list[tuple[list[nn.Parameter], float]] = [
-            ([adapter.prompts], peak),
-            ([adapter.gates], settings.gate_learning_rate or peak),
-        ]
-        if adapter.projection is not None:
-            own = settings.projection_learning_rate or peak
-            groups.append((list(adapter.projection.parameters()), own))
-        if adapter.tuning is not None:
-            groups.append(([adapter.tuning], settings.tuning_learning_rate or peak))
-        return [{"params": parameters, "peak": rate} for parameters, rate in groups]
 
     def _steps(
         self,

@@ -31,7 +31,7 @@ def model() -> LlamaAdapter:
         names=("one", "two"), tokenizer=build_tiny_tokenizer(), max_position_embeddings=1024
     )
     eyes = model.new_adapter("eyes", prompt_length=4, adapted_layers=3, vision=VISION, seed=3)
-    torch.nn.init.normal_(eyes.gates, generator=torch.Generator().manual_seed(3))
+    torch.nn.init.normal_(eyes.prompts.gates, generator=torch.Generator().manual_seed(3))
     open_eyes(model)
     return model
 

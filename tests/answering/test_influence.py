@@ -11,6 +11,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.data.templates import Turn, encode_dialogues
 from llama_adapter.methods.packed_attention import attend
 from llama_adapter.methods.probe import attention_layers
+from llama_adapter.methods.prompts import Prompts
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from tests.scripted import open_eyes
 from tests.tiny import build_tiny_tokenizer
@@ -35,7 +36,8 @@ def plainly(model: LlamaAdapter, answer: str, features: Tensor | None) -> Tensor
     dialogue = [[*TURNS, Turn("assistant", answer)]]
     ((ids, _),) = encode_dialogues(dialogue, model.template(), model.tokenizer)  # type: ignore[arg-type]
     owners = None if features is None else torch.zeros(len(features), dtype=torch.long)
-    prompts = model.project(image_features=features, image_owners=owners)
+    state = model.project(image_features=features, image_owners=owners)
+    prompts = state.parts[Prompts]
     hidden: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
     outputs: dict[int, Tensor] = {}
     layers = attention_layers(model.decoder)
@@ -50,12 +52,12 @@ def plainly(model: LlamaAdapter, answer: str, features: Tensor | None) -> Tensor
                 lambda _, args, index=index: outputs.__setitem__(index, args[0])
             )
         )
-    model(torch.tensor([ids]), **prompts)
+    model(torch.tensor([ids]), adapter=state)
     for hook in hooks:
         hook.remove()
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    first = len(layers) - prompts["prompt_keys"].shape[1]
+    first = len(layers) - prompts["keys"].shape[1]
     shares = []
     for index in range(first, len(layers)):
         layer = layers[index]
@@ -93,7 +95,7 @@ def test_with_gates_of_zero_nothing_moves(model: LlamaAdapter) -> None:
 def test_the_gates_are_those_that_multiply(model: LlamaAdapter) -> None:
     gates = effective_gates(model, "one")
     assert gates.shape == (2, 4)
-    torch.testing.assert_close(gates, model.get_adapter("one").gates.detach().tanh())
+    torch.testing.assert_close(gates, model.get_adapter("one").prompts.gates.detach().tanh())
 
 
 def test_a_long_answer_is_cut(model: LlamaAdapter) -> None:

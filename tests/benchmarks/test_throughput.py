@@ -149,7 +149,7 @@ def test_the_suite_of_scienceqa_takes_an_adapter_that_was_trained_on_it(
 ) -> None:
     model = LlamaAdapter.from_base(str(base))
     adapter = model.new_adapter("tiny", template="scienceqa", prompt_length=2, seed=0)
-    torch.nn.init.ones_(adapter.gates)
+    torch.nn.init.ones_(adapter.prompts.gates)
     model.save_pretrained(tmp_path / "other")
     adapter.config = replace(adapter.config, training={"data": {"format": "QCM-O"}})
     model.save_pretrained(tmp_path / "trained")

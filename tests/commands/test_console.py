@@ -27,6 +27,7 @@ from llama_adapter.data.templates import Turn, question_turn
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import Answer
 from llama_adapter.methods.checkpoint import CONFIG_FILE, load_adapter, save_adapter
+from llama_adapter.methods.projection import Projection
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.weights.catalogue import CATALOGUE, DEFAULT_BASE
 from llama_adapter.weights.fetch import PROVENANCE
@@ -81,9 +82,9 @@ def make_adapter(folder: Path, decoder: Any, *, base: str, seed: int = 1, **sett
     """An adapter whose gates are far from zero, and to which pictures say much."""
     model = LlamaAdapter(decoder, base=base)
     adapter = model.new_adapter("tiny", adapted_layers=2, seed=seed, **settings)
-    if adapter.projection is not None and adapter.projection.sizes is not None:
+    if adapter.find(Projection) is not None and adapter.projection.sizes is not None:
         torch.nn.init.constant_(adapter.projection.sizes, 5)
-    torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(seed))
+    torch.nn.init.normal_(adapter.prompts.gates, generator=torch.Generator().manual_seed(seed))
     save_adapter(adapter, folder)
 
 
@@ -623,25 +624,26 @@ def test_info_tells_what_an_adapter_is(weights: Path, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     facts = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in out.splitlines() if "  " in line)
     assert facts["base"] == BASE and facts["fingerprint"] == adapter.config.shape.fingerprint()
-    assert facts["prompts"] == "K = 10 in each of the top L = 2 layers" and facts["template"] == "alpaca"
+    assert facts["method"] == "prompts in the top L = 2 layers" and facts["prompt length"] == "10"
+    assert facts["template"] == "alpaca"
     assert facts["parameters"] == f"{2 * 10 * 32 + 2 * 4:,} trainable" and facts["size"].endswith(" MiB")
     assert "3 layers" in facts["shape"] and facts["source"] == "data.json" and facts["settings"] == "epochs 5"
     assert "\x1b" not in out
-    assert facts["pictures"] == "none: text alone" and facts["tuning"] == "none"
+    assert facts["pictures"] == "none: text alone"
 
 
 def test_info_tells_of_scales_and_biases(tmp_path: Path) -> None:
-    adapter = build_tiny_model().new_adapter("tuned", adapted_layers=2, bias_tuning=True)
+    adapter = build_tiny_model().new_adapter("tuned", adapted_layers=2, method="prompts+scales")
     save_adapter(adapter, tmp_path / "tuned")
     out = invoke("info", str(tmp_path / "tuned"), "--weights", str(tmp_path)).out
-    assert "tuning       448 scales and biases a layer\n" in out
+    assert "method         prompts+scales in the top L = 2 layers\n" in out
 
 
 def test_info_tells_how_an_adapter_sees(weights: Path) -> None:
     sight = load_adapter(weights / SEEING).config.vision
     assert sight is not None
     tower = f"tiny-tower ({sight.tower_fingerprint}), depths 1, 2: 32 features, 1 image token"
-    assert f"pictures     by the tower {tower}\n" in invoke("info", SEEING).out
+    assert f"pictures       by the tower {tower}\n" in invoke("info", SEEING).out
     trainable = 2 * 10 * 32 + 2 * 4 + (32 + 1) * 5 + (5 + 1) * 32 + 2 * 32
     assert f"{trainable:,} trainable" in invoke("info", SEEING).out
 
@@ -696,8 +698,8 @@ def test_gates_can_go_out_and_come_back_without_tanh(weights: Path, tmp_path: Pa
     told = invoke("convert", str(file), str(folder), "--base", BASE, "--raw-gates")
     assert told[:2] == (0, f"{folder}\n") and "as it is in the file" in told.err
     before, after = load_adapter(weights / ADAPTER), load_adapter(folder)
-    torch.testing.assert_close(after.gates, before.gates)
-    assert torch.equal(after.prompts, before.prompts)
+    torch.testing.assert_close(after.prompts.gates, before.prompts.gates)
+    assert torch.equal(after.prompts.embeddings, before.prompts.embeddings)
 
 
 def test_convert_refuses_what_makes_no_sense(weights: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from llama_adapter.answering.records_answered import answer_likelihoods, answer_
 from llama_adapter.commands.training_options import DEFAULT_TOWER
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.checkpoint import load_adapter
+from llama_adapter.methods.config import ScienceQAConfig
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.scienceqa.examining import WAYS, Examination, examine
 from llama_adapter.scienceqa.grading import grade
@@ -197,8 +198,8 @@ def options(place: Path, output: Path, *more: object) -> list[object]:
 def test_training_records_what_scoring_needs(trained: Path, place: Path) -> None:
     config = load_adapter(trained).config
     assert config.template == "scienceqa" and config.vision is not None
-    assert config.training["answer"] in WAYS
-    assert config.training["data"]["format"] == "QCM-A" and config.training["data"]["orders"] == 2
+    assert config.scienceqa is not None and config.scienceqa.answer in WAYS
+    assert config.scienceqa.format == "QCM-A" and config.training["data"]["orders"] == 2
     losses = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     measured = [line["loss"] for line in losses if "loss" in line]
     assert len(measured) == 3 * 5, "28 to 30 problems, each once an epoch whatever the orders"
@@ -240,8 +241,8 @@ def test_the_best_way_is_what_training_recorded(model: LlamaAdapter) -> None:
     )
     adapter = model.get_adapter("tiny")
     before = adapter.config
-    learnt = {"answer": "option", "data": {"format": "QCM-O", "caption": True}}
-    adapter.config = dataclasses.replace(before, training=learnt)
+    learnt = ScienceQAConfig("QCM-O", caption=True, answer="option")
+    adapter.config = dataclasses.replace(before, scienceqa=learnt)
     try:
         assert Examination.best_for(model, "tiny") == Examination("option", "QCM-O", caption=True)
     finally:

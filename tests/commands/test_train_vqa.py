@@ -126,7 +126,7 @@ def trained(place: Path) -> Path:
     """An adapter that has seen questions, captions and text."""
     output = place / "trained"
     sources = ("--data", str(place / "captions"), "--data", f"{TEXT}=0.5")
-    rates = ("--gate-learning-rate", "0.2", "--projection-learning-rate", "0.02")
+    rates = ("--rate", "gates=0.2", "--rate", "projection=0.02")
     run(train.vqa, options(place, output, *sources, "--epochs", "4", *rates))
     return output
 
@@ -325,12 +325,12 @@ def test_an_adapter_is_trained_on_with_scales_and_biases_which_it_keeps(
         pairs = zip(words[::2], words[1::2], strict=True)
         return [word for pair in pairs if pair[0] not in settled for word in pair] + list(more)
 
-    run(train.vqa, on(tmp_path / "tuned", trained, "--tuning-learning-rate", "0.01", "--bias-tuning"))
+    run(train.vqa, on(tmp_path / "tuned", trained, "--rate", "scales=0.01", "--method", "prompts+scales"))
     tuned = load_adapter(tmp_path / "tuned")
-    assert tuned.tuning is not None and tuned.tuning.abs().max() > 1e-3
-    run(train.vqa, on(tmp_path / "again", tmp_path / "tuned", "--tuning-learning-rate", "1e-9"))
+    assert tuned.scales.values.abs().max() > 1e-3
+    run(train.vqa, on(tmp_path / "again", tmp_path / "tuned", "--rate", "scales=1e-9"))
     again = load_adapter(tmp_path / "again")
-    assert again.tuning is not None and (again.tuning - tuned.tuning).abs().max() < 1e-6
+    assert (again.scales.values - tuned.scales.values).abs().max() < 1e-6
     run(
         eval.vqa,
         score(place, tmp_path / "again", "--data", str(place / "questions"), "--max-new-tokens", "4"),
@@ -346,7 +346,7 @@ def test_an_adapter_for_text_learns_to_see(place: Path, tmp_path: Path) -> None:
     before, after = load_adapter(tmp_path / "text"), load_adapter(tmp_path / "sees")
     assert before.config.vision is None and after.config.vision is not None
     assert after.config.template == "brief"
-    assert (after.prompts - before.prompts).abs().max() < 0.2, "one step away"
+    assert (after.prompts.embeddings - before.prompts.embeddings).abs().max() < 0.2, "one step away"
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_losses(place: Path, tmp_path: Path) -> None:
@@ -380,8 +380,10 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(place: Path, tmp_pa
         (["--depths", "1", "9"], "has the depths 1 to 2, lowest first; 1, 9 given"),
         (["--image-tokens", "2"], "image tokens: 2 given; choose 1, or one for each of the 3 prompts"),
         (["--bottleneck", "0"], "bottleneck: 0 given; choose 1 or more"),
-        (["--projection-learning-rate", "0"], "projection-learning-rate is 0"),
-        (["--tuning-learning-rate", "-1"], "tuning-learning-rate is -1"),
+        (["--rate", "projection=0"], "--rate projection is 0.0; expected a number above 0"),
+        (["--rate", "projection"], "argument --rate: projection: expected GROUP=VALUE"),
+        (["--rate", "scales=0.1"], "no group 'scales'; it has prompts, gates, projection"),
+        (["--method", "prompts+nothing"], "there is no 'nothing'; choose among prompts, scales"),
         (["--image-root", "/nowhere"], "/nowhere/red-0.png: there is no such file"),
         (["--start-from", "nothing"], "no adapter 'nothing'"),
         (["--resume"], "no run to resume"),
@@ -393,9 +395,14 @@ def test_mistakes_are_told_and_leave_nothing(more: list[str], told: str, place: 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rate_for_scales_and_biases_that_are_not_trained_is_refused(place: Path, tmp_path: Path) -> None:
-    words = options(place, tmp_path / "run", "--tuning-learning-rate", "0.1")
-    assert "give --bias-tuning as well" in refusal(train.vqa, words)
+def test_parts_of_the_adapter_that_it_starts_from_are_kept(
+    place: Path, trained: Path, tmp_path: Path
+) -> None:
+    words = options(place, tmp_path / "run", "--start-from", str(trained), "--method", "scales")
+    for settled in ("--template", "--bottleneck", "--prompt-length"):
+        at = words.index(settled)
+        del words[at : at + 2]
+    assert "--method scales leaves out 'prompts'" in refusal(train.vqa, words)
 
 
 def test_what_start_from_settles_cannot_be_given(place: Path, trained: Path, tmp_path: Path) -> None:

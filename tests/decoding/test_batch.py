@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_adapter.decoding.batch import Batch, Row, merge_prompts
+from llama_adapter.decoding.batch import Batch, Row
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import stream_tokens
+from llama_adapter.methods.prompts import Prompts
+from llama_adapter.methods.state import AdapterState, merge_states
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from tests.tiny_models import FAMILIES, VISION, build_tiny_model, random_rows
 
@@ -26,11 +28,12 @@ def build(family: str = "llama") -> LlamaAdapter:
     model = build_tiny_model(family, names=("one", "two"), eos_token_id=None)
     model.new_adapter("many", prompt_length=5, adapted_layers=3, seed=7)
     model.new_adapter("eyes", prompt_length=3, adapted_layers=1, vision=VISION, seed=8)
-    tuned = model.new_adapter("tuned", prompt_length=3, adapted_layers=2, bias_tuning=True, seed=9)
-    assert tuned.tuning is not None
-    torch.nn.init.normal_(tuned.tuning, std=0.3, generator=torch.Generator().manual_seed(9))
+    tuned = model.new_adapter("tuned", prompt_length=3, adapted_layers=2, method="prompts+scales", seed=9)
+    torch.nn.init.normal_(tuned.scales.values, std=0.3, generator=torch.Generator().manual_seed(9))
     for seed, name in enumerate(("many", "eyes", "tuned")):
-        torch.nn.init.normal_(model.get_adapter(name).gates, generator=torch.Generator().manual_seed(seed))
+        torch.nn.init.normal_(
+            model.get_adapter(name).prompts.gates, generator=torch.Generator().manual_seed(seed)
+        )
     return model
 
 
@@ -39,7 +42,7 @@ def model() -> LlamaAdapter:
     return build()
 
 
-def prompts_of(model: LlamaAdapter, name: str, colour: int = 0) -> dict[str, Tensor]:
+def prompts_of(model: LlamaAdapter, name: str, colour: int = 0) -> AdapterState:
     if name != "eyes":
         return model.project(name)
     features = torch.full((1, VISION.feature_width), float(colour))
@@ -47,14 +50,14 @@ def prompts_of(model: LlamaAdapter, name: str, colour: int = 0) -> dict[str, Ten
 
 
 def alone(
-    model: LlamaAdapter, question: Tensor, prompts: dict[str, Tensor], sampling: Sampling, count: int
+    model: LlamaAdapter, question: Tensor, state: AdapterState, sampling: Sampling, count: int
 ) -> list[int]:
-    stream = stream_tokens(partial(model, adapter=NO_ADAPTER, **prompts), question[None], sampling, ())
+    stream = stream_tokens(partial(model, adapter=state), question[None], sampling, ())
     return [token for _, token in zip(range(count), stream, strict=False)]
 
 
 def empty(model: LlamaAdapter) -> Batch:
-    return Batch(partial(model, adapter=NO_ADAPTER))
+    return Batch(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,7 +129,7 @@ def test_rows_may_come_and_go_whenever_they_like(
 
 def test_a_batch_is_as_wide_as_its_longest_row(model: LlamaAdapter) -> None:
     batch = empty(model)
-    long, short = (batch.join(row[None], {}, GREEDY) for row in random_rows(20, 4))
+    long, short = (batch.join(row[None], model.project(NO_ADAPTER), GREEDY) for row in random_rows(20, 4))
     batch.step()
     assert batch._cache.get_seq_length() == 21
     batch.leave(long)
@@ -141,13 +144,14 @@ def test_equal_rows_need_no_mask(model: LlamaAdapter) -> None:
 
     def forward(**kwargs: Any) -> Any:
         seen.append(kwargs)
-        return model(adapter=NO_ADAPTER, **kwargs)
+        return model(**kwargs)
 
     batch = Batch(forward)
     for row in random_rows(6, 6):
-        batch.join(row[None], {}, GREEDY)
+        batch.join(row[None], model.project(NO_ADAPTER), GREEDY)
     batch.step()
-    assert not {"attention_mask", "position_ids", "prompt_keys"} & set(seen[-1])
+    assert not {"attention_mask", "position_ids"} & set(seen[-1])
+    assert not seen[-1]["adapter"].parts
 
 
 def test_a_newcomer_that_fails_leaves_the_others_as_they_were(model: LlamaAdapter) -> None:
@@ -155,7 +159,8 @@ def test_a_newcomer_that_fails_leaves_the_others_as_they_were(model: LlamaAdapte
     batch = empty(model)
     row = batch.join(first[None], model.project("one"), GREEDY)
     said = [int(row.token)]
-    wrong = {name: tensor[..., :-1] for name, tensor in model.project("many").items()}
+    tensors = model.project("many").parts[Prompts]
+    wrong = AdapterState(3, {Prompts: {name: tensor[..., :-1] for name, tensor in tensors.items()}})
     with pytest.raises(RuntimeError):
         batch.join(second[None], wrong, GREEDY)
     for _ in range(4):
@@ -165,15 +170,17 @@ def test_a_newcomer_that_fails_leaves_the_others_as_they_were(model: LlamaAdapte
 
 
 def test_prompts_of_all_kinds_become_one_batch(model: LlamaAdapter) -> None:
-    one, many = model.project("one"), model.project("many")
-    assert merge_prompts([{}, {}]) == {}
-    assert set(merge_prompts([one, {}, one])) == {"prompt_keys", "prompt_values"}
-    merged = merge_prompts([one, {}, many])
-    assert merged["prompt_keys"].shape == merged["prompt_values"].shape == (3, 3, 4, 5, 8)
-    assert merged["prompt_mask"].tolist() == [[True] * 3 + [False] * 2, [True] * 5, [True] * 5]
-    assert merged["prompt_keys"][0, 1:, :, :3].equal(one["prompt_keys"][0])
-    assert merged["prompt_values"][2].equal(many["prompt_values"][0])
-    assert merged["prompt_values"][1].abs().max() == merged["prompt_values"][0, 0].abs().max() == 0
+    bare, one, many = (model.project(name) for name in (NO_ADAPTER, "one", "many"))
+    assert not merge_states([bare, bare]).parts
+    assert merge_states([one, one]) is one, "rows with the same share it"
+    assert set(merge_states([one, bare, one]).parts[Prompts]) == {"keys", "values"}
+    merged = merge_states([one, bare, many]).parts[Prompts]
+    assert merged["keys"].shape == merged["values"].shape == (3, 3, 4, 5, 8)
+    mask = [[True] * 3 + [False] * 2, [True] * 5, [True] * 5]
+    assert merged["mask"].transpose(0, 1).tolist() == [mask] * 3
+    assert merged["keys"][0, 1:, :, :3].equal(one.parts[Prompts]["keys"][0])
+    assert merged["values"][2].equal(many.parts[Prompts]["values"][0])
+    assert merged["values"][1].abs().max() == merged["values"][0, 0].abs().max() == 0
 
 
 def test_prompts_that_only_fill_up_change_nothing(model: LlamaAdapter) -> None:
@@ -182,8 +189,8 @@ def test_prompts_that_only_fill_up_change_nothing(model: LlamaAdapter) -> None:
     with torch.no_grad():
         for name in ("one", NO_ADAPTER):
             expected = model(ids[None], adapter=name).logits
-            merged = merge_prompts([model.project(name), model.project("many")])
-            found = model(torch.stack([ids, ids]), **merged).logits
+            merged = merge_states([model.project(name), model.project("many")])
+            found = model(torch.stack([ids, ids]), adapter=merged).logits
             torch.testing.assert_close(found[:1], expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(
                 found[1:], model(ids[None], adapter="many").logits, rtol=1e-5, atol=1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -222,8 +223,8 @@ def test_a_mistyped_keyword_is_refused(model: LlamaAdapter, row: Tensor) -> None
 def streamed(
     model: LlamaAdapter, row: Tensor, sampling: Sampling, end_ids: tuple[int, ...] = ()
 ) -> list[int]:
-    prompts = model.project()
-    return list(stream_tokens(lambda **kwargs: model(**kwargs, **prompts), row[None], sampling, end_ids))
+    state = model.project()
+    return list(stream_tokens(partial(model, adapter=state), row[None], sampling, end_ids))
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])

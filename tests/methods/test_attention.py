@@ -19,14 +19,13 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.methods import packed_attention
 from llama_adapter.methods.attention import (
     PREFIX,
-    LivePrompts,
-    ProjectedPrompts,
     gated_attention,
     project_prompts,
     register,
 )
 from llama_adapter.methods.packed_attention import Segment, attend, attend_packed, segment_positions
 from llama_adapter.methods.probe import attention_layers
+from llama_adapter.methods.prompts import Prompts
 from llama_adapter.model import LlamaAdapter
 from tests.reference import gated_heads, plain_llama_logits, read, use_exact_norms
 from tests.tiny_models import build_tiny_model, padded, random_rows
@@ -41,7 +40,7 @@ def model() -> LlamaAdapter:
 
 def plain_logits(model: LlamaAdapter, row: Tensor) -> Tensor:
     adapter = model.adapters[model.active_adapter]
-    return plain_llama_logits(model.decoder, row, adapter.prompts, adapter.gates)
+    return plain_llama_logits(model.decoder, row, adapter.prompts.embeddings, adapter.prompts.gates)
 
 
 # --- the whole decoder against the equations ----------------------------------------------------------------
@@ -71,13 +70,13 @@ def test_with_a_cache_each_token_has_the_logits_of_the_whole_row(
 ) -> None:
     rows = random_rows(8, 11)
     new = 4
-    prompts = model.project() if projected else {}
+    adapter = model.project() if projected else None
     ids, mask = padded([row[:-new] for row in rows], side)
-    output = model(ids, attention_mask=mask, use_cache=True, **prompts)
+    output = model(ids, attention_mask=mask, use_cache=True, adapter=adapter)
     for step in range(new):
         ids = torch.stack([row[len(row) - new + step] for row in rows])[:, None]
         mask = F.pad(mask, (0, 1), value=1)
-        output = model(ids, attention_mask=mask, past_key_values=output.past_key_values, **prompts)
+        output = model(ids, attention_mask=mask, past_key_values=output.past_key_values, adapter=adapter)
         for row, logits in zip(rows, output.logits[:, -1], strict=True):
             torch.testing.assert_close(logits, plain_logits(model, row)[len(row) - new + step], **CLOSE)
 
@@ -91,11 +90,11 @@ def test_gradients_are_those_of_the_equations() -> None:
     # transformers' own loss would round to float32.
     F.cross_entropy(model(row[None]).logits[0, :-1], row[1:]).backward()
 
-    prompts = adapter.prompts.detach().clone().requires_grad_()
-    gates = adapter.gates.detach().clone().requires_grad_()
+    prompts = adapter.prompts.embeddings.detach().clone().requires_grad_()
+    gates = adapter.prompts.gates.detach().clone().requires_grad_()
     logits = plain_llama_logits(model.decoder, row, prompts, gates)
     F.cross_entropy(logits[:-1], row[1:]).backward()
-    for ours, plain in ((adapter.prompts, prompts), (adapter.gates, gates)):
+    for ours, plain in ((adapter.prompts.embeddings, prompts), (adapter.prompts.gates, gates)):
         assert plain.grad is not None and plain.grad.abs().max() > 1e-3
         torch.testing.assert_close(ours.grad, plain.grad, rtol=0, atol=1e-8)
 
@@ -105,8 +104,8 @@ def test_at_gate_zero_the_prompts_have_no_gradient_but_the_gates_have() -> None:
     adapter = model.new_adapter("untrained", seed=0)
     (row,) = random_rows(6)
     model(row[None], labels=row[None]).loss.backward()
-    assert torch.equal(adapter.prompts.grad, torch.zeros_like(adapter.prompts))
-    assert (adapter.gates.grad != 0).all()
+    assert torch.equal(adapter.prompts.embeddings.grad, torch.zeros_like(adapter.prompts.embeddings))
+    assert (adapter.prompts.gates.grad != 0).all()
 
 
 def test_nothing_outside_the_adapter_gets_a_gradient() -> None:
@@ -114,10 +113,10 @@ def test_nothing_outside_the_adapter_gets_a_gradient() -> None:
     (row,) = random_rows(6)
     model(row[None], labels=row[None]).loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == {"adapters.trained.prompts", "adapters.trained.gates"}
+    assert with_gradient == {"adapters.trained.prompts.embeddings", "adapters.trained.prompts.gates"}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {
-        f"adapters.{name}.{part}" for name in ("idle", "trained") for part in ("prompts", "gates")
+        f"adapters.{name}.prompts.{own}" for name in ("idle", "trained") for own in ("embeddings", "gates")
     }
 
 
@@ -194,25 +193,23 @@ def test_prompt_keys_have_no_rotary_embedding_and_the_gate_is_in_the_values(mode
 
 def test_projected_prompts_are_what_the_layers_would_compute(model: LlamaAdapter) -> None:
     adapter = model.adapters["second"]
-    live = LivePrompts(adapter(), adapter.gates, adapter.config.first_layer)
-    tensors = model.project("second")
-    projected = ProjectedPrompts(tensors["prompt_keys"], tensors["prompt_values"], 1)
-    assert not tensors["prompt_keys"].requires_grad
-    for layer in attention_layers(model.decoder)[1:]:
-        for ours, theirs in zip(projected.of_layer(layer), live.of_layer(layer), strict=True):
-            assert torch.equal(ours, theirs)
+    live, projected = adapter.state(), model.project("second")
+    assert not projected.parts[Prompts]["keys"].requires_grad
+    lowest, *adapted = attention_layers(model.decoder)
+    assert live.prompts_of(lowest) is projected.prompts_of(lowest) is None
+    for layer in adapted:
+        ours, theirs = projected.prompts_of(layer), live.prompts_of(layer)
+        assert ours is not None and theirs is not None and ours[2] is theirs[2] is None
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
 class FixedPrompts:
     """Prompts with the keys and values that a test gives."""
 
-    first_layer = 0
-    mask = None
-
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.tensors = keys, values
+        self.tensors = keys, values, None
 
-    def of_layer(self, attention: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    def prompts_of(self, attention: torch.nn.Module) -> tuple[Tensor, Tensor, None]:
         return self.tensors
 
 
@@ -299,7 +296,7 @@ def test_each_packed_row_reads_its_own_prompts(model: LlamaAdapter, softcap: flo
     keys, values = random_tensors((3, 4, 5, 8), (3, 4, 5, 8))
 
     def attention(prompts: FixedPrompts | None) -> Tensor:
-        options = {"scaling": 0.5, "softcap": softcap, "segments": segments, "prompts": prompts}
+        options = {"scaling": 0.5, "softcap": softcap, "segments": segments, "adapter": prompts}
         return gated_attention("sdpa", layer, query, key, value, None, **options)[0]
 
     own = attention(FixedPrompts(keys, values))

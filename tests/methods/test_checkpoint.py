@@ -30,14 +30,18 @@ from llama_adapter.methods.checkpoint import (
     read_config,
     save_adapter,
 )
+from llama_adapter.methods.projection import Projection
+from llama_adapter.methods.prompts import Prompts, PromptsConfig
 from tests.tiny_models import CONFIG, SHAPE, VISION
+
+SEEING = replace(CONFIG, parts=(PromptsConfig(), VISION))
 
 
 @pytest.fixture
 def adapter() -> Adapter:
     generator = torch.Generator().manual_seed(0)
     adapter = Adapter(CONFIG, generator)
-    torch.nn.init.normal_(adapter.gates, generator=generator)
+    torch.nn.init.normal_(adapter.prompts.gates, generator=generator)
     return adapter
 
 
@@ -66,8 +70,8 @@ def test_a_folder_holds_these_files_and_these_keys(adapter: Adapter, folder: Pat
     }
     state = load_file(folder / "adapter_model.safetensors")
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()} == {
-        "prompts": ((6, 10, 64), torch.float32),
-        "gates": ((6, 4), torch.float32),
+        "prompts.embeddings": ((6, 10, 64), torch.float32),
+        "prompts.gates": ((6, 4), torch.float32),
     }
     assert json.loads((folder / "llama_adapter_config.json").read_text()) == adapter.config.to_dict()
 
@@ -81,7 +85,7 @@ def test_what_is_saved_comes_back_bit_for_bit(adapter: Adapter, folder: Path) ->
 
 
 def test_the_day_that_a_chat_template_writes_is_kept(adapter: Adapter, tmp_path: Path) -> None:
-    assert "template_date" not in adapter.config.to_dict(), "as it was stored before there was one"
+    assert adapter.config.to_dict()["template_date"] is None
     adapter.config = replace(adapter.config, template_date="2026-11-28")
     save_adapter(adapter, tmp_path)
     assert read_config(tmp_path) == adapter.config
@@ -92,15 +96,15 @@ def test_the_day_that_a_chat_template_writes_is_kept(adapter: Adapter, tmp_path:
 
 def test_an_adapter_that_sees_is_kept_with_its_projection(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    seeing = Adapter(replace(CONFIG, vision=VISION), generator)
-    assert seeing.projection is not None
+    seeing = Adapter(SEEING, generator)
+    assert seeing.find(Projection) is not None
     features = torch.randn(4, VISION.feature_width, generator=generator)
     seeing.projection.fit(features)
     save_adapter(seeing, tmp_path)
     stored = load_file(tmp_path / WEIGHTS_FILE)
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
-        "prompts": (6, 10, 64),
-        "gates": (6, 4),
+        "prompts.embeddings": (6, 10, 64),
+        "prompts.gates": (6, 4),
         "projection.sizes": (6, 64),
         "projection.mean": (6,),
         "projection.scale": (6,),
@@ -111,36 +115,39 @@ def test_an_adapter_that_sees_is_kept_with_its_projection(tmp_path: Path) -> Non
     }
     again = load_adapter(tmp_path)
     assert again.config == seeing.config
-    assert torch.equal(again(features, torch.arange(4), 4), seeing(features, torch.arange(4), 4))
+    ours, theirs = (each.state(features, torch.arange(4), 4).parts[Prompts] for each in (again, seeing))
+    assert torch.equal(ours["embeddings"], theirs["embeddings"])
     trained = {name for name, parameter in again.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in seeing.named_parameters()}
 
     change_state(tmp_path, lambda state: state.pop("projection.mean"))
     assert "'projection.mean' is missing" in refusal(lambda: load_adapter(tmp_path))
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    config["vision"]["feature_width"] = 10**12
+    config["parts"][1]["feature_width"] = 10**12
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
     change_state(tmp_path, put("projection.mean", torch.zeros(6)))
     assert "its config says (5, 1000000000000)" in refusal(lambda: load_adapter(tmp_path))
     for size in (10**18, 10**30):
-        (tmp_path / CONFIG_FILE).write_text(json.dumps({**config, "prompt_length": size}))
+        config["parts"][0]["prompt_length"] = size
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
         assert "asks for sizes that no tensor has" in refusal(lambda: load_adapter(tmp_path))
-    (tmp_path / CONFIG_FILE).write_text(json.dumps({**config, "vision": None}))
+    config["parts"] = [{"kind": "prompts"}]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
     assert "'projection.down.bias' is not one of an adapter" in refusal(lambda: load_adapter(tmp_path))
 
 
 def test_any_dtype_is_kept_in_float32(adapter: Adapter, tmp_path: Path) -> None:
     save_adapter(adapter.bfloat16(), tmp_path / "half")
     again = load_adapter(tmp_path / "half")
-    assert again.prompts.dtype == torch.float32
-    assert torch.equal(again.prompts, adapter.prompts.float())
+    assert again.prompts.embeddings.dtype == torch.float32
+    assert torch.equal(again.prompts.embeddings, adapter.prompts.embeddings.float())
 
 
 def test_saving_again_replaces_what_was_there(adapter: Adapter, folder: Path) -> None:
     with torch.no_grad():
-        adapter.gates += 1
+        adapter.prompts.gates += 1
     save_adapter(adapter, folder)
-    assert torch.equal(load_adapter(folder).gates, adapter.gates)
+    assert torch.equal(load_adapter(folder).prompts.gates, adapter.prompts.gates)
 
 
 def test_a_full_disk_leaves_the_old_adapter_whole(
@@ -154,7 +161,7 @@ def test_a_full_disk_leaves_the_old_adapter_whole(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with torch.no_grad():
-        adapter.gates += 1
+        adapter.prompts.gates += 1
     with pytest.raises(OSError, match="No space left") as error:
         save_adapter(adapter, folder)
     assert error.value.filename == str(folder / WEIGHTS_FILE)
@@ -166,10 +173,10 @@ def test_a_failure_between_the_two_files_leaves_a_pair_that_loads_or_says_why(
 ) -> None:
     monkeypatch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with torch.no_grad():
-        adapter.gates += 1
+        adapter.prompts.gates += 1
     with pytest.raises(KeyboardInterrupt):
         save_adapter(adapter, folder)
-    assert torch.equal(load_adapter(folder).gates, adapter.gates)
+    assert torch.equal(load_adapter(folder).prompts.gates, adapter.prompts.gates)
     assert not list(folder.glob(".*"))
 
 
@@ -186,13 +193,22 @@ def put(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], None]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda state: state.pop("gates"), "'gates' is missing"),
-        (lambda state: state.pop("prompts"), "'prompts' is missing"),
+        (lambda state: state.pop("prompts.gates"), "'prompts.gates' is missing"),
+        (lambda state: state.pop("prompts.embeddings"), "'prompts.embeddings' is missing"),
         (put("lora_A", torch.zeros(1)), "'lora_A' is not one of an adapter"),
-        (put("gates", torch.zeros(6, 5)), "'gates' has the shape (6, 5), its config says (6, 4)"),
-        (put("prompts", torch.zeros(5, 10, 64)), "(5, 10, 64)"),
-        (put("gates", torch.full((6, 4), torch.nan)), "'gates' has values that are not finite"),
-        (put("prompts", torch.full((6, 10, 64), torch.inf)), "'prompts' has values that are not finite"),
+        (
+            put("prompts.gates", torch.zeros(6, 5)),
+            "'prompts.gates' has the shape (6, 5), its config says (6, 4)",
+        ),
+        (put("prompts.embeddings", torch.zeros(5, 10, 64)), "(5, 10, 64)"),
+        (
+            put("prompts.gates", torch.full((6, 4), torch.nan)),
+            "'prompts.gates' has values that are not finite",
+        ),
+        (
+            put("prompts.embeddings", torch.full((6, 10, 64), torch.inf)),
+            "'prompts.embeddings' has values that are not finite",
+        ),
         (lambda state: state.clear(), "is missing"),
     ],
 )
@@ -236,13 +252,14 @@ def test_a_config_that_is_no_json_object_is_refused(folder: Path, content: bytes
 
 def test_another_version_is_refused(folder: Path) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, "format_version": 2}))
-    assert "format version 2, this llama-adapter reads 1" in refusal(lambda: load_adapter(folder))
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, "format_version": 3}))
+    assert "format version 3, this llama-adapter reads up to 2" in refusal(lambda: load_adapter(folder))
 
 
 def test_sizes_beyond_all_memory_are_refused_before_they_are_allocated(folder: Path) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, "prompt_length": 10**12}))
+    config["parts"][0]["prompt_length"] = 10**12
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
     assert "its config says (6, 1000000000000, 64)" in refusal(lambda: load_adapter(folder))
 
 
@@ -261,8 +278,8 @@ def test_the_authors_layout_is_exactly_this(adapter: Adapter, tmp_path: Path) ->
     assert set(state) == {"adapter_query.weight"} | {f"layers.{n}.attention.gate" for n in range(8)}
     assert state["adapter_query.weight"].shape == (60, 64)
     assert {state[f"layers.{n}.attention.gate"].shape for n in range(8)} == {(1, 4, 1, 1)}
-    assert torch.equal(state["adapter_query.weight"][20:30], adapter.prompts[2])
-    assert torch.equal(state["layers.4.attention.gate"].flatten(), adapter.gates[2])
+    assert torch.equal(state["adapter_query.weight"][20:30], adapter.prompts.embeddings[2])
+    assert torch.equal(state["layers.4.attention.gate"].flatten(), adapter.prompts.gates[2])
     assert not state["layers.1.attention.gate"].any(), "layers below the adapted ones have a gate of zero"
 
 
@@ -293,13 +310,15 @@ def test_gates_with_and_without_tanh_come_to_the_same_product(
 ) -> None:
     """Written for their inference code (raw) or for their training code (tanh): either multiplies alike."""
     with torch.no_grad():
-        adapter.gates.copy_(torch.linspace(-2, 2, adapter.gates.numel()).view_as(adapter.gates))
+        adapter.prompts.gates.copy_(
+            torch.linspace(-2, 2, adapter.prompts.gates.numel()).view_as(adapter.prompts.gates)
+        )
     export_pth(adapter, tmp_path / "theirs.pth", raw_gates=raw_gates)
     state = torch.load(tmp_path / "theirs.pth", weights_only=True)
     query = torch.randn(4, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for layer in range(2, 8):
         theirs = state[f"layers.{layer}.attention.gate"].flatten().double()
-        ours = adapter.gates[layer - 2].detach().double()
+        ours = adapter.prompts.gates[layer - 2].detach().double()
         torch.testing.assert_close(
             multiplied(query, theirs, tanh=not raw_gates),
             multiplied(query, ours, tanh=True),
@@ -307,8 +326,8 @@ def test_gates_with_and_without_tanh_come_to_the_same_product(
             atol=1e-7,
         )
     again = import_pth(tmp_path / "theirs.pth", base="base", shape=SHAPE, raw_gates=raw_gates)
-    torch.testing.assert_close(again.gates.tanh(), adapter.gates.tanh(), rtol=1e-6, atol=1e-7)
-    assert again.gates.dtype == torch.float32
+    torch.testing.assert_close(again.prompts.gates.tanh(), adapter.prompts.gates.tanh(), rtol=1e-6, atol=1e-7)
+    assert again.prompts.gates.dtype == torch.float32
 
 
 @pytest.mark.parametrize("value", [1.0, -1.5, 40.0])
@@ -319,7 +338,7 @@ def test_raw_gates_that_are_no_tanh_are_refused(tmp_path: Path, value: float) ->
     torch.save(their_state(layers__5__attention__gate=gate), path)
     message = refusal(lambda: import_pth(path, base="base", shape=SHAPE, raw_gates=True))
     assert f"layers.5.attention.gate has {value:g}; raw gates have to lie between -1 and 1" in message
-    assert import_pth(path, base="base", shape=SHAPE).gates[3, 2] == value
+    assert import_pth(path, base="base", shape=SHAPE).prompts.gates[3, 2] == value
     torch.save(their_state(layers__1__attention__gate=gate), path)
     import_pth(path, base="base", shape=SHAPE, raw_gates=True)  # of a layer that nothing reads
 
@@ -329,7 +348,7 @@ def test_one_gate_for_all_heads_is_the_same_in_each(tmp_path: Path, raw_gates: b
     state = their_state() | {f"layers.{n}.attention.gate": torch.tensor([n / 10]) for n in range(8)}
     torch.save(state, tmp_path / "theirs.pth")
     adapter = import_pth(tmp_path / "theirs.pth", base="base", shape=SHAPE, raw_gates=raw_gates)
-    used = adapter.gates.tanh() if raw_gates else adapter.gates
+    used = adapter.prompts.gates.tanh() if raw_gates else adapter.prompts.gates
     torch.testing.assert_close(used, torch.arange(2, 8)[:, None].expand(6, 4) / 10)
 
 
@@ -344,7 +363,7 @@ def test_half_precision_and_a_wrapped_state_are_read_as_the_authors_write_them(t
     del state["layers.0.attention.gate"]  # not adapted, so not needed
     torch.save({"model": state, "epoch": 4}, tmp_path / "theirs.pth")
     adapter = import_pth(tmp_path / "theirs.pth", base="base", shape=SHAPE)
-    assert adapter.prompts.dtype == torch.float32 and adapter.config.adapted_layers == 6
+    assert adapter.prompts.embeddings.dtype == torch.float32 and adapter.config.adapted_layers == 6
 
 
 @pytest.mark.parametrize(
@@ -421,11 +440,11 @@ def test_a_pth_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -> No
 
 
 def test_an_adapter_of_another_prompt_length_has_no_place_in_the_authors_layout(tmp_path: Path) -> None:
-    config = type(CONFIG)(base="base", shape=SHAPE, adapted_layers=6, prompt_length=5)
+    config = type(CONFIG)(base="base", shape=SHAPE, adapted_layers=6, parts=(PromptsConfig(5),))
     message = refusal(lambda: export_pth(Adapter(config), tmp_path / "theirs.pth"))
     assert "this adapter has 5" in message and not list(tmp_path.iterdir())
 
 
 def test_an_adapter_that_sees_has_no_place_in_the_authors_layout(tmp_path: Path) -> None:
-    message = refusal(lambda: export_pth(Adapter(replace(CONFIG, vision=VISION)), tmp_path / "theirs.pth"))
-    assert "no room for a projection of pictures" in message and not list(tmp_path.iterdir())
+    message = refusal(lambda: export_pth(Adapter(SEEING), tmp_path / "theirs.pth"))
+    assert "of method prompts and sees pictures" in message and not list(tmp_path.iterdir())

@@ -34,13 +34,13 @@ def build_quantized_model(family: str = "llama", format: str = "int8", **setting
     model = LlamaAdapter(decoder, base="tiny-base")
     for seed, name in enumerate(("plain", "tuned"), start=1):
         generator = torch.Generator().manual_seed(seed)
-        layers, tuned = seed, name == "tuned"
+        method = "prompts+scales" if name == "tuned" else "prompts"
         adapter = model.new_adapter(
-            name, prompt_length=2 + seed, adapted_layers=layers, bias_tuning=tuned, seed=seed
+            name, method=method, prompt_length=2 + seed, adapted_layers=seed, seed=seed
         )
-        for parameter in (adapter.gates, adapter.tuning):
-            if parameter is not None:
-                torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+        zero = [parameter for parameter in adapter.parameters() if not parameter.any()]
+        for parameter in zero:
+            torch.nn.init.normal_(parameter, std=0.5, generator=generator)
     return model
 
 
@@ -54,7 +54,7 @@ def step_of(model: LlamaAdapter) -> DecodingStep:
 def decode(model: LlamaAdapter, ids: Tensor, mask: Tensor | None, adapter: str, steps: int) -> Tensor:
     """Logits of the last ``steps`` tokens, read one by one."""
     cache = DynamicCache()
-    projected = {"adapter": adapter, **model.project(adapter)}
+    projected = {"adapter": model.project(adapter)}
     first = ids.shape[1] - steps
     logits = []
     for start, stop in [(0, first), *((n, n + 1) for n in range(first, ids.shape[1]))]:
@@ -132,19 +132,16 @@ def test_a_mixed_batch_is_answered_as_each_alone() -> None:
         for row, name in zip(random_rows(5, 9, 3), ("none", "plain", "tuned"), strict=True)
     ]
 
-    def forward(**kwargs: Any) -> Any:
-        return model(adapter="none", **kwargs)
-
     alone = []
     for question in asked:
-        batch = Batch(forward)
+        batch = Batch(model)
         row = batch.join(*question)
         tokens = [row.token]
         for _ in range(4):
             batch.step()
             tokens.append(row.token)
         alone.append(torch.cat(tokens))
-    batch = Batch(forward)
+    batch = Batch(model)
     rows = [batch.join(*asked[0])]
     batch.step()
     rows += batch.join_together(asked[1:])

@@ -56,7 +56,7 @@ def test_every_family_gives_the_logits_of_the_equations(family: str) -> None:
     model = build_tiny_model(family)
     adapter = model.adapters["tiny"]
     rows = random_rows(7, 10)
-    plain = PlainDecoder(build_tiny_decoder(family), adapter.prompts, adapter.gates)
+    plain = PlainDecoder(build_tiny_decoder(family), adapter.prompts.embeddings, adapter.prompts.gates)
     for side in ("left", "right"):
         ids, mask = padded(rows, side)
         logits = model(ids, attention_mask=mask).logits
@@ -90,7 +90,9 @@ def test_prompts_reach_cohere_without_key_norms_too() -> None:
     model = build_tiny_model("cohere", use_qk_norm=False)
     adapter = model.adapters["tiny"]
     (row,) = random_rows(8)
-    plain = PlainDecoder(build_tiny_decoder("cohere", use_qk_norm=False), adapter.prompts, adapter.gates)
+    plain = PlainDecoder(
+        build_tiny_decoder("cohere", use_qk_norm=False), adapter.prompts.embeddings, adapter.prompts.gates
+    )
     torch.testing.assert_close(model(row[None]).logits[0], plain(row), rtol=0, atol=1e-5)
 
 
@@ -99,7 +101,9 @@ def test_scaled_rotary_embedding_does_not_look_like_a_strange_family() -> None:
     model = build_tiny_model("llama", rope_parameters=rope)
     adapter = model.adapters["tiny"]
     (row,) = random_rows(8)
-    plain = PlainDecoder(build_tiny_decoder("llama", rope_parameters=rope), adapter.prompts, adapter.gates)
+    plain = PlainDecoder(
+        build_tiny_decoder("llama", rope_parameters=rope), adapter.prompts.embeddings, adapter.prompts.gates
+    )
     torch.testing.assert_close(model(row[None]).logits[0], plain(row), rtol=0, atol=1e-5)
 
 
@@ -109,7 +113,7 @@ def test_llama_7b_has_1229760_trainable_parameters_and_none_of_its_own_is_alloca
     model = LlamaAdapter(decoder)
     adapter = model.new_adapter("published")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_229_760
-    assert adapter.config.adapted_layers == 30 and adapter.prompts.shape == (30, 10, 4096)
+    assert adapter.config.adapted_layers == 30 and adapter.prompts.embeddings.shape == (30, 10, 4096)
     assert all(p.device.type == "meta" for p in model.parameters())
 
 

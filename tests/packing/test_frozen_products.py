@@ -163,7 +163,7 @@ def test_training_takes_them_and_answers_do_not(calls: list[tuple[int, ...]], re
     model = LlamaAdapter(build_tiny_decoder(hidden_size=64, intermediate_size=128), base="random")
     adapter = model.new_adapter("new", prompt_length=4, seed=0)
     with torch.no_grad():
-        adapter.gates.fill_(0.5)
+        adapter.prompts.gates.fill_(0.5)
     ids = [1 + place % 60 for place in range(300)]
     rows = [Example(ids, [-100] * 100 + ids[100:], (), 1)]
     if recomputed:

@@ -26,7 +26,7 @@ def model() -> ScriptedModel:
 
 def test_the_gates_are_drawn_and_explained(model: ScriptedModel) -> None:
     picture = show_gates(model, "one")
-    gates = model.get_adapter("one").gates.detach().tanh()
+    gates = model.get_adapter("one").prompts.gates.detach().tanh()
     assert picture.count("<rect") == gates.numel()
     assert f"<title>layer 2, head 1: {float(gates[2, 1]):.3g}</title>" in picture
     assert 'aria-label="Heat map of tanh(gate) of 3 layers with 4 heads' in picture

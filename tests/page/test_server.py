@@ -69,7 +69,7 @@ def model() -> LlamaAdapter:
         names=("one", "two"), tokenizer=build_tiny_tokenizer(), max_position_embeddings=1024
     )
     seeing = model.new_adapter("eyes", prompt_length=3, adapted_layers=2, vision=VISION, seed=3)
-    torch.nn.init.normal_(seeing.gates, generator=torch.Generator().manual_seed(3))
+    torch.nn.init.normal_(seeing.prompts.gates, generator=torch.Generator().manual_seed(3))
     model.set_adapter("two")
     open_eyes(model)
     return model

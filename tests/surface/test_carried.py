@@ -55,12 +55,12 @@ def test_gradients_by_parts_reach_the_adapter(model: LlamaAdapter) -> None:
     (row,) = random_rows(7)
     logits = model.lm_head(model.model(row[None]).last_hidden_state)
     F.cross_entropy(logits[0, :-1], row[1:]).backward()
-    by_parts = model.get_adapter("second").gates.grad
+    by_parts = model.get_adapter("second").prompts.gates.grad
     assert by_parts is not None and by_parts.abs().max() > 0
     parts = by_parts.clone()
     model.zero_grad()
     model(row[None], labels=row[None]).loss.backward()
-    torch.testing.assert_close(model.get_adapter("second").gates.grad, parts)
+    torch.testing.assert_close(model.get_adapter("second").prompts.gates.grad, parts)
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def test_trl_s_sft_trains_the_adapter_alone(tmp_path: Path, settings: dict[str, 
     trainer.save_model(str(tmp_path / "final"))
     kept = LlamaAdapter(model.decoder, tokenizer)
     kept.load_adapter(tmp_path / "final")
-    assert torch.equal(kept.get_adapter("final").gates, model.get_adapter("tiny").gates)
+    assert torch.equal(kept.get_adapter("final").prompts.gates, model.get_adapter("tiny").prompts.gates)
 
 
 @pytest.mark.parametrize("reference", ["the start", "the bare base"])
@@ -191,7 +191,7 @@ def test_trl_s_dpo_trains_the_adapter_against_a_reference(tmp_path: Path, refere
         assert (change > 0) == name.startswith("adapters."), name
     if reference == "the start":
         start = build_tiny_model(tokenizer=tokenizer).get_adapter("tiny")
-        assert torch.equal(other.get_adapter("tiny").gates, start.gates)
+        assert torch.equal(other.get_adapter("tiny").prompts.gates, start.prompts.gates)
 
 
 def test_trl_s_dpo_without_a_reference_loads_the_bare_base(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_trl_s_dpo_without_a_reference_loads_the_bare_base(tmp_path: Path) -> No
     build_tiny_model(tokenizer=tokenizer).decoder.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     model = LlamaAdapter.from_base(str(tmp_path / "base"), device="cpu")
-    torch.nn.init.ones_(model.new_adapter("new", seed=1).gates)
+    torch.nn.init.ones_(model.new_adapter("new", seed=1).prompts.gates)
     trainer = DPOTrainer(
         model,
         args=DPOConfig(str(tmp_path), **SETTINGS),

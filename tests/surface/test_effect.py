@@ -43,4 +43,4 @@ def test_reentrant_recomputation_set_on_the_decoder_is_an_error() -> None:
         model(row[None])
     model.activation_checkpointing_enable()
     model(row[None], labels=row[None]).loss.backward()
-    assert model.get_adapter("tiny").gates.grad.abs().max() > 0
+    assert model.get_adapter("tiny").prompts.gates.grad.abs().max() > 0

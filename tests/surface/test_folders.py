@@ -48,7 +48,7 @@ def model(base: Path) -> LlamaAdapter:
     model = LlamaAdapter.from_base(str(base), device="cpu")
     for seed, name in enumerate(("first", "second"), start=1):
         adapter = model.new_adapter(name, prompt_length=3, seed=seed)
-        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(seed))
+        torch.nn.init.normal_(adapter.prompts.gates, generator=torch.Generator().manual_seed(seed))
     return model
 
 
@@ -66,13 +66,13 @@ def test_transformers_keywords_of_saving_are_taken(model: LlamaAdapter, tmp_path
         save_directory=tmp_path / "mine", safe_serialization=True, state_dict=state, max_shard_size="1GB"
     )
     again = LlamaAdapter.from_pretrained(tmp_path / "mine", device="cpu")
-    assert torch.equal(again.get_adapter("mine").gates, model.get_adapter("second").gates + 1)
+    assert torch.equal(again.get_adapter("mine").prompts.gates, model.get_adapter("second").prompts.gates + 1)
     model.save_pretrained(tmp_path / "other-process", is_main_process=False)
     assert not (tmp_path / "other-process").exists()
     model.save_pretrained(tmp_path / "both", selected_adapters=["first", "second"])
     for name in ("first", "second"):
         loaded = LlamaAdapter.from_pretrained(tmp_path / "both" / name, device="cpu")
-        assert torch.equal(loaded.get_adapter(name).gates, model.get_adapter(name).gates)
+        assert torch.equal(loaded.get_adapter(name).prompts.gates, model.get_adapter(name).prompts.gates)
     for wrong, said in (
         ({"safe_serialization": False}, "only written as safetensors"),
         ({"state_dict": {}}, "state_dict has no adapters.second."),
@@ -130,11 +130,14 @@ def test_transformers_options_of_loading_are_taken(model: LlamaAdapter, base: Pa
     }
     for dtype in (torch.bfloat16, "bfloat16", "torch.bfloat16"):
         again = LlamaAdapter.from_pretrained(tmp_path / "mine", dtype=dtype, **options)
-        assert again.dtype == torch.bfloat16 and again.get_adapter("mine").prompts.dtype == torch.float32
+        assert (
+            again.dtype == torch.bfloat16
+            and again.get_adapter("mine").prompts.embeddings.dtype == torch.float32
+        )
     assert again.config._attn_implementation.endswith("eager")
     assert again.load_adapter(tmp_path / "mine", "second", dtype=torch.bfloat16, revision="main", token=None,
                               device_map="auto", trust_remote_code=True) == "second"  # fmt: skip
-    assert again.get_adapter("second").prompts.dtype == torch.bfloat16
+    assert again.get_adapter("second").prompts.embeddings.dtype == torch.bfloat16
     older = LlamaAdapter.from_base(str(base), torch_dtype=torch.bfloat16, device=torch.device("cpu"))
     assert older.dtype == torch.bfloat16
     frozen = LlamaAdapter.from_pretrained(tmp_path / "mine", device="cpu", is_trainable=False)
@@ -210,7 +213,7 @@ def test_what_transformers_trainer_saves_is_an_adapter_folder(model: LlamaAdapte
 def test_a_checkpoint_of_a_trainer_is_one_too_and_can_be_resumed(base: Path, tmp_path: Path) -> None:
     def fresh() -> LlamaAdapter:
         model = LlamaAdapter.from_base(str(base), device="cpu")
-        torch.nn.init.ones_(model.new_adapter("mine", seed=1).gates)
+        torch.nn.init.ones_(model.new_adapter("mine", seed=1).prompts.gates)
         return model
 
     whole = fresh()
@@ -228,9 +231,9 @@ def test_a_state_whose_config_cannot_be_read_is_refused(model: LlamaAdapter, tmp
     save_file({**state, "adapters.first.config": torch.zeros(3, dtype=torch.uint8)},
               tmp_path / "model.safetensors")  # fmt: skip
     assert "adapter 'first': its config" in refusal(lambda: LlamaAdapter.from_pretrained(tmp_path))
-    del state["adapters.second.gates"]
+    del state["adapters.second.prompts.gates"]
     save_file(state, tmp_path / "model.safetensors")
-    assert "'gates' is missing" in refusal(lambda: LlamaAdapter.from_pretrained(tmp_path))
+    assert "'prompts.gates' is missing" in refusal(lambda: LlamaAdapter.from_pretrained(tmp_path))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert "no adapter folder" in refusal(lambda: LlamaAdapter.from_pretrained(tmp_path))
 
@@ -311,12 +314,14 @@ def test_offloaded_embeddings_leave_the_adapter_on_a_real_device(base: Path, tmp
     )
     assert model.decoder.device.type == "meta" and model.device.type == "cpu"
     adapter = model.new_adapter("new", seed=1)
-    assert adapter.prompts.device.type == "cpu" and torch.isfinite(adapter.prompts).all()
-    torch.nn.init.ones_(adapter.gates)
+    embeddings = adapter.prompts.embeddings
+    assert embeddings.device.type == "cpu" and torch.isfinite(embeddings).all()
+    torch.nn.init.ones_(adapter.prompts.gates)
     whole = build_tiny_model(vocab_size=320, names=())
     same = whole.new_adapter("new", seed=1)
-    torch.nn.init.ones_(same.gates)
+    torch.nn.init.ones_(same.prompts.gates)
     torch.testing.assert_close(logits(model), logits(whole))
     assert model.chat("Hi", max_new_tokens=3, temperature=0) is not None
     model(torch.stack(random_rows(5)), labels=torch.stack(random_rows(5))).loss.backward()
-    assert adapter.prompts.grad is not None and adapter.prompts.grad.abs().max() > 0
+    gradient = adapter.prompts.embeddings.grad
+    assert gradient is not None and gradient.abs().max() > 0

@@ -115,7 +115,7 @@ def test_parameters_are_counted_with_the_adapters(
 def test_only_the_adapter_is_trained(model: LlamaAdapter) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {
-        f"adapters.{name}.{part}" for name in ("first", "second") for part in ("prompts", "gates")
+        f"adapters.{name}.prompts.{own}" for name in ("first", "second") for own in ("embeddings", "gates")
     }
 
 
@@ -151,17 +151,17 @@ def test_half_precision_trains_and_answers(dtype: torch.dtype) -> None:
     model = build_tiny_model(dtype=dtype)
     (row,) = random_rows(6)
     model(row[None], labels=row[None]).loss.backward()
-    assert model.get_adapter("tiny").gates.grad.abs().max() > 0
+    assert model.get_adapter("tiny").prompts.gates.grad.abs().max() > 0
     assert model.generate(row[None], max_new_tokens=3).shape == (1, 9)
 
 
 def test_a_base_in_half_precision_with_an_adapter_in_float32_under_autocast() -> None:
     model = LlamaAdapter(build_tiny_decoder(dtype=torch.bfloat16), base="tiny-base")
-    torch.nn.init.ones_(model.new_adapter("new", seed=1).gates)
+    torch.nn.init.ones_(model.new_adapter("new", seed=1).prompts.gates)
     (row,) = random_rows(6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(row[None], labels=row[None]).loss.backward()
-    assert model.get_adapter("new").prompts.grad.dtype == torch.float32
+    assert model.get_adapter("new").prompts.embeddings.grad.dtype == torch.float32
 
 
 def test_unloading_gives_the_bare_base(model: LlamaAdapter) -> None:
@@ -176,7 +176,7 @@ def test_a_reference_stays_while_its_original_is_trained(model: LlamaAdapter) ->
     expected = logits(model)
     assert torch.equal(logits(reference), expected)
     with torch.no_grad():
-        model.get_adapter("second").gates += 1
+        model.get_adapter("second").prompts.gates += 1
     assert torch.equal(logits(reference), expected) and not torch.equal(logits(model), expected)
     assert torch.equal(logits(model.reference_model("none")), logits(model, adapter="none"))
     assert isinstance(reference.get_adapter("second"), Adapter)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.records import IGNORED, Example
 from llama_adapter.methods.checkpoint import load_adapter
+from llama_adapter.methods.projection import Projection
 from llama_adapter.packing import pack as packing
 from llama_adapter.packing.pack import accumulate_gradient, answer_loss
 from llama_adapter.training import trainer as training
@@ -85,23 +86,23 @@ def test_the_rate_rises_for_the_warm_up_and_falls_to_zero() -> None:
 
 
 def test_the_gates_can_have_a_rate_of_their_own(tmp_path: Path) -> None:
-    trainer(tmp_path, max_steps=1, gate_learning_rate=1e-9).run()
+    trainer(tmp_path, max_steps=1, rates={"gates": 1e-9}).run()
     before = build_tiny_model().adapters["tiny"].state_dict()
     after = weights(tmp_path)
-    assert torch.allclose(after["gates"], before["gates"], atol=1e-6)
-    assert (after["prompts"] - before["prompts"]).abs().max() > 1e-3
+    assert torch.allclose(after["prompts.gates"], before["prompts.gates"], atol=1e-6)
+    assert (after["prompts.embeddings"] - before["prompts.embeddings"]).abs().max() > 1e-3
 
 
 def test_scales_and_biases_can_have_a_rate_of_their_own(tmp_path: Path) -> None:
-    small = trainer(tmp_path, max_steps=1, tuning_learning_rate=1e-9)
+    small = trainer(tmp_path, max_steps=1, rates={"scales": 1e-9})
     model = build_tiny_model(names=())
-    before = model.new_adapter("tiny", prompt_length=3, adapted_layers=2, bias_tuning=True, seed=1)
-    torch.nn.init.normal_(before.gates, generator=torch.Generator().manual_seed(1))
+    before = model.new_adapter("tiny", prompt_length=3, adapted_layers=2, method="prompts+scales", seed=1)
+    torch.nn.init.normal_(before.prompts.gates, generator=torch.Generator().manual_seed(1))
     first = {name: tensor.clone() for name, tensor in before.state_dict().items()}
     dataclasses.replace(small, model=model).run()
     after = weights(tmp_path)
-    assert 0 < after["tuning"].abs().max() < 1e-6
-    assert (after["prompts"] - first["prompts"]).abs().max() > 1e-3
+    assert 0 < after["scales.values"].abs().max() < 1e-6
+    assert (after["prompts.embeddings"] - first["prompts.embeddings"]).abs().max() > 1e-3
 
 
 def test_steps_are_counted_in_whole_epochs_unless_cut() -> None:
@@ -163,7 +164,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     trainer(tmp_path / "three", seed=1).run()
     one, two, three = (weights(tmp_path / name) for name in ("one", "two", "three"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not torch.equal(one["prompts"], three["prompts"])
+    assert not torch.equal(one["prompts.embeddings"], three["prompts.embeddings"])
 
 
 class Killed(Exception):
@@ -269,11 +270,11 @@ def test_a_resume_of_another_adapter_is_refused_by_what_differs(tmp_path: Path) 
         model.new_adapter("tiny", **made)
         return dataclasses.replace(trainer(output, max_steps=1), model=model)
 
-    with_adapter(tmp_path / "tuned", bias_tuning=True).run()
-    with pytest.raises(UsageError, match=r"adapter tuning_width = 448, now it is None; resume"):
+    with_adapter(tmp_path / "tuned", method="prompts+scales").run()
+    with pytest.raises(UsageError, match=r"adapter method = 'prompts\+scales', now it is 'prompts'; resume"):
         with_adapter(tmp_path / "tuned").run(resume=True)
     with_adapter(tmp_path / "sees", vision=VISION).run()
-    with pytest.raises(UsageError, match=r"adapter vision bottleneck = 5, now it is 6; resume"):
+    with pytest.raises(UsageError, match=r"adapter parts projection bottleneck = 5, now it is 6; resume"):
         with_adapter(tmp_path / "sees", vision=dataclasses.replace(VISION, bottleneck=6)).run(resume=True)
 
 
@@ -409,7 +410,7 @@ def test_it_learns_from_pictures(tmp_path: Path) -> None:
     fast: dict[str, Any] = {
         "epochs": 12,
         "learning_rate": 0.3,
-        "gate_learning_rate": 0.1,
+        "rates": {"gates": 0.1},
         "validate_every": 100,
     }
     run = seeing_trainer(tmp_path / "seeing", **fast)
@@ -419,7 +420,7 @@ def test_it_learns_from_pictures(tmp_path: Path) -> None:
     blind = dataclasses.replace(blind, train_examples=without, validation_examples={"made": without})
     assert best < blind.run() - 0.2
     kept = load_adapter(tmp_path / "seeing")
-    assert kept.projection is not None and run.model.get_adapter("tiny").projection is not None
+    assert kept.find(Projection) is not None and run.model.get_adapter("tiny").find(Projection) is not None
     before = build_tiny_model(vision=VISION).adapters["tiny"].state_dict()
     for name, tensor in kept.state_dict().items():
         fitted = name in ("projection.mean", "projection.scale")
@@ -427,8 +428,8 @@ def test_it_learns_from_pictures(tmp_path: Path) -> None:
 
 
 def test_the_projection_can_have_a_rate_of_its_own(tmp_path: Path) -> None:
-    seeing_trainer(tmp_path, max_steps=1, projection_learning_rate=1e-9, weight_decay=0.0).run()
+    seeing_trainer(tmp_path, max_steps=1, rates={"projection": 1e-9}, weight_decay=0.0).run()
     before = build_tiny_model(vision=VISION).adapters["tiny"].state_dict()
     after = weights(tmp_path)
     assert torch.allclose(after["projection.up.weight"], before["projection.up.weight"], atol=1e-6)
-    assert (after["prompts"] - before["prompts"]).abs().max() > 1e-3
+    assert (after["prompts.embeddings"] - before["prompts.embeddings"]).abs().max() > 1e-3

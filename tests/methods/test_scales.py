@@ -17,14 +17,16 @@ from llama_adapter.answering.records_answered import answer_likelihoods
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.records import Record
 from llama_adapter.data.templates import Turn, question_turn
-from llama_adapter.decoding.batch import merge_prompts
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import stream_tokens
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.checkpoint import export_pth, load_adapter, save_adapter
 from llama_adapter.methods.decoder import checkpoint_activations
 from llama_adapter.methods.probe import attention_layers, prepare_decoder
-from llama_adapter.methods.tuning import tuning_width
+from llama_adapter.methods.prompts import Prompts, PromptsConfig
+from llama_adapter.methods.scales import ScalesConfig
+from llama_adapter.methods.sites import projections_of
+from llama_adapter.methods.state import AdapterState, merge_states
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.packing.pack import answer_loss, pack
 from tests.tiny import build_tiny_tokenizer
@@ -39,19 +41,18 @@ EXAMPLES = [replace(example, images=()) for example in rows(8)[0]]
 def tuned_model(family: str = "llama") -> LlamaAdapter:
     """The active adapter "tuned" in the top 2 of 3 layers, beside one without tuning."""
     model = build_tiny_model(family, names=("plain",))
-    adapter = model.new_adapter("tuned", prompt_length=3, adapted_layers=2, bias_tuning=True, seed=5)
+    adapter = model.new_adapter("tuned", prompt_length=3, adapted_layers=2, method="prompts+scales", seed=5)
     _stir(adapter)
     return model
 
 
 def _stir(adapter: Adapter) -> None:
     generator = torch.Generator().manual_seed(6)
-    assert adapter.tuning is not None
-    nn.init.normal_(adapter.gates, generator=generator)
-    nn.init.normal_(adapter.tuning, std=0.3, generator=generator)
+    nn.init.normal_(adapter.prompts.gates, generator=generator)
+    nn.init.normal_(adapter.scales.values, std=0.3, generator=generator)
 
 
-def logits(model: LlamaAdapter, tokens: Tensor, adapter: str, **kwargs: Tensor) -> Tensor:
+def logits(model: LlamaAdapter, tokens: Tensor, adapter: str | AdapterState, **kwargs: Tensor) -> Tensor:
     found: Tensor = model(input_ids=tokens, adapter=adapter, **kwargs).logits
     return found
 
@@ -68,8 +69,7 @@ def projections(decoder: nn.Module, attention: nn.Module) -> list[nn.Linear]:
 
 def with_other_weights(model: LlamaAdapter, family: str) -> LlamaAdapter:
     """The same decoder with W (1 + s) and b in the place of W and 0, from the tensor as it is documented."""
-    tuning = model.get_adapter("tuned").tuning
-    assert tuning is not None
+    tuning = model.get_adapter("tuned").scales.values
     decoder = prepare_decoder(build_tiny_decoder(family))
     for values, attention in zip(tuning.detach(), attention_layers(decoder)[1:], strict=True):
         rest = values
@@ -84,9 +84,10 @@ def with_other_weights(model: LlamaAdapter, family: str) -> LlamaAdapter:
     return LlamaAdapter(decoder)
 
 
-def prompts_alone(model: LlamaAdapter) -> dict[str, Tensor]:
-    """The tuned adapter's prompts, projected, without its tuning."""
-    return {name: values for name, values in model.project("tuned").items() if name != "tuning"}
+def prompts_alone(model: LlamaAdapter) -> AdapterState:
+    """The tuned adapter's prompts, projected, without its scales and biases."""
+    state = model.project("tuned")
+    return AdapterState(state.num_layers, {Prompts: state.parts[Prompts]})
 
 
 # --- what it computes ---------------------------------------------------------------------------------------
@@ -98,21 +99,21 @@ def test_it_is_a_decoder_with_other_weights_and_the_prompts_of_the_frozen_ones(f
     tokens = torch.stack(random_rows(9, 9))
     reference = with_other_weights(model, family)
     prompts = prompts_alone(model)
-    expected = logits(reference, tokens, NO_ADAPTER, **prompts)
+    expected = logits(reference, tokens, prompts)
     torch.testing.assert_close(logits(model, tokens, "tuned"), expected, rtol=1e-4, atol=1e-4)
-    assert (expected - logits(model, tokens, NO_ADAPTER, **prompts)).abs().max() > 0.1
+    assert (expected - logits(model, tokens, prompts)).abs().max() > 0.1
 
 
 def test_its_width_is_twice_that_of_a_layer_s_projections() -> None:
     decoder = prepare_decoder(build_tiny_decoder())
-    assert tuning_width(decoder) == 2 * sum(WIDTHS)
+    assert [out for _, out in projections_of(decoder, 2).values()] == list(WIDTHS)
 
 
 def test_untrained_it_leaves_the_decoder_as_it_is_and_others_always() -> None:
     model = build_tiny_model(names=("plain",))
     tokens = torch.stack(random_rows(9, 9))
     before = {name: logits(model, tokens, name) for name in ("plain", NO_ADAPTER)}
-    adapter = model.new_adapter("tuned", bias_tuning=True)
+    adapter = model.new_adapter("tuned", method="prompts+scales")
     assert torch.equal(logits(model, tokens, "tuned"), before[NO_ADAPTER])
     _stir(adapter)
     assert not torch.equal(logits(model, tokens, "tuned"), before[NO_ADAPTER])
@@ -126,14 +127,12 @@ def test_projected_it_is_the_same_alone_and_beside_rows_without() -> None:
     greedy = Sampling(temperature=0, max_new_tokens=12)
 
     def said(name: str) -> list[int]:
-        forward = partial(model, adapter=NO_ADAPTER, **model.project(name))
+        forward = partial(model, adapter=model.project(name))
         return list(stream_tokens(forward, tokens, greedy, ()))
 
     expected = said("tuned")
     assert expected != said(NO_ADAPTER)
-    assert torch.equal(
-        logits(model, tokens, "tuned"), logits(model, tokens, NO_ADAPTER, **model.project("tuned"))
-    )
+    assert torch.equal(logits(model, tokens, "tuned"), logits(model, tokens, model.project("tuned")))
     generated = model.generate(tokens, adapter="tuned", do_sample=False, max_new_tokens=12, eos_token_id=None)
     assert generated[0, 9:].tolist() == expected
 
@@ -145,7 +144,7 @@ def test_beams_and_an_assistant_have_it_too() -> None:
     asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
     rows = torch.stack(random_rows(6, 6))
     beams = model.generate(rows, adapter="tuned", num_beams=3, **asked)
-    assert torch.equal(beams, reference.generate(rows, num_beams=3, **prompts, **asked))
+    assert torch.equal(beams, reference.generate(rows, num_beams=3, adapter=prompts, **asked))
     assert not torch.equal(beams, model.generate(rows, adapter=NO_ADAPTER, num_beams=3, **asked))
     guesses = build_tiny_decoder(seed=1)
     helped = model.generate(rows[:1], adapter="tuned", assistant_model=guesses, **asked)
@@ -156,11 +155,11 @@ def test_what_was_projected_stays_when_training_goes_on() -> None:
     model = tuned_model()
     tokens = torch.stack(random_rows(9, 9))
     projected = model.project("tuned")
-    before = logits(model, tokens, NO_ADAPTER, **projected)
+    before = logits(model, tokens, projected)
     with torch.no_grad():
         for parameter in model.get_adapter("tuned").parameters():
             parameter.add_(1)
-    assert torch.equal(logits(model, tokens, NO_ADAPTER, **projected), before)
+    assert torch.equal(logits(model, tokens, projected), before)
 
 
 def test_tokens_may_leave_their_rows_before_the_mlp() -> None:
@@ -168,12 +167,12 @@ def test_tokens_may_leave_their_rows_before_the_mlp() -> None:
     decoder = build_tiny_decoder("opt", ffn_dim=48, word_embed_proj_dim=32)
     model = LlamaAdapter(decoder, base="tiny-base")
     for name in ("one", "two"):
-        _stir(model.new_adapter(name, adapted_layers=2, bias_tuning=True))
+        _stir(model.new_adapter(name, adapted_layers=2, method="prompts+scales"))
     with torch.no_grad():
-        model.get_adapter("two").tuning.mul_(-1)  # type: ignore[union-attr]
+        model.get_adapter("two").scales.values.mul_(-1)
     tokens = torch.stack(random_rows(9, 9))
-    merged = merge_prompts([model.project("one"), model.project("two")])
-    together = logits(model, tokens, NO_ADAPTER, **merged)
+    merged = merge_states([model.project("one"), model.project("two")])
+    together = logits(model, tokens, merged)
     for row, name in enumerate(("one", "two")):
         alone = logits(model, tokens[row : row + 1], name)[0]
         torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
@@ -184,7 +183,7 @@ def test_a_router_that_gives_more_than_a_product_stays_as_it_is() -> None:
     model = LlamaAdapter(build_tiny_decoder("phimoe"), base="tiny-base")
     tokens = torch.stack(random_rows(9, 9))
     before = logits(model, tokens, NO_ADAPTER)
-    _stir(model.new_adapter("tuned", bias_tuning=True))
+    _stir(model.new_adapter("tuned", method="prompts+scales"))
     assert (logits(model, tokens, "tuned") - before).abs().max() > 0.1
 
 
@@ -208,7 +207,7 @@ def test_a_quantised_decoder_computes_in_its_own_dtype() -> None:
         if isinstance(module, nn.Linear) and "layers" in name:
             decoder.set_submodule(name, EightBit(module))
     model = LlamaAdapter(decoder, base="tiny-base")
-    adapter = model.new_adapter("tuned", prompt_length=3, adapted_layers=2, bias_tuning=True, seed=5)
+    adapter = model.new_adapter("tuned", prompt_length=3, adapted_layers=2, method="prompts+scales", seed=5)
     _stir(adapter)
     tokens = torch.stack(random_rows(9, 9))
     found, expected = logits(model, tokens, "tuned"), logits(tuned_model(), tokens, "tuned")
@@ -221,7 +220,7 @@ def test_two_models_on_one_decoder_apply_it_once() -> None:
     tokens = torch.stack(random_rows(9, 9))
     expected = logits(model, tokens, "tuned")
     second = LlamaAdapter(model.decoder)
-    _stir(second.new_adapter("own", bias_tuning=True))
+    _stir(second.new_adapter("own", method="prompts+scales"))
     assert torch.equal(logits(model, tokens, "tuned"), expected)
     model.delete_adapter("tuned")
     assert torch.equal(logits(model, tokens, NO_ADAPTER), logits(second, tokens, NO_ADAPTER))
@@ -230,17 +229,16 @@ def test_two_models_on_one_decoder_apply_it_once() -> None:
 def test_a_packed_sequence_has_one() -> None:
     model = tuned_model()
     packed = pack(EXAMPLES[:2])
-    projected = model.project("tuned")
-    values = {name: tensor.repeat(2, *[1] * (tensor.ndim - 1)) for name, tensor in projected.items()}
-    with pytest.raises(UsageError, match="2 sets of scales and biases for a packed sequence"):
-        model(input_ids=packed.input_ids, segments=packed.segments, adapter=NO_ADAPTER, **values)
+    two = merge_states([model.project("tuned"), model.project("tuned")])
+    with pytest.raises(UsageError, match="2 sets of scales for a packed sequence; give one"):
+        model(input_ids=packed.input_ids, segments=packed.segments, adapter=two)
 
 
 def test_rows_with_pictures_share_it() -> None:
     """Together, each has prompts of its own and all the same tuning."""
     tokenizer = build_tiny_tokenizer()
     model = build_tiny_model(names=("plain",), tokenizer=tokenizer, max_position_embeddings=512)
-    _stir(model.new_adapter("tuned", vision=VISION, bias_tuning=True, seed=1))
+    _stir(model.new_adapter("tuned", vision=VISION, method="prompts+scales", seed=1))
     pictures = [Path("one.png"), Path("two.png")]
     features = {path: torch.full((6,), float(number)) for number, path in enumerate(pictures)}
     asked = [
@@ -276,8 +274,7 @@ def test_a_copy_of_the_model_computes_the_same() -> None:
 
 def _gradient(model: LlamaAdapter) -> Tensor:
     """Of a pack of rows."""
-    tuning = model.get_adapter("tuned").tuning
-    assert tuning is not None
+    tuning = model.get_adapter("tuned").scales.values
     tuning.grad = None
     answer_loss(model, pack(EXAMPLES), adapter="tuned").sum().backward()
     assert tuning.grad is not None
@@ -290,7 +287,7 @@ def test_its_gradient_is_that_of_the_other_weights() -> None:
     reference = with_other_weights(model, "llama")
     reference.decoder.requires_grad_(True)
     prompts = prompts_alone(model)
-    answer_loss(reference, pack(EXAMPLES), adapter=NO_ADAPTER, **prompts).sum().backward()
+    answer_loss(reference, pack(EXAMPLES), adapter=prompts).sum().backward()
     expected = []
     for layer in (1, 2):
         ours, theirs = (
@@ -316,7 +313,7 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     model = tuned_model()
     save_adapter(model.get_adapter("tuned"), tmp_path)
     loaded = load_adapter(tmp_path)
-    assert loaded.config.tuning_width == 2 * sum(WIDTHS)
+    assert loaded.config.method == "prompts+scales"
     fresh = build_tiny_model()
     fresh.add_adapter("loaded", loaded)
     tokens = torch.stack(random_rows(9, 9))
@@ -324,8 +321,8 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_the_authors_layout_has_no_room_for_it(tmp_path: Path) -> None:
-    adapter = build_tiny_model().new_adapter("tuned", bias_tuning=True)
-    with pytest.raises(UsageError, match="no room for scales"):
+    adapter = build_tiny_model().new_adapter("tuned", method="prompts+scales")
+    with pytest.raises(UsageError, match="room for prompts alone"):
         export_pth(adapter, tmp_path / "theirs.pth")
     assert not list(tmp_path.iterdir())
 
@@ -333,7 +330,24 @@ def test_the_authors_layout_has_no_room_for_it(tmp_path: Path) -> None:
 def test_a_width_that_does_not_fit_is_refused() -> None:
     model = tuned_model()
     config = model.get_adapter("tuned").config
-    with pytest.raises(UsageError, match=r"has 10 scales and biases a layer; 'tiny-base' has room for 448"):
-        model.add_adapter("other", Adapter(replace(config, tuning_width=10)))
-    with pytest.raises(UsageError, match="tuning width: -1 given"):
-        replace(config, tuning_width=-1)
+    stored = replace(config, parts=(PromptsConfig(), ScalesConfig(10)), projections={})
+    with pytest.raises(UsageError, match="has 10 scales and biases a layer; this base has room for 448"):
+        model.add_adapter("other", Adapter(stored))
+    with pytest.raises(UsageError, match="width: -1 given"):
+        ScalesConfig(-1)
+    elsewhere = replace(config, projections={"mlp.up_proj": (32, 99)})
+    with pytest.raises(UsageError, match="whose layers have other projections"):
+        model.add_adapter("other", Adapter(elsewhere))
+
+
+def test_one_that_was_stored_without_the_names_of_its_projections_learns_them() -> None:
+    """As in folders of format version 1."""
+    model = tuned_model()
+    adapter = model.get_adapter("tuned")
+    parts = (PromptsConfig(3), ScalesConfig(2 * sum(WIDTHS)))
+    stored = Adapter(replace(adapter.config, parts=parts, projections={}))
+    stored.load_state_dict(adapter.state_dict())
+    model.add_adapter("stored", stored)
+    assert stored.config == adapter.config
+    tokens = torch.stack(random_rows(9, 9))
+    assert torch.equal(logits(model, tokens, "stored"), logits(model, tokens, "tuned"))

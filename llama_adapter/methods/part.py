@@ -1,0 +1,152 @@
+"""What every method is: a part of an adapter, with settings, tensors and what it adds to a forward pass.
+
+An adapter is a list of parts. A part owns parameters; `Part.add_state` turns them into the tensors that
+one forward pass reads. These tensors travel as one object (`llama_adapter.methods.state.AdapterState`), a
+keyword of the decoder's forward, and never as state on modules: two threads, beams, mixed batches and
+recomputation in the backward pass would break on it.
+
+The tensors of a state are batch-first, (R, L, ...): R is 1 where all rows share them, else the number of
+rows; L is the number of layers that the part adapts, the topmost ones. Filled with zeros they add nothing.
+
+Shapes: R sets of a part's tensors, L adapted layers; N pictures, F features of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from llama_adapter.methods.attention import compute_dtype
+from llama_adapter.methods.shape import Layout
+
+State = dict[str, Tensor]  # a part's tensors by name
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """A part's settings, stored with the adapter. Each part has a subclass with its own fields.
+
+    Fields are options that users set by name, all but those with ``metadata={"derived": True}``.
+    """
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward pass gives to the parts.
+
+    Attributes:
+        features: (N, F), of all pictures of all rows; None where there is none.
+        owners: (N,), the row that each picture belongs to.
+        rows: how many rows there are.
+    """
+
+    features: Tensor | None = None
+    owners: Tensor | None = None
+    rows: int = 1
+
+
+class Part(nn.Module):
+    """One method's share of an adapter.
+
+    Attributes:
+        kind: the part's name: in method strings, in the adapter's config, before its tensors' names.
+        Config: the class of its settings.
+        layout: what it was built for.
+    """
+
+    kind: ClassVar[str]
+    Config: ClassVar[type[PartConfig]]
+    layout: Layout
+
+    def __init__(self, config: Any, layout: Layout, generator: torch.Generator | None = None) -> None:
+        """Build the part with all its parameters, drawn from ``generator`` where they are random."""
+        super().__init__()
+        self.config = config
+        self.layout = layout
+
+    def initialise(self, decoder: PreTrainedModel, input_sizes: Tensor) -> None:
+        """Fit a new part to the decoder that it will adapt; does nothing by default.
+
+        Args:
+            input_sizes: (L,), the root mean square of what each adapted layer's attention reads.
+        """
+
+    @classmethod
+    def attach(cls, decoder: PreTrainedModel) -> None:
+        """Register what the part needs on a decoder, once; does nothing by default."""
+
+    def add_state(self, states: dict[type[Part], State], inputs: Inputs) -> None:
+        """Add the tensors that a forward pass reads to those of the parts before, with gradients.
+
+        By default the part's parameters, (L, ...) each, as (1, L, ...).
+        """
+        states[type(self)] = {name: value[None] for name, value in self.named_parameters()}
+
+    @classmethod
+    def precompute(cls, state: State, attentions: Sequence[nn.Module]) -> State:
+        """The state as it is best kept for many forward passes without gradients; a copy.
+
+        Args:
+            attentions: of the part's L layers.
+        """
+        dtype = compute_dtype(attentions[0])
+        return {name: value.detach().to(dtype, copy=True) for name, value in state.items()}
+
+    @classmethod
+    def prompts_of(cls, state: State, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """What a layer reads from its prompts; None by default: the part has none.
+
+        Args:
+            state: the tensors of the layer, (R, ...) each.
+
+        Returns:
+            keys and gated values, (R, H, K, d) each, and a mask, (R, K), False at padding, or None.
+        """
+        return None
+
+    @classmethod
+    def merge(cls, states: Sequence[State | None]) -> State:
+        """The states of several rows, (1, L, ...) each, as that of one batch, (B, L, ...).
+
+        By default tensors are filled up with zeros: layers below the topmost, entries at the end of all other
+        dimensions, whole tensors where a row has none. A part that zeros do not switch off has its own.
+
+        Args:
+            states: of each row; None where its adapter lacks this part.
+
+        Raises:
+            UsageError: the part cannot differ from row to row; the message names it.
+        """
+        merged = {}
+        for name in dict.fromkeys(name for state in states for name in state or {}):
+            own = [state.get(name) if state else None for state in states]
+            like = next(value for value in own if value is not None)
+            sizes = [max(value.shape[dim] for value in own if value is not None) for dim in range(like.ndim)]
+            merged[name] = torch.cat([_filled(like[:, :0] if v is None else v, sizes) for v in own])
+        return merged
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters by the name of the group that has a learning rate of its own."""
+        return {self.kind: list(self.parameters())}
+
+
+def _filled(value: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A tensor (1, L, ...) filled up to ``sizes`` with zeros: layers in front, all else behind."""
+    missing = [size - own for size, own in zip(sizes, value.shape, strict=True)][1:]
+    padding = [(missing[0], 0), *((0, behind) for behind in missing[1:])]
+    return F.pad(value, [count for pair in reversed(padding) for count in pair])
+
+
+def by_site(state: Mapping[str, Tensor]) -> dict[str, State]:
+    """A layer's tensors by the site in their name: "mlp.up_proj.scale" is "scale" of "mlp.up_proj"."""
+    sites: dict[str, State] = {}
+    for name, value in state.items():
+        site, _, own = name.rpartition(".")
+        sites.setdefault(site, {})[own] = value
+    return sites

@@ -1,0 +1,127 @@
+"""Pictures in the prompts: a projection of a vision tower's features (arXiv 2303.16199, section 3.3).
+
+    I = Projection(concat of the tower's global features at M depths)        (eq. 9)
+    P_l + I for each layer and prompt                                        (eq. 10)
+
+Shapes: L adapted layers, K prompts, D hidden size; N pictures, F features of one; R rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.part import Inputs, Part, PartConfig, State
+from llama_adapter.methods.prompts import Prompts
+from llama_adapter.methods.shape import Layout
+
+
+@dataclass(frozen=True)
+class VisionConfig(PartConfig):
+    """How an adapter sees (paper, section 3.3).
+
+    Attributes:
+        tower: name, folder, hub id or MODEL:TAG of the open_clip model that it was trained with.
+        tower_fingerprint: of the tower's weights and preprocessing; another tower of that name is refused.
+        depths: the depths of the tower whose global features are concatenated, from 1, lowest first.
+        feature_width: F, the width of the concatenated features.
+        bottleneck: width of the projection's hidden layer.
+        image_tokens: 1, added to every prompt (eq. 10), or K, one for each, as in the authors' later code.
+        normalised: the projection normalises its hidden layer and its tokens, as in the authors' code, and
+            scales these by layer; False in adapters that were made before it did.
+    """
+
+    tower: str
+    tower_fingerprint: str
+    depths: tuple[int, ...]
+    feature_width: int
+    bottleneck: int = 128
+    image_tokens: int = 1
+    normalised: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("feature_width", "bottleneck", "image_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name.replace('_', ' ')}: {getattr(self, name)} given; choose 1 or more")
+        if self.normalised and self.bottleneck == 1:
+            raise UsageError("bottleneck: 1 given; choose 2 or more, since one number normalised is always 0")
+        if not self.depths or any(not isinstance(depth, int) or depth < 1 for depth in self.depths):
+            raise UsageError(f"depths: {list(self.depths)} given; expected numbers from 1")
+
+
+class Projection(Part):
+    """A tower's features -> image tokens: a bottleneck MLP on standardised features.
+
+    The hidden layer and each token are normalised, as in the authors' code, and each layer scales what it
+    adds to its prompts: without it a rate at which drawings are learnt sends the tokens of photos far off.
+
+    Attributes:
+        mean, scale: (F,), what `fit` found; not trained.
+        sizes: (L, D), what a layer multiplies the tokens by; None: they are not normalised.
+    """
+
+    kind = "projection"
+    Config = VisionConfig
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, config: VisionConfig, layout: Layout, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config, layout, generator)
+        layers, hidden_size = layout.adapted_layers, layout.shape.hidden_size
+        self.tokens = config.image_tokens
+        self.sizes = nn.Parameter(torch.ones(layers, hidden_size)) if config.normalised else None
+        self.register_buffer("mean", torch.zeros(config.feature_width))
+        self.register_buffer("scale", torch.ones(config.feature_width))
+        self.down = nn.Linear(config.feature_width, config.bottleneck)
+        self.up = nn.Linear(config.bottleneck, self.tokens * hidden_size)
+        for layer in (self.down, self.up):  # torch's own initialisation, from our generator
+            bound = 1 / math.sqrt(layer.in_features)
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+    def initialise(self, decoder: PreTrainedModel, input_sizes: Tensor) -> None:
+        if self.sizes is not None:
+            self.sizes.mul_(input_sizes[:, None])
+
+    def fit(self, pictures: Iterable[Tensor]) -> None:
+        """Take mean and deviation of pictures' features, (F,) each: channels differ much."""
+        features = torch.stack(list(pictures))
+        self.mean.copy_(features.mean(0))
+        # A channel that none of them stirs would drown all others on the first picture that does.
+        self.scale.copy_(1 / features.std(0, correction=0).clamp_min(1e-2))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (N, F) -> image tokens (N, 1 or K, D), the same for all layers."""
+        hidden = self._normalise(self.down((features.to(self.mean) - self.mean) * self.scale))
+        tokens: Tensor = self.up(F.gelu(hidden)).unflatten(-1, (self.tokens, -1))
+        return self._normalise(tokens)
+
+    def _normalise(self, values: Tensor) -> Tensor:
+        return values if self.sizes is None else F.layer_norm(values, values.shape[-1:])
+
+    def for_layers(self, tokens: Tensor) -> Tensor:
+        """Tokens (R, 1 or K, D) -> what each layer adds to its prompts, (R, 1 or L, 1 or K, D)."""
+        return tokens[:, None] if self.sizes is None else tokens[:, None] * self.sizes[:, None]
+
+    def add_state(self, states: dict[type[Part], State], inputs: Inputs) -> None:
+        """Add each row's image token to each of its prompts in each layer, which makes them (R, L, K, D).
+
+        The tokens of several pictures are averaged; a row without one keeps the prompts as they are.
+        """
+        if inputs.features is None or inputs.owners is None:
+            return
+        tokens, owners, rows = self(inputs.features), inputs.owners, inputs.rows
+        counts = torch.bincount(owners, minlength=rows).clamp_min(1)
+        shares = tokens / counts[owners, None, None]
+        image = shares.new_zeros(rows, *shares.shape[1:]).index_add(0, owners, shares)
+        prompts = states[Prompts]
+        prompts["embeddings"] = prompts["embeddings"] + self.for_layers(image)

@@ -1,0 +1,67 @@
+"""Scales and biases of a frozen decoder's projections: bias tuning (LLaMA-Adapter V2, arXiv 2304.15010, 3.1).
+
+In an adapted layer each linear projection gives ``y + s * y + b`` in place of y = W x, with s and b learnt
+from zero: an untrained adapter leaves the decoder as it is. That is the paper's s' (W x + b') with s' = 1 + s
+and b' = b / s'; 1 + s itself would lose small steps in bfloat16. Other than there, norms and the layers below
+the adapted ones stay as they are, and the frozen weights alone give the prompts' keys and values.
+
+Shapes: B rows, T tokens, L adapted layers, S scales and biases of a layer, R sets of them (1 or B), W a
+projection's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.part import Inputs, Part, PartConfig, State
+from llama_adapter.methods.shape import Layout
+from llama_adapter.methods.sites import SitePart
+
+
+@dataclass(frozen=True)
+class ScalesConfig(PartConfig):
+    """Scales and biases have no settings.
+
+    Attributes:
+        width: S of an adapter that was stored without the names of its projections (format version 1); 0: it
+            follows from them.
+    """
+
+    width: int = field(default=0, metadata={"derived": True})
+
+    def __post_init__(self) -> None:
+        if self.width < 0:
+            raise UsageError(f"width: {self.width} given; choose 0 or more")
+
+
+class Scales(SitePart):
+    """A scale and a bias of each output of each projection.
+
+    Attributes:
+        values: (L, S), of each projection, sorted by name, its scales and then its biases; zero at the start.
+    """
+
+    kind = "scales"
+    Config = ScalesConfig
+
+    def __init__(
+        self, config: ScalesConfig, layout: Layout, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config, layout, generator)
+        width = config.width or 2 * sum(out for _, out in layout.projections.values())
+        self.values = nn.Parameter(torch.zeros(layout.adapted_layers, width))
+
+    def add_state(self, states: dict[type[Part], State], inputs: Inputs) -> None:
+        projections = self.layout.projections
+        names = [f"{name}.{own}" for name in projections for own in ("scale", "bias")]
+        sizes = [out for _, out in projections.values() for _ in range(2)]
+        states[Scales] = dict(zip(names, self.values[None].split(sizes, dim=-1), strict=True))
+
+    @staticmethod
+    def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return torch.addcmul(y, y, own["scale"][:, None]).add_(own["bias"][:, None])

@@ -1,0 +1,55 @@
+"""The sizes that an adapter has to fit. No torch: whoever only reads a config does without."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of a decoder that an adapter has to fit."""
+
+    family: str  # transformers' model_type
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+
+    def fingerprint(self) -> str:
+        """16 hex digits that name this shape."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.family}, {self.num_layers} layers, width {self.hidden_size}, {self.num_heads} heads "
+            f"({self.num_key_value_heads} key-value) of {self.head_dim}, vocabulary {self.vocab_size}"
+        )
+
+
+def default_adapted_layers(num_layers: int) -> int:
+    """All but the lowest sixteenth: 30 of 32 as published, 29 of 30."""
+    return num_layers - num_layers // 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the parts of an adapter are built for.
+
+    Attributes:
+        shape: the decoder's sizes.
+        adapted_layers: L, the topmost ones.
+        projections: the linear projections of an adapted layer by their name within it
+            ("self_attn.q_proj"), each with the widths of its input and its output. Empty where no part needs
+            them, and in folders of format version 1 until the adapter meets its decoder.
+    """
+
+    shape: DecoderShape
+    adapted_layers: int
+    projections: Mapping[str, tuple[int, int]] = field(default_factory=dict)

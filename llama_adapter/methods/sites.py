@@ -1,0 +1,174 @@
+"""The places in a layer where parts act on what a module computes: its linear projections and its sub-layers.
+
+A site is a module that gives y = f(x). Each part that acts there gives ``act(own, x, y)`` in place of
+y: scales and biases, LoRA and their like at the projections, bottleneck adapters at the sub-layers.
+
+A site is called by its name within the layer, "self_attn.q_proj" or "mlp.up_proj"; the sub-layers are called
+"attention" and "mlp". The attention notes what acts in its layer (`llama_adapter.methods.computing`), the
+layer's other modules read it there, and the layer's end clears it.
+
+Shapes: B rows, T tokens, R sets of a part's tensors (1 or B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.attention import layer_index
+from llama_adapter.methods.computing import note, noted
+from llama_adapter.methods.part import Part
+from llama_adapter.methods.probe import attention_input, attention_layers
+
+ATTENTION, MLP = "attention", "mlp"  # the sub-layers
+Acting = Sequence[tuple[type["SitePart"], Mapping[str, Tensor]]]  # at one site of one layer, in order
+_ATTACHED = "_llama_adapter_sites"  # marks a decoder with hooks
+
+
+class SitePart(Part):
+    """A part that acts at sites.
+
+    Its tensors in a state are called by a site, a dot and a name of their own: "self_attn.q_proj.down". Where
+        its parameters have such names (`register_parameters`), `Part.add_state` needs no other form.
+    """
+
+    @classmethod
+    def attach(cls, decoder: PreTrainedModel) -> None:
+        attach_sites(decoder)
+
+    @staticmethod
+    def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """What a site gives in place of ``y``.
+
+        Args:
+            own: the part's tensors of this layer and site, (R, ...) each, in the dtype of ``y``.
+            x: (B, T, in), what the site reads. y: (B, T, out), what it gives.
+        """
+        raise NotImplementedError
+
+
+def register_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a module parameters with dotted names, such as "self_attn.q_proj.down"."""
+    for name, value in tensors.items():
+        *path, last = name.split(".")
+        owner = module
+        for step in path:
+            if step not in owner._modules:
+                owner.add_module(step, nn.Module())
+            owner = owner.get_submodule(step)
+        owner.register_parameter(last, nn.Parameter(value))
+
+
+def projections_of(decoder: PreTrainedModel, adapted_layers: int) -> dict[str, tuple[int, int]]:
+    """The linear projections of the topmost layers with the widths of their input and output, by name.
+
+    Raises:
+        UsageError: a decoder whose layers differ, or have no linear projections.
+    """
+    layers = [_sizes(layer) for _, layer in _layers(decoder)[-adapted_layers:]]
+    if any(sizes != layers[0] for sizes in layers):
+        raise UsageError(
+            "this decoder's layers have different projections; adapt fewer layers, or only with prompts"
+        )
+    if not layers[0]:
+        raise UsageError("this decoder's layers have no linear projections; adapt it with prompts alone")
+    return layers[0]
+
+
+def attach_sites(decoder: PreTrainedModel) -> None:
+    """Let parts act at a decoder's sites; where a forward pass has none it computes as before."""
+    if hasattr(decoder, _ATTACHED):
+        return
+    setattr(decoder, _ATTACHED, True)
+    for attention, layer in _layers(decoder):
+        attention.register_forward_pre_hook(_enter, with_kwargs=True)
+        for name, projection in _projections(layer).items():
+            projection.register_forward_hook(partial(_act, name))
+        attention.register_forward_hook(_act_on_attention, with_kwargs=True)
+        if (mlp := _mlp(layer, attention)) is not None:
+            mlp.register_forward_hook(partial(_act, MLP))
+        layer.register_forward_hook(_leave)
+
+
+def _layers(decoder: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+    """Every attention with the layer that it is in."""
+    parents = {child: module for module in decoder.modules() for child in module.children()}
+    return [(attention, parents[attention]) for attention in attention_layers(decoder)]
+
+
+def _projections(layer: nn.Module) -> dict[str, nn.Module]:
+    """The linear ones, quantised or not; not a mixture's experts, whose tokens have left their rows."""
+    modules = dict(layer.named_modules())
+    return {
+        name: modules[name]
+        for name in sorted(modules)
+        if _size(modules[name]) is not None and not any(part.isdigit() for part in name.split("."))
+    }
+
+
+def _sizes(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    sizes = {name: _size(module) for name, module in _projections(layer).items()}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _size(module: nn.Module) -> tuple[int, int] | None:
+    """The widths of a linear module's input and output; None for any other."""
+    if isinstance(module, Conv1D):  # GPT-2's, which is linear whatever its name
+        return int(module.nx), int(module.nf)
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    return None
+
+
+def _mlp(layer: nn.Module, attention: nn.Module) -> nn.Module | None:
+    """The layer's other sub-layer; None where its projections are the layer's own, as in OPT."""
+    found = [
+        child
+        for child in layer.children()
+        if child is not attention and _size(child) is None and any(_size(m) for m in child.modules())
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _enter(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    adapter = kwargs.get("adapter")
+    note(None if adapter is None else adapter.sites_of(layer_index(attention)))
+
+
+def _leave(layer: nn.Module, args: Any, output: Any) -> None:
+    note(None)
+
+
+def _act(site: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    acting = noted()
+    # Some routers give more than a product.
+    if acting is None or site not in acting or not isinstance(output, Tensor):
+        return output
+    return _applied(acting[site], args[0], output)
+
+
+def _act_on_attention(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    acting = noted()
+    if acting is None or ATTENTION not in acting:
+        return output
+    first, *others = output
+    return (_applied(acting[ATTENTION], attention_input(args, kwargs), first), *others)
+
+
+def _applied(acting: Acting, x: Tensor, y: Tensor) -> Tensor:
+    """What the parts of a site make of its output, which some decoders have as (B * T, D)."""
+    shape = y.shape
+    for part, own in acting:
+        if y.ndim != 3:
+            rows = max(len(tensor) for tensor in own.values())
+            x, y = x.reshape(rows, -1, x.shape[-1]), y.reshape(rows, -1, y.shape[-1])
+        y = part.act({name: tensor.to(y.dtype) for name, tensor in own.items()}, x, y)
+    return y.view(shape)

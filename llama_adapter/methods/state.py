@@ -1,0 +1,126 @@
+"""What adapters add to one forward pass, as one object that travels through the decoder as a keyword.
+
+It holds tensors and nothing that changes: several threads may read it, many forward passes use it again, and
+    a layer that is computed again in the backward pass finds the same.
+
+Shapes: R rows, or 1 where all rows share; L adapted layers of a part, the topmost ones; K prompts, H heads, d
+    head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.attention import layer_index
+from llama_adapter.methods.part import Part, State, by_site
+from llama_adapter.methods.sites import Acting, SitePart
+from llama_adapter.methods.table import PARTS
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterState:
+    """The tensors of one or several rows' adapters, by part.
+
+    Attributes:
+        num_layers: of the decoder.
+        parts: each part's tensors, (R, L, ...), by name, in the order in which the parts act. Empty: the bare
+            base.
+    """
+
+    num_layers: int
+    parts: Mapping[type[Part], Mapping[str, Tensor]]
+    # By the decoder's layer, each cut once: a cut a layer would have a gradient as large as all layers, each.
+    _layers: tuple[dict[type[Part], State], ...] = field(init=False, repr=False)
+    _sites: tuple[dict[str, Acting], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        layers: list[dict[type[Part], State]] = [{} for _ in range(self.num_layers)]
+        for part, tensors in self.parts.items():
+            for name, tensor in tensors.items():
+                for layer, piece in zip(layers[-tensor.shape[1] :], tensor.unbind(1), strict=True):
+                    layer.setdefault(part, {})[name] = piece
+        sites = []
+        for layer in layers:
+            acting: dict[str, list[tuple[type[SitePart], State]]] = {}
+            for part, state in layer.items():
+                if issubclass(part, SitePart):
+                    for site, own in by_site(state).items():
+                        acting.setdefault(site, []).append((part, own))
+            sites.append(acting)
+        object.__setattr__(self, "_layers", tuple(layers))
+        object.__setattr__(self, "_sites", tuple(sites))
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of its parts."""
+        return {part.kind for part in self.parts}
+
+    def prompts_of(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """What a layer reads from its prompts; see `Part.prompts_of`."""
+        for part, state in self._layers[layer_index(attention)].items():
+            if (found := part.prompts_of(state, attention)) is not None:
+                return found
+        return None
+
+    def sites_of(self, layer: int) -> Mapping[str, Acting] | None:
+        """What acts at each site of a layer; None where nothing does."""
+        return self._sites[layer] or None
+
+    def precompute(self, attentions: Sequence[nn.Module]) -> AdapterState:
+        """The same without gradients, as it is best kept for many forward passes; a copy.
+
+        Args:
+            attentions: all of the decoder's, by layer.
+        """
+        parts = {}
+        for part, tensors in self.parts.items():
+            layers = next(iter(tensors.values())).shape[1]
+            parts[part] = part.precompute(dict(tensors), attentions[-layers:])
+        return AdapterState(self.num_layers, parts)
+
+    def of_row(self, row: int) -> AdapterState:
+        """That of one row, R = 1."""
+        return self._with(lambda tensor: tensor if len(tensor) == 1 else tensor[row : row + 1])
+
+    def repeat(self, times: int) -> AdapterState:
+        """Each row so many times, one after the other, as beam search has them."""
+        return self._with(
+            lambda tensor: tensor if len(tensor) == 1 else tensor.repeat_interleave(times, dim=0)
+        )
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> AdapterState:
+        return AdapterState(
+            self.num_layers,
+            {part: {name: change(t) for name, t in tensors.items()} for part, tensors in self.parts.items()},
+        )
+
+    def check_packed(self) -> None:
+        """Raise UsageError where rows of a packed sequence have different parts that act at sites."""
+        for part, tensors in self.parts.items():
+            sets = max(map(len, tensors.values()), default=1)
+            if sets > 1 and issubclass(part, SitePart):
+                raise UsageError(f"{sets} sets of {part.kind} for a packed sequence; give one")
+
+
+def merge_states(states: Sequence[AdapterState]) -> AdapterState:
+    """The states of several rows, R = 1 each, as that of one batch; rows that all have the same keep it as it
+    is.
+
+    Raises:
+        UsageError: a part that cannot differ from row to row.
+    """
+    first = states[0]
+    if all(state is first for state in states):
+        return first
+    present = dict.fromkeys(part for state in states for part in state.parts)
+    kinds = list(PARTS)
+    ordered = sorted(present, key=lambda part: kinds.index(part.kind) if part.kind in kinds else len(kinds))
+    merged = {}
+    for part in ordered:
+        rows = [state.parts.get(part) for state in states]
+        merged[part] = part.merge([None if row is None else dict(row) for row in rows])
+    return AdapterState(first.num_layers, merged)

@@ -1,0 +1,68 @@
+"""The table of methods. A new one is a line here and a file beside this one (see docs/methods.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.part import Part, PartConfig
+from llama_adapter.methods.projection import Projection, VisionConfig
+from llama_adapter.methods.prompts import Prompts
+from llama_adapter.methods.scales import Scales
+
+# By kind, in the order in which they act where several act on the same output.
+PARTS: dict[str, type[Part]] = {part.kind: part for part in (Prompts, Projection, Scales)}
+METHODS = tuple(
+    kind for kind in PARTS if kind != Projection.kind
+)  # an adapter that sees has that one as well
+
+
+def parts_of_method(method: str) -> list[type[Part]]:
+    """The parts that a method string names, "prompts" or "prompts+scales", in the order of the table.
+
+    Raises:
+        UsageError: an unknown part, or the same one twice.
+    """
+    named = [kind.strip() for kind in method.split("+")]
+    for kind in named:
+        if kind not in METHODS:
+            raise UsageError(
+                f"method {method!r}: there is no {kind!r}; choose among {', '.join(METHODS)}, joined by +"
+            )
+        if named.count(kind) > 1:
+            raise UsageError(f"method {method!r} has {kind!r} twice; name it once")
+    return [PARTS[kind] for kind in METHODS if kind in named]
+
+
+def option_names(settings: type[PartConfig]) -> list[str]:
+    """The settings that a user chooses."""
+    return [own.name for own in dataclasses.fields(settings) if not own.metadata.get("derived")]
+
+
+def build_configs(
+    method: str, options: Mapping[str, Any], vision: VisionConfig | None = None
+) -> tuple[PartConfig, ...]:
+    """The settings of a method's parts, in the order of the table.
+
+    Args:
+        options: settings by name; each goes to the parts that have one of this name.
+        vision: how an adapter sees; None: it does not.
+
+    Raises:
+        UsageError: an unknown method or option, or a value out of its range.
+    """
+    parts = parts_of_method(method)
+    there = {part: option_names(part.Config) for part in parts}
+    known = sorted({name for names in there.values() for name in names})
+    for name in options:
+        if name not in known:
+            raise UsageError(f"method {method!r} has no option {name!r}; it has {', '.join(known) or 'none'}")
+    configs = {
+        part.kind: part.Config(**{name: options[name] for name in names if name in options})
+        for part, names in there.items()
+    }
+    if vision is not None:
+        configs[Projection.kind] = vision
+    return tuple(configs[kind] for kind in PARTS if kind in configs)
