@@ -27,6 +27,7 @@ from llama_adapter.methods.probe import prepare_decoder
 from llama_adapter.methods.shape import DecoderShape
 from llama_adapter.quantization.formats import check_format
 from llama_adapter.quantization.linear import quantize_decoder
+from llama_adapter.quantization.stored import load_stored, store, stored_file
 from llama_adapter.weights.hub import gated_error
 
 
@@ -100,16 +101,31 @@ def load_decoder(
     if options.get("quantization_config") is not None and options.get("device_map") is None:
         options["device_map"] = {"": device}  # quantised where they will stay
     hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+    decoder: Any
     with _clear_errors(base):
         # First, so that a hub out of reach is waited for once.
         config = AutoConfig.from_pretrained(base, **hub)
-        # As the file has them, often in 16 bits: quantising makes float32 of one weight at a time.
-        stored = dtype if quantize is None else "auto"
-        decoder = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=stored, **options)
-    if quantize is not None:
-        quantize_decoder(decoder, quantize)
+        if quantize is None:
+            decoder = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, **options)
+        else:
+            decoder = _load_quantized(base, config, quantize, options)
     placed = options.get("device_map") is not None
-    return prepare_decoder(decoder if placed else decoder.to(device, dtype))  # type: ignore[arg-type]
+    return prepare_decoder(decoder if placed else decoder.to(device, dtype))
+
+
+def _load_quantized(
+    base: str, config: PreTrainedConfig, format: str, options: dict[str, Any]
+) -> PreTrainedModel:
+    """A decoder as it was quantised before, or quantised now and kept for the next time."""
+    path = None if options else stored_file(base, config, format)
+    decoder: Any = None if path is None else load_stored(base, config, path)
+    if decoder is None:
+        # As the file has them, often in 16 bits: quantising makes float32 of one weight at a time.
+        decoder = AutoModelForCausalLM.from_pretrained(base, config=config, dtype="auto", **options)
+        quantize_decoder(decoder, format)
+        if path is not None:
+            store(decoder, path)
+    return decoder
 
 
 class _clear_errors:

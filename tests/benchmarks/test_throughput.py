@@ -83,6 +83,7 @@ def test_all_suites_and_peers(
 def test_quantised_decoding_is_measured_beside_float32(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("llama_adapter.quantization.stored.cache_folder", lambda: tmp_path)
     monkeypatch.setattr(quantized, "READ_BYTES", 1 << 20)
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
     options = ["--suite", "decoding", "--quantize", "int8", "--pairs", "2", "--new-tokens", "3"]

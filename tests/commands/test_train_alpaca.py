@@ -77,6 +77,7 @@ def test_a_run_leaves_an_adapter_that_eval_scores(
 def test_eval_says_what_quantising_costs(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("llama_adapter.quantization.stored.cache_folder", lambda: tmp_path)
     score = ["--adapter", "none", "--base", str(base), "--data", str(DATA), "--samples", "0"]
     figures = {}
     for name in ("int8", "int4"):

@@ -1,0 +1,138 @@
+"""Quantised decoders on disk: made at the first start, read at the next ones, which build no float weights.
+
+One safetensors file for a base and a format, in the user's cache folder: it can always be made again.
+Quantised modules are stored as ``NAME.numbers``, ``NAME.scales`` and ``NAME.offsets``, all else under its own
+name; the metadata have the formats, and which modules share their weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    __version__,
+)
+from transformers.initialization import no_init_weights
+
+from llama_adapter.common.files import write_atomically
+from llama_adapter.quantization.formats import Quantized
+from llama_adapter.quantization.linear import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from llama_adapter.weights.locations import cache_folder
+
+VERSION = 1  # of the file's layout and of how weights are quantised
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".json")  # the files of a base that count
+
+
+def stored_file(base: str, config: PreTrainedConfig, format: str) -> Path | None:
+    """Where a base's quantised weights are, or will be; None where nothing tells its versions apart.
+
+    Args:
+        base: a folder, or a hub id whose config was loaded.
+    """
+    folder = Path(base)
+    if folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
+        state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        version = json.dumps([str(folder.resolve()), state])
+    else:
+        version = str(getattr(config, "_commit_hash", None) or "")
+    if not version:
+        return None
+    key = hashlib.sha256(f"{VERSION} {__version__} {base} {version}".encode()).hexdigest()[:12]
+    return cache_folder() / "quantized" / f"{folder.name}-{format}-{key}.safetensors"
+
+
+def store(decoder: PreTrainedModel, path: Path) -> None:
+    """Write a quantised decoder, in place of those of the base's earlier versions.
+
+    Where that fails, a line on standard error says so: the next start is as slow as this one.
+    """
+    tensors: dict[str, Tensor] = {}
+    formats: dict[str, str] = {}
+    columns: dict[str, int] = {}
+    shared: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for name, module in decoder.named_modules():
+        if not isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+            continue
+        weight = module.quantized
+        if (first := names.setdefault(id(weight), name)) != name:
+            shared[name] = first
+            continue
+        stored = weight.rows(slice(None))
+        formats[name], columns[name] = stored.format, stored.columns
+        tensors |= {f"{name}.numbers": stored.numbers, f"{name}.scales": stored.scales}
+        if stored.offsets is not None:
+            tensors[f"{name}.offsets"] = stored.offsets
+    tensors |= {name: value for name, value in decoder.state_dict().items() if ".quantized." not in name}
+    metadata = {"formats": json.dumps(formats), "shared": json.dumps(shared), "columns": json.dumps(columns)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path) as temporary:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
+        for old in path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*.safetensors"):
+            if old != path:
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        print(f"the quantised weights cannot be kept ({error}); each start makes them anew", file=sys.stderr)
+
+
+def load_stored(base: str, config: PreTrainedConfig, path: Path) -> PreTrainedModel | None:
+    """The decoder whose quantised weights `path` holds; None where there is none, or it is damaged."""
+    if not path.is_file():
+        return None
+    with no_init_weights():  # memory that is never written to takes no room
+        decoder: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            _fill(decoder, file)
+    except (SafetensorError, KeyError, ValueError, RuntimeError):  # of another version, or cut off
+        return None
+    try:
+        decoder.generation_config = GenerationConfig.from_pretrained(base)
+    except OSError:  # a base without one
+        decoder.generation_config = GenerationConfig.from_model_config(config)
+    return decoder.eval()
+
+
+def _fill(decoder: PreTrainedModel, file: Any) -> None:
+    metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+    names = set(file.keys())
+    weights = {}
+    for name, format in metadata["formats"].items():
+        numbers, scales, offsets = (f"{name}.{part}" for part in ("numbers", "scales", "offsets"))
+        tensors = Quantized(
+            format,
+            metadata["columns"][name],
+            file.get_tensor(numbers),
+            file.get_tensor(scales),
+            file.get_tensor(offsets) if offsets in names else None,
+        )
+        names -= {numbers, scales, offsets}
+        weights[name] = QuantizedWeight(tensors)
+    others = {name: file.get_tensor(name) for name in names}
+    dtype = next((value.dtype for value in others.values() if value.is_floating_point()), torch.float32)
+    for name in [*weights, *metadata["shared"]]:
+        module: Any = decoder.get_submodule(name)
+        weight = weights[metadata["shared"].get(name, name)]
+        replacement: nn.Module
+        if isinstance(module, nn.Embedding):
+            replacement = QuantizedEmbedding(weight, dtype, module.padding_idx)
+        else:
+            replacement = QuantizedLinear(weight, dtype, others.get(f"{name}.bias"))
+        decoder.set_submodule(name, replacement)
+    missing, unexpected = decoder.load_state_dict(others, strict=False, assign=True)
+    if unexpected or any(".quantized." not in name for name in missing):
+        raise ValueError("the file does not fit the decoder")
