@@ -1,8 +1,9 @@
 """Products with frozen weights on a CPU while training: float32 by oneDNN, in place of torch's own choice.
 
-torch gives float32 products to MKL, which is fast on Intel's processors and leaves AVX-512 alone on others;
+torch gives float32 products to MKL, which is fast on Intel's processors and does not use AVX-512 on others;
 oneDNN, which torch has too and takes for bfloat16, looks at what a processor can do, not at who made it.
-Where torch has no MKL (ARM, macOS) its products stay: another library makes them, and none was measured.
+On a processor without AVX-512 MKL is the faster of the two (docs/engine.md), and its products stay. They stay
+too where torch has no MKL (ARM, macOS): another library makes them there, and none was measured.
 The products are the same but for rounding. That is why only training takes them: an adapter that adds
 nothing leaves the base's logits as they are bit for bit, and answers come from those.
 """
@@ -30,7 +31,8 @@ def frozen_products(model: nn.Module) -> Iterator[None]:
     """
     linears: list[nn.Module] = []
     backends = torch.backends
-    if backends.mkl.is_available() and backends.mkldnn.is_available() and backends.mkldnn.enabled:
+    available = backends.mkl.is_available() and backends.mkldnn.is_available() and backends.mkldnn.enabled
+    if available and backends.cpu.get_cpu_capability() == "AVX512":
         linears = [module for module in model.modules() if type(module) is nn.Linear]
     for module in linears:
         module.__class__ = _FrozenLinear

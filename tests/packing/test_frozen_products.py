@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -22,6 +24,14 @@ needs_both = pytest.mark.skipif(
     not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),
     reason="this torch was built without MKL or without oneDNN",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def processor_with_avx512() -> Iterator[None]:
+    """oneDNN computes the same whatever the processor; it is only not worth while without AVX-512."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        yield
 
 
 def build(width: int, out: int, *, bias: bool = False) -> nn.Linear:
@@ -136,6 +146,17 @@ def test_a_torch_without_either_library_keeps_its_own(
 ) -> None:
     *leading, width, out = LARGE
     monkeypatch.setattr(getattr(torch.backends, missing), "is_available", lambda: False)
+    linear = build(width, out)
+    with frozen_products(linear):
+        linear(torch.randn(*leading, width))
+    assert not calls
+
+
+def test_without_avx512_torch_keeps_its_own(
+    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *leading, width, out = LARGE
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     linear = build(width, out)
     with frozen_products(linear):
         linear(torch.randn(*leading, width))
