@@ -51,6 +51,8 @@ class AdapterConfig:
         None  # the day that a chat template writes, as 2026-11-28; None: today, or none
     )
 
+    quantization: str | None = None  # of the decoder's weights when it was trained; None: as they are
+
     def __post_init__(self) -> None:
         if self.template_date is not None and not _is_date(self.template_date):
             raise UsageError(f"template date: {self.template_date!r} given; expected one like 2026-11-28")
@@ -129,6 +131,7 @@ class AdapterConfig:
             "parts": [{"kind": self.kind_of(part), **_chosen(part)} for part in self.parts],
             "template": self.template,
             "template_date": self.template_date,
+            "quantization": self.quantization,
             "projections": self.projections,
             "scienceqa": None if self.scienceqa is None else dataclasses.asdict(self.scienceqa),
             "training": self.training,

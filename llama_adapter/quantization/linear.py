@@ -199,6 +199,12 @@ def read_bytes(decoder: nn.Module) -> int:
     return sum({id(module.quantized): module.quantized.nbytes for module in modules}.values())
 
 
+def format_of(decoder: nn.Module) -> str | None:
+    """The format of a decoder's layers; None where they are not quantised by us."""
+    formats = {module.quantized.format for module in decoder.modules() if isinstance(module, QuantizedLinear)}
+    return INT4 if INT4 in formats else next(iter(formats), None)
+
+
 def quantize_decoder(decoder: PreTrainedModel, format: str) -> None:
     """Replace every ``nn.Linear`` and the token embedding of a decoder by modules with quantised weights.
 

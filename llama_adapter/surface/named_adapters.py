@@ -28,6 +28,7 @@ from llama_adapter.methods.projection import VisionConfig
 from llama_adapter.methods.shape import DecoderShape, default_adapted_layers
 from llama_adapter.methods.sites import SitePart, projections_of
 from llama_adapter.methods.table import PARTS, build_configs
+from llama_adapter.quantization.linear import format_of
 from llama_adapter.surface.carried import carry
 from llama_adapter.surface.passing import PassedOn
 
@@ -109,6 +110,7 @@ class NamedAdapters(PassedOn):
             template=template,
             projections=projections_of(self.decoder, adapted_layers) if at_sites else {},
             template_date=template_date if dated else None,
+            quantization=format_of(self.decoder),
         )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         adapter = Adapter(config, generator)
@@ -144,6 +146,13 @@ class NamedAdapters(PassedOn):
             warnings.warn(
                 f"adapter {name!r} was trained with {adapter.config.shape.vocab_size} tokens, "
                 f"{self.base!r} has {shape.vocab_size}; it works if tokens were only added",
+                stacklevel=3,
+            )
+        here, then = (found or "no" for found in (format_of(self.decoder), adapter.config.quantization))
+        if here != then:
+            warnings.warn(
+                f"adapter {name!r} was trained with {then} quantisation, {self.base!r} has {here} here; its "
+                "answers may be a little worse",
                 stacklevel=3,
             )
         if any(isinstance(part, SitePart) for part in adapter.parts):

@@ -49,6 +49,7 @@ def test_what_is_stored_is_exactly_this() -> None:
         "parts": [{"kind": "prompts", "prompt_length": 10}],
         "template": "alpaca",
         "template_date": None,
+        "quantization": None,
         "projections": {},
         "scienceqa": None,
         "training": {"epochs": 2},

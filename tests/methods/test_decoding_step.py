@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import threading
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,6 +189,20 @@ def test_a_copy_has_its_own_weights(copied: Any) -> None:
         buffer.zero_()
     assert torch.equal(decode(other, ids, None, "plain", 4), expected)
     assert step_of(other).inner is other.decoder.base_model
+
+
+def test_an_adapter_says_once_where_its_base_has_another_precision(tmp_path: Path) -> None:
+    model = build_quantized_model()
+    model.save_pretrained(tmp_path / "adapter", adapter="plain")
+    config = json.loads((tmp_path / "adapter" / "llama_adapter_config.json").read_text())
+    assert config["quantization"] == "int8"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(tmp_path / "adapter", name="again")
+    plain = LlamaAdapter(build_tiny_decoder(), base="tiny-base")
+    with pytest.warns(UserWarning, match="int8 quantisation, 'tiny-base' has no here") as told:
+        plain.load_adapter(tmp_path / "adapter", name="elsewhere")
+    assert len(told) == 1
 
 
 def test_a_decoder_in_another_dtype_takes_its_own_steps() -> None:
