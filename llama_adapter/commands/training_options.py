@@ -42,6 +42,15 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         help=f"what is trained: {', '.join(METHODS)}, or several joined by + (default: prompts, or that of "
         "--start-from, whose parts are kept)",
     )
+    adapter.add_argument(
+        "--option",
+        dest="options",
+        action="append",
+        type=_option,
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the method, such as prompt_length=20; can be given several times",
+    )
     adapter.add_argument("--prompt-length", type=int, metavar="K", help="prompts in each layer (10)")
     adapter.add_argument(
         "--adapted-layers", type=int, metavar="L", help="topmost layers (default: N - N // 16)"
@@ -105,6 +114,14 @@ def training_settings(arguments: argparse.Namespace) -> TrainingSettings:
     return TrainingSettings(**{**given, "rates": dict(arguments.rates)})
 
 
+def _option(text: str) -> tuple[str, str]:
+    """An option's type: a setting of the method, "prompt_length=20"."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE, such as prompt_length=20")
+    return name.strip().replace("-", "_"), value.strip()
+
+
 def _group_rate(text: str) -> tuple[str, float]:
     """An option's type: a group of parameters and its rate, "gates=0.003"."""
     group, _, value = text.partition("=")
@@ -155,6 +172,7 @@ def load_model_to_train(
     from llama_adapter.common.processes import running_processes
     from llama_adapter.methods.decoder import checkpoint_activations
     from llama_adapter.methods.projection import Projection
+    from llama_adapter.methods.table import parse_options
     from llama_adapter.training.trainer import parameter_groups
 
     processes = running_processes()
@@ -175,7 +193,8 @@ def load_model_to_train(
         model = load_model(argparse.Namespace(**{**vars(arguments), "adapter": arguments.start_from}))
         start = model.get_adapter(model.active_adapter)
         config = start.config
-        if settled := [*sizes, *(sight if config.vision is not None else ())]:
+        kept = [name for name, _ in arguments.options if name in config.options]
+        if settled := [*sizes, *kept, *(sight if config.vision is not None else ())]:
             option = settled[0].replace("_", "-")
             raise UsageError(f"--{option} is settled by --start-from {arguments.start_from}; leave it out")
         inherited = {name: getattr(config, name) for name in ("adapted_layers", "template", "method")}
@@ -190,6 +209,8 @@ def load_model_to_train(
             )
     if arguments.resume:
         settings["template_date"] = _date_of_run(arguments.output)
+    method = settings.get("method", "prompts")
+    settings |= parse_options(method, dict(arguments.options))
     tower = None
     if images:
         if settings.get("vision") is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama_adapter.common.errors import UsageError
@@ -39,6 +39,42 @@ def parts_of_method(method: str) -> list[type[Part]]:
 def option_names(settings: type[PartConfig]) -> list[str]:
     """The settings that a user chooses."""
     return [own.name for own in dataclasses.fields(settings) if not own.metadata.get("derived")]
+
+
+def parse_options(method: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Options of a method as a command line has them, in the types of their fields.
+
+    Raises:
+        UsageError: an unknown option, or a text that is no value of it.
+    """
+    fields = {
+        own.name: str(own.type)
+        for part in parts_of_method(method)
+        for own in dataclasses.fields(part.Config)
+        if own.name in option_names(part.Config)
+    }
+    values = {}
+    for name, text in texts.items():
+        if name not in fields:
+            raise UsageError(
+                f"method {method!r} has no option {name!r}; it has {', '.join(fields) or 'none'}"
+            )
+        kind = fields[name].removesuffix(" | None")
+        try:
+            values[name] = _FROM_TEXT[kind](text)
+        except (ValueError, KeyError):
+            raise UsageError(f"option {name}={text}: expected a value of type {kind}") from None
+    return values
+
+
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    "tuple[str, ...]": lambda text: tuple(text.split(",")),
+    "tuple[int, ...]": lambda text: tuple(map(int, text.split(","))),
+}
 
 
 def build_configs(

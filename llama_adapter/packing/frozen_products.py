@@ -10,9 +10,11 @@ nothing leaves the base's logits as they are bit for bit, and answers come from 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +24,42 @@ from torch.autograd.function import once_differentiable
 WORTH_A_CALL = 1_000_000
 
 
+_LOCK = threading.Lock()  # of the classes of all modules, and of how many threads use them
+_USERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_THREAD = threading.local()  # ``models``: the ids of those for which this thread is in a context
+
+
 @contextmanager
 def frozen_products(model: nn.Module) -> Iterator[None]:
-    """A context in which the model's frozen ``nn.Linear`` modules compute by oneDNN where it pays.
+    """A context in which this thread computes a model's frozen ``nn.Linear`` modules by oneDNN where it pays.
 
-    A backward pass that recomputes activations belongs inside it too. ``torch.backends.mkldnn.flags(False)``
-    around it leaves the products to torch.
+    Other threads go on with torch's own products. A backward pass that recomputes activations belongs inside
+    it too. Contexts of one model may be nested: the outermost counts, so that a training enters once.
+    ``torch.backends.mkldnn.flags(False)`` around it leaves the products to torch.
     """
-    linears: list[nn.Module] = []
+    models: set[int] = _THREAD.__dict__.setdefault("models", set())
     backends = torch.backends
     available = backends.mkl.is_available() and backends.mkldnn.is_available() and backends.mkldnn.enabled
-    if available and backends.cpu.get_cpu_capability() == "AVX512":
-        linears = [module for module in model.modules() if type(module) is nn.Linear]
-    for module in linears:
-        module.__class__ = _FrozenLinear
+    pays = available and backends.cpu.get_cpu_capability() == "AVX512"
+    if not pays or id(model) in models:
+        yield
+        return
+    linears = [module for module in model.modules() if type(module) in (nn.Linear, _FrozenLinear)]
+    with _LOCK:
+        for module in linears:
+            module.__class__ = _FrozenLinear
+            _USERS[module] = _USERS.get(module, 0) + 1
+    models.add(id(model))
     try:
         yield
     finally:
-        for module in linears:
-            module.__class__ = nn.Linear
+        models.discard(id(model))
+        with _LOCK:
+            for module in linears:
+                _USERS[module] -= 1
+                if not _USERS[module]:
+                    module.__class__ = nn.Linear
+                    del _USERS[module]
 
 
 class _FrozenLinear(nn.Linear):
@@ -49,7 +68,8 @@ class _FrozenLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         pays = (
-            input.device.type == "cpu"
+            bool(getattr(_THREAD, "models", None))
+            and input.device.type == "cpu"
             and input.dtype == torch.float32
             and input.numel() * weight.shape[0] >= WORTH_A_CALL
             and all(_is_frozen(part) for part in (weight, bias) if part is not None)

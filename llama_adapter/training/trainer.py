@@ -26,6 +26,7 @@ from llama_adapter.data.records import Example, PictureFile
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.checkpoint import save_adapter
 from llama_adapter.model import LlamaAdapter
+from llama_adapter.packing.frozen_products import frozen_products
 from llama_adapter.packing.pack import accumulate_gradient, mean_answer_loss
 from llama_adapter.training.run_folder import Onlooker, RunFolder
 from llama_adapter.training.schedule import warmup_cosine
@@ -217,7 +218,7 @@ class Trainer:
             folder.line.say(f"going on from step {progress.step}")
         elif resume:
             folder.line.say("there is no checkpoint yet: starting from the beginning")
-        with folder.metrics(progress.step):
+        with folder.metrics(progress.step), frozen_products(self.model):
             self._steps(adapter, optimizer, progress, folder)
         processes.any(False)  # all wait here for the one that writes
         return progress.best_loss

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -205,3 +207,30 @@ def test_training_takes_them_and_answers_do_not(calls: list[tuple[int, ...]], re
     before = len(calls)
     assert mean_answer_loss(model, rows, device=CPU)[0] == pytest.approx(loss[0], rel=1e-5)
     assert len(calls) > before
+
+
+@needs_both
+def test_other_threads_keep_torch_s_own_products(calls: list[tuple[int, ...]]) -> None:
+    """While one trains another answers; and the first to leave does not stop the other."""
+    linear, states = build(*LARGE[2:]), torch.randn(LARGE[:3])
+    expected = linear(states)
+    inside, leave = threading.Event(), threading.Event()
+
+    def train() -> Tensor:
+        with frozen_products(linear):
+            inside.set()
+            assert leave.wait(60)
+            return linear(states)
+
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train)
+        assert inside.wait(60)
+        assert torch.equal(linear(states), expected) and not calls
+        with frozen_products(linear):
+            with frozen_products(linear):
+                linear(states)
+            linear(states)
+        assert len(calls) == 2 and torch.equal(linear(states), expected)
+        leave.set()
+        training.result()
+    assert len(calls) == 3 and type(linear) is nn.Linear
