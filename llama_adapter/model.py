@@ -16,11 +16,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.attention import is_sharded
 from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
 from llama_adapter.methods.probe import attention_layers, prepare_decoder
 from llama_adapter.methods.state import AdapterState
 from llama_adapter.surface.answers import Answers
-from llama_adapter.surface.effect import check_effect
+from llama_adapter.surface.effect import Readers, check_gradient, check_offloading, check_settings
 from llama_adapter.surface.folders import Folders
 from llama_adapter.surface.named_adapters import NO_ADAPTER
 
@@ -69,6 +70,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         """
         super().__init__()
         self.decoder = prepare_decoder(decoder)
+        self._readers = Readers(self.decoder)
         self.tokenizer = tokenizer
         self.base = base or str(decoder.config._name_or_path)
         self.weights = weights
@@ -132,7 +134,8 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         if segments is not None:
             state.check_packed()
         if state.parts:
-            check_effect(self.decoder)
+            check_settings(self.decoder)
+            self._readers.check(self.decoder)
         if part is None or part is self.decoder:
             kwargs |= {"labels": labels, "logits_to_keep": logits_to_keep}
         output: CausalLMOutputWithPast = (self.decoder if part is None else part.forward)(
@@ -145,11 +148,14 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
             segments=segments,
             **kwargs,
         )
+        check_gradient(state, output)
         return output
 
     def _state(
         self, adapter: str | AdapterState | None, features: Tensor | None, owners: Tensor | None, rows: int
     ) -> AdapterState:
+        if "_hf_hook" in vars(self):
+            check_offloading(self.decoder, self.adapters)
         if features is not None and len(features) == 0:
             features = None
         if isinstance(adapter, AdapterState):
@@ -205,7 +211,10 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         ``image_features`` and ``image_owners`` are those of `forward`.
         An answer ends where `chat` ends it, at the end tokens of the adapter's template, unless
         ``eos_token_id`` is given, here or in a ``generation_config``.
+        On a sharded decoder every process calls it, and computes until the last one's rows end.
         """
+        if kwargs.get("synced_gpus") is None and is_sharded(self.decoder):
+            kwargs["synced_gpus"] = True  # transformers knows of the decoders alone that it sharded itself
         if not isinstance(adapter, AdapterState):
             name = self._name(adapter)
             if name != NO_ADAPTER and not _ends_given(*args, **kwargs) and self.tokenizer is not None:

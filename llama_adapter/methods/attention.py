@@ -76,6 +76,15 @@ def layer_index(attention: nn.Module) -> int:
     return int(attention.layer_idx)  # type: ignore[arg-type]
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether processes share its weights out (FSDP2), so that they are whole only within a forward pass."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
 def project_prompts(attention: nn.Module, prompts: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """``W_k P`` and ``tanh(g) * W_v P`` by the layer's own frozen weights, without rotary embedding.
 

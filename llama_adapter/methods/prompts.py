@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.methods.attention import project_prompts
+from llama_adapter.methods.attention import is_sharded, project_prompts
 from llama_adapter.methods.part import Inputs, Part, PartConfig, State
 from llama_adapter.methods.shape import Layout
 
@@ -66,6 +66,9 @@ class Prompts(Part):
 
     @classmethod
     def precompute(cls, state: State, attentions: Sequence[nn.Module]) -> State:
+        if any(map(is_sharded, attentions)):
+            # The weights are only whole within their layers' forward, where each layer projects its prompts.
+            return {name: value.detach().clone() for name, value in state.items()}
         layers = zip(attentions, state["embeddings"].unbind(1), state["gates"].unbind(1), strict=True)
         pairs = [project_prompts(attention, own, gates[0]) for attention, own, gates in layers]
         keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*pairs, strict=True))
@@ -81,6 +84,8 @@ class Prompts(Part):
     def merge(cls, states: Sequence[State | None]) -> State:
         """Values of zero add exactly nothing; where rows have more or fewer prompts, a mask keeps the padding
         out of the softmax: "mask", (B, L, K), False at padding."""
+        if any(state is not None and "keys" not in state for state in states):
+            raise UsageError("rows with adapters of their own cannot share a batch on a sharded decoder")
         merged = super().merge(states)
         _, layers, _, longest, _ = merged["keys"].shape
         # A bare row keeps all of its zeros: a softmax over nothing is no number.

@@ -1,18 +1,22 @@
-"""Settings of a decoder under which its adapters would be left out, or not be trained, without a word."""
+"""What is done to a decoder so that its adapters would be left out, or not be trained, without a word."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.methods.attention import PREFIX
+from llama_adapter.methods.attention import PREFIX, layer_index
+from llama_adapter.methods.probe import attention_layers, computing_device
+from llama_adapter.methods.state import AdapterState
 
 
-def check_effect(decoder: PreTrainedModel) -> None:
+def check_settings(decoder: PreTrainedModel) -> None:
     """Raise UsageError where no layer would read the prompts, or none would give them a gradient.
 
     `LlamaAdapter` refuses both when it is asked for them; this finds what was set on the decoder itself.
@@ -34,3 +38,131 @@ def check_effect(decoder: PreTrainedModel) -> None:
             "the decoder recomputes its layers with use_reentrant=True, which gives an adapter no gradients; "
             "use model.activation_checkpointing_enable()"
         )
+
+
+def check_gradient(state: AdapterState, output: Any) -> None:
+    """Raise UsageError where an adapter that is trained got no gradient from a forward pass.
+
+    Reentrant checkpointing around all layers does so: its first pass runs without gradients.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    trained = any(tensor.requires_grad for part in state.parts.values() for tensor in part.values())
+    first = output[0]  # the loss, the logits or the hidden states
+    if trained and isinstance(first, Tensor) and not first.requires_grad:
+        raise UsageError(
+            "this forward pass gives the adapter no gradients: its layers ran without them, as in reentrant "
+            "checkpointing; use model.activation_checkpointing_enable(), or torch.no_grad() if nothing is "
+            "trained"
+        )
+
+
+def check_offloading(decoder: PreTrainedModel, adapters: nn.Module) -> None:
+    """Raise UsageError where accelerate offloaded the adapters too, or looks for the base among them.
+
+    It looks an offloaded tensor up in the state dict of what it was given, and ours has the adapters alone.
+    It brings a module's tensors back for that module's forward, and an adapter's are read outside of one.
+    """
+    if computing_device(decoder).type == "meta":
+        return
+    offloaded = any(parameter.device.type == "meta" for parameter in adapters.parameters())
+    if offloaded or not all(_finds_its_tensors(module) for module in decoder.modules()):
+        raise UsageError(
+            "the whole model was offloaded, adapters included; load it again and offload its decoder alone: "
+            "cpu_offload(model.decoder)"
+        )
+
+
+def _finds_its_tensors(module: nn.Module) -> bool:
+    hook: Any = getattr(module, "_hf_hook", None)
+    for single in getattr(hook, "hooks", (hook,)):
+        found = getattr(single, "weights_map", None)
+        if found is not None and getattr(single, "offload", False):
+            names = (name for name, tensor in module.named_parameters(recurse=False) if tensor.is_meta)
+            return all(f"{found.prefix}{name}" in found.dataset for name in names)
+    return True
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step on the way from the decoder to an attention, and the code that runs there."""
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
+    code: tuple[Any, Any]
+
+    def holds(self) -> bool:
+        return self.parent._modules.get(self.name) is self.module and _code(self.module) == self.code
+
+
+def _code(module: nn.Module) -> tuple[Any, Any]:
+    """The forward of its class, and one that was put on the module itself."""
+    return type(module).forward, vars(module).get("forward")
+
+
+class Readers:
+    """Sees to it that every layer of a decoder still reads the prompts, as the probe found at construction.
+
+    Counting what is read in every forward pass would be a side effect, which torch.compile does not take
+    within recomputed layers. So each pass looks only, in some microseconds, whether the code on the way to
+    the layers is the same as before. If it is not, one token is run to see who reads.
+    """
+
+    def __init__(self, decoder: PreTrainedModel) -> None:
+        self.code = _code(decoder)
+        self.steps = _steps(decoder)
+
+    def check(self, decoder: PreTrainedModel) -> None:
+        """Raise UsageError, naming the layer, where one reads no prompts any more."""
+        if torch.compiler.is_compiling():
+            return
+        code = _code(decoder)
+        if code == self.code and all(step.holds() for step in self.steps):
+            return
+        steps = _steps(decoder)
+        layers = decoder.config.get_text_config().num_hidden_layers
+        known = {layer_index(attention) for attention in attention_layers(decoder)}
+        read = known
+        if computing_device(decoder).type != "meta":
+            reading = _Reading(set())
+            with torch.no_grad():
+                token = torch.zeros(1, 1, dtype=torch.long, device=computing_device(decoder))
+                decoder(token, adapter=reading, use_cache=False)
+            read = known & reading.layers
+        if missing := sorted(set(range(layers)) - read):
+            raise UsageError(
+                f"layer {missing[0]} of the decoder reads no prompts: its attention was replaced after the "
+                "model was made; undo that, or switch the adapter off"
+            )
+        self.code, self.steps = code, steps
+
+
+def _steps(decoder: PreTrainedModel) -> list[_Step]:
+    """From the decoder downwards, each module once."""
+    attentions = set(attention_layers(decoder))
+    steps: dict[str, _Step] = {}
+    for path, attention in decoder.named_modules():
+        if attention not in attentions:
+            continue
+        parent: nn.Module = decoder
+        names = path.split(".")
+        for depth, name in enumerate(names, start=1):
+            module = parent._modules[name]
+            assert module is not None
+            steps.setdefault(".".join(names[:depth]), _Step(parent, name, module, _code(module)))
+            parent = module
+    return list(steps.values())
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Stands in for an adapter's state, and notes which layers ask for their prompts."""
+
+    layers: set[int]
+
+    def prompts_of(self, attention: nn.Module) -> None:
+        self.layers.add(layer_index(attention))
+
+    def sites_of(self, layer: int) -> None:
+        return None

@@ -30,6 +30,7 @@ from llama_adapter.methods.sites import SitePart, projections_of
 from llama_adapter.methods.table import PARTS, build_configs
 from llama_adapter.quantization.linear import format_of
 from llama_adapter.surface.carried import carry
+from llama_adapter.surface.effect import check_offloading
 from llama_adapter.surface.passing import PassedOn
 
 if TYPE_CHECKING:
@@ -94,6 +95,10 @@ class NamedAdapters(PassedOn):
             UsageError: an unknown method or option, or a value out of its range.
         """
         self._check_name(name)
+        if "_hf_hook" in vars(self):
+            check_offloading(self.decoder, self.adapters)
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise UsageError(f"seed: {seed} given; expected a whole number below 2**64")
         shape = self.shape
         if adapted_layers is None:
             adapted_layers = default_adapted_layers(shape.num_layers)

@@ -157,6 +157,11 @@ def test_a_sharded_decoder_gives_the_same(alone: Path, tmp_path: Path) -> None:
     expect_same(output, alone)
 
 
+def test_a_sharded_decoder_generates_the_same() -> None:
+    done = launch(["tests.generate_tiny"], config=None)
+    assert done.stdout.count("the same tokens: True") == 2
+
+
 def test_the_decoder_is_not_sharded_unless_asked() -> None:
     module = torch.nn.Linear(2, 2)
     Processes().shard(module)

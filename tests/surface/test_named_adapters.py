@@ -236,3 +236,9 @@ def test_a_pipeline_takes_the_model_without_complaint(caplog: pytest.LogCaptureF
     (answer,) = generator("Name three colours.", max_new_tokens=5, do_sample=False)
     assert answer["generated_text"].startswith("Name three colours.")
     assert "not supported" not in caplog.text
+
+
+def test_a_seed_beyond_what_a_generator_takes_is_an_error(model: LlamaAdapter) -> None:
+    with pytest.raises(UsageError, match="seed: 1180591620717411303424 given"):
+        model.new_adapter("seeded", seed=2**70)
+    assert "seeded" not in model.adapters
