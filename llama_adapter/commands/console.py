@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -366,16 +366,33 @@ def _info(arguments: argparse.Namespace) -> None:
         "size": f"{size / 2**20:.2f} MiB",
         "template": config.template,
         "pictures": _sight(config.vision),
-        "training": "" if config.training else "not recorded",
-        **{f"  {name}": value for name, value in config.training.items()},
+        "training": config.training or "not recorded",
     }
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {inner}" for key, inner in value.items())
+    lines = list(_fact_lines(facts))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
         line = f"{name:{width}}  {value}".rstrip()
         # An adapter may come from anyone; its texts shall not steer the terminal.
         print("".join(letter if letter.isprintable() else "?" for letter in line))
+
+
+def _fact_lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values, line by line: flat dictionaries in one, what holds others indented below its name."""
+    for name, value in facts.items():
+        if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            value = {f"{number}": one for number, one in enumerate(value, start=1)}
+        if not isinstance(value, Mapping):
+            yield f"{indent}{name}", str(value)
+        elif indent and not any(map(_nested, value.values())):
+            yield f"{indent}{name}", ", ".join(f"{key} {inner}" for key, inner in value.items())
+        else:
+            yield f"{indent}{name}", ""
+            yield from _fact_lines(value, indent + "  ")
+
+
+def _nested(value: Any) -> bool:
+    """Whether it is a dictionary, or a list with one."""
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(map(_nested, value)))
 
 
 def _sight(vision: VisionConfig | None) -> str:

@@ -100,6 +100,8 @@ _OTHER_TABS = """
 _PHONE = """
 @media (max-width: 640px) {
     #header h1 { font-size: 1.15rem; }
+    #title { flex: none; }
+    #expert { flex: 1 1 9rem; min-width: 0 !important; }
     #line { display: none; }
     #chat { height: calc(100dvh - 21rem) !important; min-height: 16rem; }
 }

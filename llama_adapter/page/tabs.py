@@ -37,10 +37,14 @@ def comparison_tab(
     with gr.Row():
         with gr.Column(min_width=260):
             left = expert_menu(experts, NO_ADAPTER, "Left", elem_classes="side")
-            left_bot = chat_window("Answer on the left", elem_classes="answer", **look)
+            left_bot = chat_window(
+                "Answer on the left", elem_classes="answer", placeholder="Its answer comes here.", **look
+            )
         with gr.Column(min_width=260):
             right = expert_menu(experts, right_one, "Right", elem_classes="side")
-            right_bot = chat_window("Answer on the right", elem_classes="answer", **look)
+            right_bot = chat_window(
+                "Answer on the right", elem_classes="answer", placeholder="Its answer comes here.", **look
+            )
     view = [comparison, box, question, left_bot, right_bot, waiting]
     for trigger in (box.submit, examples.load_input_event.success):
         take = trigger(handlers.ask, [box, comparison, left, right, *settings], view, **TAKING)

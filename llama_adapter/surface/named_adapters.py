@@ -148,9 +148,15 @@ class NamedAdapters(PassedOn):
                 f"{self.base!r} is {shape}; give its own base"
             )
         if adapter.config.shape != shape:
+            trained = adapter.config.shape.vocab_size
+            what_to_do = (
+                "it works if tokens were only added since"
+                if trained < shape.vocab_size
+                else f"if it uses the others, call resize_token_embeddings({trained}) and load theirs"
+            )
             warnings.warn(
-                f"adapter {name!r} was trained with {adapter.config.shape.vocab_size} tokens, "
-                f"{self.base!r} has {shape.vocab_size}; it works if tokens were only added",
+                f"adapter {name!r} was trained with {trained} tokens, {self.base!r} has {shape.vocab_size}; "
+                f"{what_to_do}",
                 stacklevel=3,
             )
         here, then = (found or "no" for found in (format_of(self.decoder), adapter.config.quantization))

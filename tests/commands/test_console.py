@@ -619,16 +619,23 @@ def test_a_picture_that_was_not_looked_at_is_told_with_the_answer(colours: list[
 def test_info_tells_what_an_adapter_is(weights: Path, tmp_path: Path) -> None:
     adapter = load_adapter(weights / ADAPTER)
     adapter.config.training.update(source="data.json", settings={"epochs": 5}, note="\x1b[2Jgone")
+    adapter.config.training["data"] = {
+        "sources": [{"source": "a", "weight": 0.5}, {"source": "b"}],
+        "max_length": 9,
+    }
     save_adapter(adapter, tmp_path / "one")  # its base is not looked for
     code, out, err = invoke("info", str(tmp_path / "one"), "--weights", str(tmp_path))
     assert (code, err) == (0, "")
-    facts = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in out.splitlines() if "  " in line)
+    facts = dict(
+        re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in out.splitlines() if "  " in line.strip()
+    )
     assert facts["base"] == BASE and facts["fingerprint"] == adapter.config.shape.fingerprint()
     assert facts["method"] == "prompts in the top L = 2 layers" and facts["prompt length"] == "10"
     assert facts["template"] == "alpaca"
     assert facts["parameters"] == f"{2 * 10 * 32 + 2 * 4:,} trainable" and facts["size"].endswith(" MiB")
     assert "3 layers" in facts["shape"] and facts["source"] == "data.json" and facts["settings"] == "epochs 5"
     assert "\x1b" not in out
+    assert facts["1"] == "source a, weight 0.5" and facts["2"] == "source b" and facts["max_length"] == "9"
     assert facts["pictures"] == "none: text alone"
 
 
