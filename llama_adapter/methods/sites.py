@@ -81,6 +81,29 @@ def projections_of(decoder: PreTrainedModel, adapted_layers: int) -> dict[str, t
     return layers[0]
 
 
+def choose_projections(
+    projections: Mapping[str, tuple[int, int]], targets: Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """The projections that are named, whole ("self_attn.q_proj") or by their end ("q_proj"); all for none.
+
+    Raises:
+        UsageError: a name that no projection has.
+    """
+    if not targets:
+        return dict(projections)
+    chosen = {
+        name: size
+        for name, size in projections.items()
+        if any(name == target or name.endswith(f".{target}") for target in targets)
+    }
+    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in projections)]
+    if unknown:
+        raise UsageError(
+            f"targets: this decoder has no projection {unknown[0]!r}; it has {', '.join(projections)}"
+        )
+    return chosen
+
+
 def attach_sites(decoder: PreTrainedModel) -> None:
     """Let parts act at a decoder's sites; where a forward pass has none it computes as before."""
     if hasattr(decoder, _ATTACHED):

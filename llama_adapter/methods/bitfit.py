@@ -1,0 +1,47 @@
+"""BitFit: only biases are trained (arXiv 2106.10199).
+
+    y + b        for each linear projection y = W x
+
+Decoders of the LLaMA family have no biases of their own; those that have some get another added to them.
+
+Shapes: L adapted layers, R sets of a part's tensors (1 or B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_adapter.methods.part import PartConfig
+from llama_adapter.methods.shape import Layout
+from llama_adapter.methods.sites import SitePart, register_parameters
+
+
+@dataclass(frozen=True)
+class BitFitConfig(PartConfig):
+    """BitFit has no settings."""
+
+
+class BitFit(SitePart):
+    """A bias for each output of each projection.
+
+    Attributes:
+        NAME.bias: b, (L, out), zero at the start.
+    """
+
+    kind = "bitfit"
+    Config = BitFitConfig
+
+    def __init__(
+        self, config: BitFitConfig, layout: Layout, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config, layout, generator)
+        for name, (_, outside) in layout.projections.items():
+            register_parameters(self, {f"{name}.bias": torch.zeros(layout.adapted_layers, outside)})
+
+    @staticmethod
+    def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return y + own["bias"][:, None]

@@ -1,0 +1,50 @@
+"""IA3: infused adapter by inhibiting and amplifying inner activations (arXiv 2205.05638, section 3.3).
+
+Keys, values and the MLP's hidden layer are rescaled, element by element:
+
+    y * l        for y = W_k x, W_v x and the up projection
+
+It is kept as y + s * y with s = l - 1, which is zero at the start. The paper rescales what the MLP's last
+projection reads. In a gated MLP, down(act(gate(x)) * up(x)), that is the same as rescaling up's output.
+
+Shapes: L adapted layers, R sets of a part's tensors (1 or B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_adapter.methods.part import PartConfig
+from llama_adapter.methods.shape import Layout
+from llama_adapter.methods.sites import SitePart, choose_projections, register_parameters
+
+TARGETS = ("k_proj", "v_proj", "up_proj")
+
+
+@dataclass(frozen=True)
+class Ia3Config(PartConfig):
+    """IA3 has no settings."""
+
+
+class Ia3(SitePart):
+    """A factor for each output of the keys', values' and up projections.
+
+    Attributes:
+        NAME.scale: l - 1, (L, out), zero at the start.
+    """
+
+    kind = "ia3"
+    Config = Ia3Config
+
+    def __init__(self, config: Ia3Config, layout: Layout, generator: torch.Generator | None = None) -> None:
+        super().__init__(config, layout, generator)
+        for name, (_, outside) in choose_projections(layout.projections, TARGETS).items():
+            register_parameters(self, {f"{name}.scale": torch.zeros(layout.adapted_layers, outside)})
+
+    @staticmethod
+    def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return torch.addcmul(y, y, own["scale"][:, None])
