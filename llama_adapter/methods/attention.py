@@ -112,16 +112,16 @@ def compute_dtype(attention: nn.Module) -> torch.dtype:
     declared = getattr(projection, "compute_dtype", None)
     if isinstance(declared, torch.dtype):
         return declared
-    candidates = [
-        getattr(projection, "weight", None),
-        getattr(projection, "bias", None),
-        *attention.parameters(),
-        *attention.buffers(),
-    ]
-    for tensor in candidates:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.itemsize > 1:
-            return tensor.dtype
-    return torch.get_default_dtype()
+    weight = getattr(projection, "weight", None)
+    if isinstance(weight, Tensor) and _computes(weight):
+        return weight.dtype
+    others = (tensor for tensor in (*attention.parameters(), *attention.buffers()) if _computes(tensor))
+    return next((tensor.dtype for tensor in others), torch.get_default_dtype())
+
+
+def _computes(tensor: Tensor) -> bool:
+    """Whether products are computed in its dtype; weights are only stored in whole numbers or one byte."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
 
 
 def gated_attention(
