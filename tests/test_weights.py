@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.methods.checkpoint import load_adapter
@@ -33,6 +34,17 @@ def test_it_is_small_and_its_card_says_how_it_was_made(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "python -m train." in card and "python -m eval." in card and "## Limits" in card
     assert "licen" in card or "commercial" in card
+
+
+@pytest.mark.parametrize("folder", [*ADAPTERS, WEIGHTS / "clip-mini"], ids=lambda folder: folder.name)
+def test_its_card_is_one_that_the_hub_reads(folder: Path) -> None:
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license and card.data.library_name and card.data.pipeline_tag
+    if folder in ADAPTERS:
+        assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert card.data.eval_results and all(result.metric_value > 0 for result in card.data.eval_results)
+    headings = [line[3:] for line in card.text.splitlines() if line.startswith("## ")]
+    assert headings[:4] == ["How to use it", "What it reaches", "Limits", "How it was made"]
 
 
 @pytest.mark.parametrize("folder", ADAPTERS, ids=lambda folder: folder.name)
