@@ -48,6 +48,13 @@ class PromptSource(Protocol):
         """
         ...
 
+    def keys_of(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Keys and values in front of the tokens', (R, G, K, d) each, and a mask, (R, K), or None.
+
+        The mask is False at padding. None where the layer has no prefix.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class AttentionForm:
@@ -138,7 +145,8 @@ def gated_attention(
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The stock attention plus the gated prompts; without ``adapter`` exactly the stock one.
+    """The stock attention plus the gated prompts, with a prefix in front of its tokens; without ``adapter``
+    exactly the stock one.
 
     Args:
         query: (B, H, T, d). key, value: (B, G, S, d), after rotary embedding and cache.
@@ -148,12 +156,23 @@ def gated_attention(
             what was read from the tokens, and what from the prompts, gated.
 
     Returns:
-        (B, T, H, d) and the attention weights where the stock function gives them.
+        (B, T, H, d) and the attention weights where the stock function gives them, those of a prefix first.
     """
     softcap = kwargs.get("softcap")
     weights = None
     dtype = query.dtype
+    prefix = None if adapter is None else adapter.keys_of(module)
+    if prefix is not None and kwargs.get("position_bias") is not None:
+        raise UsageError(
+            "a prefix has no position, and this decoder weighs keys by theirs (position_bias); choose "
+            "another method, such as prompts"
+        )
     if segments is None:
+        if prefix is not None:
+            causal = stock == "sdpa" and _is_causal(module, kwargs.get("is_causal"))
+            key, value, attention_mask = _behind_prefix(
+                query, key, value, attention_mask, prefix, causal=causal
+            )
         attention = _stock_function(stock, module)
         output, weights = attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     else:
@@ -174,6 +193,7 @@ def gated_attention(
             softcap=softcap,
             sliding_window=form.window,
             chunk=form.chunk,
+            prefix=None if prefix is None else (prefix[0].to(key.dtype), prefix[1].to(value.dtype)),
         )
         output = packed.transpose(1, 2).contiguous()  # as the stock functions give it: some families view it
     added = None if adapter is None else adapter.prompts_of(module)
@@ -194,6 +214,47 @@ def gated_attention(
     if observe is not None:
         observe(layer_index(module), output, gated)
     return (output + gated).to(dtype), weights
+
+
+def _is_causal(module: nn.Module, asked: bool | None) -> bool:
+    """Whether sdpa hides later tokens where it is given no mask, as transformers' function decides it."""
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+def _behind_prefix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    prefix: tuple[Tensor, Tensor, Tensor | None],
+    *,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask of a call with a prefix in front, which all queries see.
+
+    Args:
+        mask: (B or 1, H or 1, T, S), bool or what is added to the scores; None: all are seen, or with
+            ``causal`` those up to the query.
+        prefix: keys and values, (R, G, K, d) each, and a mask, (R, K), or None.
+    """
+    rows, _, length, _ = query.shape
+    keys, values = (states.to(key.dtype).expand(rows, -1, -1, -1) for states in prefix[:2])
+    there = prefix[2]
+    if mask is None and causal and length > 1:
+        # sdpa counts queries and keys from the first one, which would no longer be the first token's.
+        mask = query.new_ones(length, key.shape[2], dtype=torch.bool).tril()[None, None]
+    elif mask is None and there is not None:
+        mask = query.new_ones(1, 1, length, key.shape[2], dtype=torch.bool)
+    if mask is not None:
+        if there is None:
+            there = torch.ones(1, keys.shape[2], dtype=torch.bool, device=mask.device)
+        if mask.dtype != torch.bool:
+            added = torch.zeros(there.shape, dtype=mask.dtype, device=mask.device)
+            there = added.masked_fill(~there, torch.finfo(mask.dtype).min)
+        sets = max(len(mask), len(there))
+        front = there[:, None, None].expand(sets, mask.shape[1], length, -1)
+        mask = torch.cat([front, mask.expand(sets, -1, -1, -1)], dim=-1)
+    return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2), mask
 
 
 def _stock_function(stock: str, module: nn.Module) -> Any:

@@ -309,7 +309,7 @@ def export_pth(adapter: Adapter, path: str | Path, *, raw_gates: bool = False) -
         raise UsageError(
             f"the authors' layout has 10 prompts a layer; this adapter has {config.prompt_length}"
         )
-    state = {"adapter_query.weight": prompts.embeddings.detach().flatten(0, 1).float().cpu().contiguous()}
+    state = {"adapter_query.weight": prompts.plain().detach().flatten(0, 1).float().cpu().contiguous()}
     for layer in range(config.shape.num_layers):
         index = layer - config.first_layer
         gate = prompts.gates[index] if index >= 0 else torch.zeros(config.shape.num_heads)

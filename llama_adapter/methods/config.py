@@ -178,12 +178,12 @@ def _is_date(text: str) -> bool:
 
 
 def _chosen(part: PartConfig) -> dict[str, Any]:
-    """Its settings; what follows from others only where it differs from its default."""
+    """Its settings; what follows from others, or came later, only where it differs from its default."""
     fields = {own.name: own for own in dataclasses.fields(part)}
     return {
         name: value
         for name, value in dataclasses.asdict(part).items()
-        if not fields[name].metadata.get("derived") or value != fields[name].default
+        if not {"derived", "later"} & fields[name].metadata.keys() or value != fields[name].default
     }
 
 

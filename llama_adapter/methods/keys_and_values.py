@@ -32,6 +32,11 @@ class Columns:
 
     pieces: tuple[tuple[int, int, int], ...]
 
+    @property
+    def width(self) -> int:
+        """How many they are."""
+        return sum(stop - start for _, start, stop in self.pieces)
+
     def of(self, results: Sequence[Tensor]) -> Tensor:
         """Results (B, K, N) each -> their columns, (B, K, columns)."""
         if len(self.pieces) > MOST_PIECES:

@@ -82,6 +82,7 @@ def attend_packed(
     softcap: float | None = None,
     sliding_window: int | None = None,
     chunk: int | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Causal attention of several rows packed in one sequence, (1, H, T, d).
 
@@ -93,11 +94,17 @@ def attend_packed(
         segments: what each stretch of the sequence sees; together they cover it in order.
         sliding_window: how many tokens back a layer sees, where the family limits it.
         chunk: how long the chunks are outside of which it sees nothing, where the family has them.
+        prefix: keys and values that all tokens of all rows see, (1, G, K, d) each.
     """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     mask_dtype = query.dtype if softcap is None else torch.bool
-    calls = calls_of(segments, sliding_window, mask_dtype, query.device, chunk)
+    front: tuple[tuple[Tensor, ...], ...] = ((), ())
+    length = 0
+    if prefix is not None:
+        front = tuple((states.repeat_interleave(repeats, dim=1),) for states in prefix)
+        length = prefix[0].shape[2]
+    calls = calls_of(segments, sliding_window, mask_dtype, query.device, chunk, length)
     # Cut once: one slice has a gradient as long as the whole sequence, and all parts together have no more.
     queries = query.split([call.mask.shape[0] for call in calls], dim=2)
     keys, values = (
@@ -106,8 +113,8 @@ def attend_packed(
     outputs = [
         attend(
             part,
-            torch.cat([keys[index] for index in call.seen], dim=2),
-            torch.cat([values[index] for index in call.seen], dim=2),
+            torch.cat([*front[0], *(keys[index] for index in call.seen)], dim=2),
+            torch.cat([*front[1], *(values[index] for index in call.seen)], dim=2),
             scaling=scaling,
             mask=call.mask,
             softcap=softcap,
@@ -141,7 +148,7 @@ class _Call:
     """Successive segments that are computed together."""
 
     seen: tuple[int, ...]  # the segments that they see, in order
-    mask: Tensor  # (tokens of theirs, tokens of the seen)
+    mask: Tensor  # (tokens of theirs, keys of the prefix and tokens of the seen)
 
 
 @lru_cache(maxsize=4)  # for all layers of a pack, with and without a window
@@ -151,10 +158,12 @@ def calls_of(
     dtype: torch.dtype,
     device: torch.device,
     chunk: int | None = None,
+    prefix: int = 0,
 ) -> tuple[_Call, ...]:
     """The calls of a pack. Their masks are bool, or in a floating dtype what is added to the scores.
 
-    sdpa would make that of a bool anew in every layer, and keep each for the backward pass.
+    sdpa would make that of a bool anew in every layer, and keep each for the backward pass. They begin with
+    ``prefix`` columns for keys that all tokens see.
     """
     place = {(segment.start, segment.stop): index for index, segment in enumerate(segments)}
     context = [
@@ -181,6 +190,7 @@ def calls_of(
                 sees &= distance < window
             if chunk is not None:
                 sees &= positions[rows] // chunk == positions[columns] // chunk
+            sees = F.pad(sees, (prefix, 0), value=True)
             if dtype != torch.bool:
                 # CUDA's sdpa copies, in each layer, a mask whose rows do not start at multiples of 8.
                 width = -(-sees.shape[1] // 8) * 8

@@ -32,7 +32,9 @@ State = dict[str, Tensor]  # a part's tensors by name
 class PartConfig:
     """A part's settings, stored with the adapter. Each part has a subclass with its own fields.
 
-    Fields are options that users set by name, all but those with ``metadata={"derived": True}``.
+    Fields are options that users set by name, all but those with ``metadata={"derived": True}``. One that
+    a part got after its first release is marked ``"later": True``: folders name it only where it is not the
+    default, so that adapters without it stay what they were.
     """
 
 
@@ -58,9 +60,11 @@ class Part(nn.Module):
         kind: the part's name: in method strings, in the adapter's config, before its tensors' names.
         Config: the class of its settings.
         layout: what it was built for.
+        differs_in_packs: whether the rows of one packed sequence may have different ones.
     """
 
     kind: ClassVar[str]
+    differs_in_packs: ClassVar[bool] = False
     Config: ClassVar[type[PartConfig]]
     layout: Layout
 
@@ -69,6 +73,11 @@ class Part(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout
+
+    @classmethod
+    def complete(cls, config: Any, decoder: PreTrainedModel) -> Any:
+        """The settings of a new part with what only its decoder tells; as they are by default."""
+        return config
 
     def initialise(self, decoder: PreTrainedModel, input_sizes: Tensor) -> None:
         """Fit a new part to the decoder that it will adapt; does nothing by default.
@@ -111,6 +120,19 @@ class Part(nn.Module):
         return None
 
     @classmethod
+    def keys_of(cls, state: State, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Keys and values that a layer reads in front of its tokens'; None by default: the part has none.
+
+        Args:
+            state: the tensors of the layer, (R, ...) each.
+
+        Returns:
+            keys and values, (R, G, K, d) each, G as the layer has them, and a mask, (R, K), False at padding,
+            or None.
+        """
+        return None
+
+    @classmethod
     def merge(cls, states: Sequence[State | None]) -> State:
         """The states of several rows, (1, L, ...) each, as that of one batch, (B, L, ...).
 
@@ -134,6 +156,27 @@ class Part(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters by the name of the group that has a learning rate of its own."""
         return {self.kind: list(self.parameters())}
+
+    def penalty(self) -> Tensor | None:
+        """What training adds to the loss of a step, with a gradient; None by default: nothing."""
+        return None
+
+    def after_step(self, step: int, total: int) -> None:
+        """What training does after a step of the optimiser, with its gradients; nothing by default.
+
+        Args:
+            step: its number, from 1. total: how many steps the training has.
+        """
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a training needs to go on, beside parameters and buffers; nothing by default.
+
+        It is kept in checkpoints, not in the adapter's folder.
+        """
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `training_state` gave."""
 
 
 def _filled(value: Tensor, sizes: Sequence[int]) -> Tensor:

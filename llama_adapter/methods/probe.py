@@ -116,19 +116,26 @@ def input_sizes(decoder: PreTrainedModel) -> list[float]:
         return [1.0] * len(layers)
     vocabulary = decoder.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
-    read: dict[int, Tensor] = {}
+    read = hidden_states(decoder, tokens)
+    # The first token is left out: many decoders park attention there, and its states are unlike others.
+    return [float(read[layer][:, 1:].float().square().mean().sqrt()) for layer in layers]
+
+
+@torch.no_grad()
+def hidden_states(decoder: PreTrainedModel, tokens: Tensor) -> dict[nn.Module, Tensor]:
+    """What each attention of a prepared decoder reads of tokens, (B, T): (B, T, D), by the attention."""
+    read: dict[nn.Module, Tensor] = {}
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read[layer_index(layer)] = attention_input(args, kwargs)
+        read[layer] = attention_input(args, kwargs)
 
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in attention_layers(decoder)]
     try:
         decoder(tokens.to(computing_device(decoder)), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    # The first token is left out: many decoders park attention there, and its states are unlike others.
-    return [float(read[layer_index(layer)][:, 1:].float().square().mean().sqrt()) for layer in layers]
+    return read
 
 
 def _switch(decoder: PreTrainedModel, implementation: str) -> None:

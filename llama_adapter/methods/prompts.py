@@ -6,13 +6,19 @@ projections, and one gate a head, which lets in what the queries read from them
 
     out = tokens + tanh(g_h) * softmax(q (W_k P)^T * s) (W_v P)
 
-Shapes: R sets of prompts, L adapted layers, K prompts, D hidden size, H heads, d head width.
+With an MLP, which all layers share, they are what it makes of narrower vectors e, as in the non-linear
+prompts of zero-initialised attention's theory (arXiv 2502.03029), times the size c of what the layer reads:
+
+    P = c * (W2 tanh(W1 e + b1) + b2)
+
+Shapes: R sets of prompts, L adapted layers, K prompts, D hidden size, H heads, d head width, W width of the
+MLP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +26,7 @@ from transformers import PreTrainedModel
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.attention import is_sharded, project_prompts
+from llama_adapter.methods.mlp import Mlp
 from llama_adapter.methods.part import Inputs, Part, PartConfig, State
 from llama_adapter.methods.shape import Layout
 
@@ -29,10 +36,14 @@ class PromptsConfig(PartConfig):
     """The settings of adaptation prompts."""
 
     prompt_length: int = 10  # K
+    # Width of the vectors and of a two-layer MLP that makes prompts of them; 0: the vectors are the prompts.
+    prompt_mlp: int = field(default=0, metadata={"later": True})
 
     def __post_init__(self) -> None:
         if self.prompt_length < 1:
             raise UsageError(f"prompt length: {self.prompt_length} given; choose 1 or more (the paper: 10)")
+        if self.prompt_mlp < 0:
+            raise UsageError(f"prompt MLP: {self.prompt_mlp} given; choose its width, or 0 for none")
 
 
 class Prompts(Part):
@@ -40,29 +51,46 @@ class Prompts(Part):
 
     Attributes:
         embeddings: (L, K, D), drawn from N(0, 1), then scaled to the size of what each layer reads from
-            tokens: nothing normalises them before the frozen projections.
+            tokens: nothing normalises them before the frozen projections. With an MLP (L, K, W), not scaled.
+        mlp: W -> D; None where the embeddings are the prompts.
+        sizes: (L,), what each layer's attention reads from tokens; with an MLP alone, and not trained.
         gates: (L, H), zero at the start, so that an untrained adapter leaves the decoder as it is.
     """
 
     kind = "prompts"
     Config = PromptsConfig
+    differs_in_packs = True
+    sizes: Tensor
 
     def __init__(
         self, config: PromptsConfig, layout: Layout, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(config, layout, generator)
         layers, shape = layout.adapted_layers, layout.shape
-        self.embeddings = nn.Parameter(
-            torch.randn(layers, config.prompt_length, shape.hidden_size, generator=generator)
-        )
+        width = config.prompt_mlp or shape.hidden_size
+        self.embeddings = nn.Parameter(torch.randn(layers, config.prompt_length, width, generator=generator))
         self.gates = nn.Parameter(torch.zeros(layers, shape.num_heads))
+        self.mlp = None
+        if config.prompt_mlp:
+            self.mlp = Mlp(width, shape.hidden_size, generator)
+            self.register_buffer("sizes", torch.ones(layers))
 
     def initialise(self, decoder: PreTrainedModel, input_sizes: Tensor) -> None:
-        self.embeddings.mul_(input_sizes[:, None, None])
+        if self.mlp is not None:
+            self.sizes.copy_(input_sizes)
+        else:
+            self.embeddings.mul_(input_sizes[:, None, None])
+
+    def plain(self) -> Tensor:
+        """The prompts that the layers read, (L, K, D)."""
+        if self.mlp is None:
+            return self.embeddings
+        made: Tensor = self.mlp(self.embeddings) * self.sizes[:, None, None]
+        return made
 
     def add_state(self, states: dict[type[Part], State], inputs: Inputs) -> None:
         """Each layer projects its prompts itself, where a sharded layer's weights are gathered."""
-        states[Prompts] = {"embeddings": self.embeddings[None], "gates": self.gates[None]}
+        states[Prompts] = {"embeddings": self.plain()[None], "gates": self.gates[None]}
 
     @classmethod
     def precompute(cls, state: State, attentions: Sequence[nn.Module]) -> State:
@@ -96,4 +124,5 @@ class Prompts(Part):
         return merged
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"prompts": [self.embeddings], "gates": [self.gates]}
+        others = [parameter for parameter in self.parameters() if parameter is not self.gates]
+        return {"prompts": others, "gates": [self.gates]}

@@ -66,6 +66,13 @@ class AdapterState:
                 return found
         return None
 
+    def keys_of(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """What a layer reads in front of its tokens; see `Part.keys_of`."""
+        for part, state in self._layers[layer_index(attention)].items():
+            if (found := part.keys_of(state, attention)) is not None:
+                return found
+        return None
+
     def sites_of(self, layer: int) -> Mapping[str, Acting] | None:
         """What acts at each site of a layer; None where nothing does."""
         return self._sites[layer] or None
@@ -99,10 +106,10 @@ class AdapterState:
         )
 
     def check_packed(self) -> None:
-        """Raise UsageError where rows of a packed sequence have different parts that act at sites."""
+        """Raise UsageError where rows of a packed sequence have different parts, and cannot."""
         for part, tensors in self.parts.items():
             sets = max(map(len, tensors.values()), default=1)
-            if sets > 1 and issubclass(part, SitePart):
+            if sets > 1 and not part.differs_in_packs:
                 raise UsageError(f"{sets} sets of {part.kind} for a packed sequence; give one")
 
 

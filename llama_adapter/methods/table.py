@@ -7,19 +7,30 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.adalora import AdaLora
 from llama_adapter.methods.bitfit import BitFit
 from llama_adapter.methods.bottleneck import Bottleneck
 from llama_adapter.methods.ia3 import Ia3
 from llama_adapter.methods.lora import Lora
 from llama_adapter.methods.part import Part, PartConfig
+from llama_adapter.methods.prefix import Prefix
 from llama_adapter.methods.projection import Projection, VisionConfig
 from llama_adapter.methods.prompts import Prompts
 from llama_adapter.methods.scales import Scales
 
 # In the order in which they act where several act on the same output.
-_PARTS: tuple[type[Part], ...] = (Prompts, Projection, Scales, Ia3, BitFit, Lora, Bottleneck)
-# By kind, in that order.
-PARTS: dict[str, type[Part]] = {part.kind: part for part in _PARTS}
+_PARTS: tuple[type[Part], ...] = (
+    Prompts,
+    Projection,
+    Prefix,
+    Scales,
+    Ia3,
+    BitFit,
+    Lora,
+    AdaLora,
+    Bottleneck,
+)
+PARTS: dict[str, type[Part]] = {part.kind: part for part in _PARTS}  # by kind, in that order
 METHODS = tuple(
     kind for kind in PARTS if kind != Projection.kind
 )  # an adapter that sees has that one as well

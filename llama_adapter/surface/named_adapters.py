@@ -105,7 +105,10 @@ class NamedAdapters(PassedOn):
         dated = template == "chat" and self.tokenizer is not None and writes_date(self.tokenizer)
         if dated and template_date is None:
             template_date = datetime.date.today().isoformat()
-        parts = build_configs(method, options, vision)
+        parts = tuple(
+            PARTS[AdapterConfig.kind_of(part)].complete(part, self.decoder)
+            for part in build_configs(method, options, vision)
+        )
         at_sites = any(issubclass(PARTS[AdapterConfig.kind_of(part)], SitePart) for part in parts)
         config = AdapterConfig(
             base=self.base,

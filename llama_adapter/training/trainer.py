@@ -213,6 +213,8 @@ class Trainer:
         if (state := processes.from_main(begin)) is not None:
             adapter.load_state_dict(state["adapter"])
             optimizer.load_state_dict(state["optimizer"])
+            for kind, part in zip(adapter, adapter.parts, strict=True):
+                part.load_training_state(state.get("parts", {}).get(kind, {}))
             torch.set_rng_state(state["rng"])
             progress = _Progress(**state["progress"])
             folder.line.say(f"going on from step {progress.step}")
@@ -246,6 +248,8 @@ class Trainer:
                 fine = math.isfinite(loss) and math.isfinite(norm)
                 if fine:
                     optimizer.step()
+                    for part in adapter.parts:
+                        part.after_step(progress.step + 1, total)
                 optimizer.zero_grad(set_to_none=True)
                 bad = 0 if fine else bad + 1
                 progress.skipped_steps += not fine
@@ -272,6 +276,10 @@ class Trainer:
                     state = {
                         "adapter": adapter.state_dict(),
                         "optimizer": optimizer.state_dict(),
+                        "parts": {
+                            kind: part.training_state()
+                            for kind, part in zip(adapter, adapter.parts, strict=True)
+                        },
                         "progress": dataclasses.asdict(progress),
                         "rng": torch.get_rng_state(),
                     }
@@ -318,7 +326,11 @@ class Trainer:
         return rows
 
     def _gradient(self, adapter: Adapter, batch: Sequence[Example]) -> tuple[float, float]:
-        """Accumulate the gradient of the batch's loss; returns the loss and the norm."""
+        """Accumulate the gradient of the batch's loss and of the parts' penalties.
+
+        Returns:
+            the loss, without the penalties, and the norm of the gradient.
+        """
         processes, device = running_processes(), self.model.decoder.device
         loss = accumulate_gradient(
             self.model,
@@ -333,6 +345,10 @@ class Trainer:
         if processes.count > 1:
             loss = float(processes.sum(torch.tensor(loss, device=device)))
             processes.sum_gradients(adapter.parameters())
+        # Behind the sum over the processes, since each has the whole of it.
+        for part in adapter.parts:
+            if (penalty := part.penalty()) is not None:
+                penalty.backward()
         limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
         return loss, float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), limit))
 

@@ -209,6 +209,9 @@ class FixedPrompts:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.tensors = keys, values, None
 
+    def keys_of(self, attention: torch.nn.Module) -> None:
+        return None
+
     def prompts_of(self, attention: torch.nn.Module) -> tuple[Tensor, Tensor, None]:
         return self.tensors
 

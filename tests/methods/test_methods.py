@@ -32,8 +32,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "bitfit": ("bitfit", {}),
     "lora": ("lora", {"rank": 3}),
     "rslora": ("lora", {"rank": 4, "rslora": True, "targets": ("q_proj", "mlp.down_proj")}),
+    "adalora": ("adalora", {"init_rank": 4, "target_rank": 2, "targets": ("v_proj", "mlp.up_proj")}),
     "sequential": ("bottleneck", {"bottleneck_width": 5}),
     "parallel": ("bottleneck", {"bottleneck_width": 4, "placement": "parallel"}),
+    "prefix": ("prefix", {"prefix_length": 3}),
+    "prefix of an MLP": ("prefix", {"prefix_length": 4, "prefix_mlp": 5}),
+    "prompts of an MLP": ("prompts", {"prompt_length": 3, "prompt_mlp": 6}),
+    "prompts+prefix+scales": ("prompts+prefix+scales", {"prompt_length": 2, "prefix_length": 2}),
     "prompts+lora": ("prompts+lora", {"rank": 2, "prompt_length": 3}),
     "scales+lora+bottleneck": ("scales+lora+bottleneck", {}),
 }
@@ -58,7 +63,7 @@ def logits(model: LlamaAdapter, tokens: Tensor, adapter: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if "prefix" not in name])
 def test_it_starts_as_the_base_bit_for_bit(name: str) -> None:
     model = build_tiny_model()
     add(model, name, stirred=False)
@@ -98,7 +103,7 @@ def test_packed_rows_have_the_padded_loss_and_gradients(name: str) -> None:
         assert torch.allclose(gradients[key], value.grad, rtol=1e-4, atol=1e-6), key
 
 
-@pytest.mark.parametrize("name", ["lora", "sequential"])
+@pytest.mark.parametrize("name", ["lora", "sequential", "prompts+prefix+scales"])
 def test_checkpointing_gives_the_same_gradients(name: str) -> None:
     gradients = []
     for checkpointed in (False, True):
@@ -262,6 +267,14 @@ def test_a_bottleneck_acts_after_both_sublayers() -> None:
         ({"method": "lora", "targets": ("q_prj",)}, "no projection 'q_prj'; it has mlp.down_proj"),
         ({"method": "bottleneck", "bottleneck_width": 0}, "bottleneck width: 0 given; choose 1 or more"),
         ({"method": "bottleneck", "placement": "beside"}, "choose sequential or parallel"),
+        ({"method": "prefix", "prefix_length": 0}, "prefix length: 0 given; choose 1 or more"),
+        ({"method": "prefix", "prefix_mlp": -1}, "prefix MLP: -1 given; choose its width, or 0 for none"),
+        ({"method": "prompts", "prompt_mlp": -1}, "prompt MLP: -1 given; choose its width, or 0 for none"),
+        ({"method": "adalora", "target_rank": 13}, "target rank: 13 given with a first rank of 12"),
+        ({"method": "adalora", "alpha": -1.0}, "alpha: -1.0 given; choose a number above 0"),
+        ({"method": "adalora", "prune_from": 0.8}, "from 0.8 to 0.7 of the steps"),
+        ({"method": "adalora", "prune_every": 0}, "prune every: 0 steps given; choose 1 or more"),
+        ({"method": "adalora", "orthogonality": -0.1}, "orthogonality: -0.1 given"),
         ({"method": "ia3", "rank": 3}, "has no option 'rank'"),
     ],
 )
