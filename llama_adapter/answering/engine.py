@@ -19,7 +19,7 @@ from llama_adapter.data.pictures import Picture
 from llama_adapter.data.templates import Turn
 from llama_adapter.decoding.batch import Batch, Row
 from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.decoding.streams import Answer, Request
+from llama_adapter.decoding.streams import Answer, Request, Said
 from llama_adapter.model import LlamaAdapter
 
 
@@ -124,7 +124,7 @@ class _Ticket:
         self.started = 0.0
         self.seconds = 0.0
         self._engine = engine
-        self._made = 0
+        self._said = Said(request.sampling.max_new_tokens, request.end_ids)
         self._tokens: SimpleQueue[tuple[int, float] | Exception | None] = SimpleQueue()
 
     def tokens(self) -> Iterator[int]:
@@ -141,12 +141,9 @@ class _Ticket:
 
     def take(self, token: int) -> None:
         """Hand a token on; the last one ends the answer."""
-        if token in self.request.end_ids:
-            self.end()
-            return
-        self._made += 1
-        self._tokens.put((token, time.perf_counter() - self.started))
-        if self._made == self.request.sampling.max_new_tokens:
+        if self._said.take(token):
+            self._tokens.put((token, time.perf_counter() - self.started))
+        if self._said.ended:
             self.end()
 
     def end(self, error: Exception | None = None) -> None:

@@ -20,7 +20,7 @@ from llama_adapter.data.records import PictureFile, Record, encode_records
 from llama_adapter.data.templates import Turn, encode_question, end_token_ids, stop_strings
 from llama_adapter.decoding.batch import Batch, Row
 from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.decoding.streams import stream_text
+from llama_adapter.decoding.streams import Said, stream_text
 from llama_adapter.methods.state import AdapterState, merge_states
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.packing.pack import answer_losses, split_by_tokens
@@ -72,7 +72,7 @@ def answer_records(
         said = _by_beams(model, take, ends, max_new_tokens, batch_size, beams)
     answers = [""] * len(records)
     for done, (i, tokens) in enumerate(said, start=1):
-        answers[i] = "".join(stream_text(_until(tokens, ends), tokenizer, stops)).strip()
+        answers[i] = "".join(stream_text(tokens, tokenizer, stops)).strip()
         progress(done)
     return answers
 
@@ -142,7 +142,7 @@ def _greedily(
     greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
     batch, device = Batch(model), model.decoder.device
     rows: dict[int, Row] = {}
-    said: dict[int, list[int]] = {}
+    said: dict[int, Said] = {}
     while True:
         # Several are read in less time than one by one, so it waits until half of the places are free.
         if 2 * len(rows) <= batch_size and (asked := take(batch_size - len(rows))):
@@ -156,12 +156,12 @@ def _greedily(
             return
         tokens = torch.cat([rows[i].token for i in some]).flatten().tolist()
         for i, token in zip(some, tokens, strict=True):
-            said.setdefault(i, []).append(token)
-        ended = [i for i in some if said[i][-1] in ends or len(said[i]) == max_new_tokens]
+            said.setdefault(i, Said(max_new_tokens, ends)).take(token)
+        ended = [i for i in some if said[i].ended]
         if ended:
             batch.leave(*(rows.pop(i) for i in ended))
         for i in ended:
-            yield i, said.pop(i)
+            yield i, said.pop(i).tokens
 
 
 def _by_beams(
@@ -191,7 +191,11 @@ def _by_beams(
             eos_token_id=ends,
             pad_token_id=ends[0],
         )
-        yield from zip((i for i, _, _ in asked), output[:, longest:].tolist(), strict=True)
+        for (i, _, _), tokens in zip(asked, output[:, longest:].tolist(), strict=True):
+            said = Said(max_new_tokens, ends)
+            for token in tokens:  # behind the end of an answer the batch is filled up
+                said.take(token)
+            yield i, said.tokens
 
 
 def _take_alike(waiting: deque[int], questions: Sequence[Sequence[int]], most: int) -> list[int]:
@@ -223,9 +227,3 @@ def _states(
         return [projected] * len(sets)
     of = {images: projected.of_row(number) for number, images in enumerate(different)}
     return [of[images] for images in sets]
-
-
-def _until(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """What was said before the end token, behind which a batch is filled up."""
-    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return list(tokens[:stop])

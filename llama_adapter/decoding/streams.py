@@ -92,6 +92,31 @@ class TokenChooser:
         return token
 
 
+class Said:
+    """The tokens of an answer, and where it ends: the one rule for all who make answers.
+
+    An end token ends an answer and is not part of it; so does the last token that there may be.
+
+    Attributes:
+        tokens: those of the answer so far.
+        ended: whether it is whole.
+    """
+
+    def __init__(self, max_new_tokens: int, end_ids: Collection[int]) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+        self._limit, self._end_ids = max_new_tokens, end_ids
+
+    def take(self, token: int) -> bool:
+        """Take the next token; returns whether it is part of the answer."""
+        if self.ended or token in self._end_ids:
+            self.ended = True
+            return False
+        self.tokens.append(token)
+        self.ended = len(self.tokens) == self._limit
+        return True
+
+
 @torch.inference_mode()
 def stream_tokens(
     forward: Callable[..., Any], question: Tensor, sampling: Sampling, end_ids: Collection[int]
@@ -105,15 +130,14 @@ def stream_tokens(
         end_ids: tokens that end the answer.
     """
     choose = TokenChooser(sampling, question)
+    said = Said(sampling.max_new_tokens, end_ids)
     step, cache = question, None
-    for _ in range(sampling.max_new_tokens):
+    while not said.ended:
         output = forward(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         step = choose(output.logits[:, -1])
-        token = int(step)
-        if token in end_ids:
-            return
-        yield token
+        if said.take(token := int(step)):
+            yield token
 
 
 class Answer:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, TextIteratorStreamer
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.decoding.streams import build_processors, stream_text, stream_tokens
+from llama_adapter.decoding.streams import Said, build_processors, stream_text, stream_tokens
 from llama_adapter.model import LlamaAdapter
 from tests.tiny import build_tiny_sentencepiece_tokenizer, build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder, build_tiny_model, padded, random_rows
@@ -435,3 +435,12 @@ def test_nothing_after_a_stop_string_is_asked_for() -> None:
 def test_of_two_stop_strings_in_one_token_the_first_counts() -> None:
     (token,) = TOKENIZER(" the")["input_ids"]
     assert "".join(stream_text([token], TOKENIZER, ["e", "h"])) == "t"
+
+
+def test_an_answer_ends_before_an_end_token_or_with_the_last_that_there_may_be() -> None:
+    said = Said(3, (2, 7))
+    assert [said.take(token) for token in (5, 7, 5)] == [True, False, False]
+    assert said.tokens == [5] and said.ended
+    said = Said(2, ())
+    assert [said.take(token) for token in (7, 2)] == [True, True] and said.ended
+    assert not said.take(1) and said.tokens == [7, 2]
