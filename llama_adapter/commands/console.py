@@ -1,4 +1,4 @@
-"""The console command: llama-adapter list, fetch, ask, chat, info, convert.
+"""The console command: llama-adapter list, fetch, ask, chat, info, convert, merge.
 
 torch and transformers take seconds to import, so a command imports what it needs once it is known to need it:
 help, a mistyped option and an empty question are answered at once.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import os
 import re
 import sys
@@ -29,6 +28,7 @@ from llama_adapter.commands.arguments import (
     load_model,
     sampling_settings,
 )
+from llama_adapter.commands.conversion import add_convert_options, add_merge_options, convert, merge
 from llama_adapter.commands.scripts import SCRIPTS, run_script
 from llama_adapter.commands.weights_shown import print_base_or_tower, print_list
 from llama_adapter.common.errors import UsageError
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from llama_adapter.decoding.streams import Answer
-    from llama_adapter.methods.adapter import Adapter
     from llama_adapter.methods.projection import VisionConfig
 
 MAX_QUESTION_BYTES = 4 << 20  # more than any decoder reads, and little enough to hold
@@ -124,17 +123,11 @@ def _parser() -> Parser:
     added.add_argument("adapter", metavar="NAME", nargs="?", help="name, or an adapter's folder or hub id")
     add_weights_option(added)
 
-    added = command("convert", _convert, "convert the method's authors' .pth to an adapter folder, or back")
-    added.add_argument("source", metavar="FROM", help="a .pth file; or an adapter's name, folder or hub id")
-    added.add_argument("target", metavar="TO", type=Path, help="the folder or the .pth file to write")
-    added.add_argument("--base", help="what the .pth was trained for: name, folder or hub id of the decoder")
-    added.add_argument(
-        "--raw-gates",
-        action="store_true",
-        help="the .pth is for code that applies no tanh to the gates, as the authors' inference code; "
-        "else (their training code) tanh is applied",
-    )
-    add_weights_option(added)
+    added = command("convert", convert, "convert an adapter: the authors' .pth, PEFT's folders, and back")
+    add_convert_options(added)
+
+    added = command("merge", merge, "write an adapter's base with the adapter folded in, as a plain decoder")
+    add_merge_options(added)
     return parser
 
 
@@ -329,7 +322,7 @@ def _choose_adapter(chat: Conversation, name: str, weights: str | None) -> None:
     print(f"{name} answers")
 
 
-# --- info and convert ---------------------------------------------------------------------------------------
+# --- info ---------------------------------------------------------------------------------------------------
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -351,7 +344,7 @@ def _info(arguments: argparse.Namespace) -> None:
             return
         raise
     folder = adapter_folder(found)
-    adapter = load_adapter(folder)
+    adapter = load_adapter(folder, weights=arguments.weights)
     config = adapter.config
     files = [folder / name for name in (CONFIG_FILE, FORMER_CONFIG_FILE, WEIGHTS_FILE, STATE_FILE)]
     size = sum(file.stat().st_size for file in files if file.is_file())
@@ -403,46 +396,3 @@ def _sight(vision: VisionConfig | None) -> str:
         f"by the tower {vision.tower} ({vision.tower_fingerprint}), depths {depths}: {vision.feature_width} "
         f"features, {vision.image_tokens} image token{'s' if vision.image_tokens > 1 else ''}"
     )
-
-
-def _convert(arguments: argparse.Namespace) -> None:
-    from llama_adapter.methods.checkpoint import (
-        adapter_folder,
-        export_pth,
-        import_pth,
-        load_adapter,
-        save_adapter,
-    )
-    from llama_adapter.methods.decoder import load_shape
-
-    source, target, weights = arguments.source, arguments.target, arguments.weights
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UsageError(f"{target} is there already; move it away or choose another name")
-    if source.endswith(".pth") or Path(source).is_file():
-        if arguments.base is None:
-            raise UsageError(f"give --base, the decoder that {source} was trained for")
-        base = locations.resolve(arguments.base, kind="base", weights=weights)
-        base_name = locations.name_of(base, kind="base", weights=weights)
-        adapter = import_pth(source, base=base_name, shape=load_shape(base), raw_gates=arguments.raw_gates)
-        save_adapter(adapter, target)
-        print(_gates_read(adapter, raw=arguments.raw_gates), file=sys.stderr)
-    else:
-        if target.suffix != ".pth":
-            raise UsageError(f"{target}: an adapter is converted to a file; give a name that ends in .pth")
-        if arguments.base is not None:
-            raise UsageError("--base goes with a .pth; an adapter itself says what its base is")
-        folder = adapter_folder(locations.resolve(source, kind="adapter", weights=weights))
-        export_pth(load_adapter(folder), target, raw_gates=arguments.raw_gates)
-    print(target)
-
-
-def _gates_read(adapter: Adapter, *, raw: bool) -> str:
-    """How the gates of a .pth were taken, and what the other way would have made of the largest."""
-    gate = float(adapter.prompts.gates.detach().abs().max())
-    largest = math.tanh(gate)
-    if raw:
-        return (
-            f"largest gate: {largest:.4g} as it is in the file; without --raw-gates, {math.tanh(largest):.4g}"
-        )
-    other = f"with --raw-gates, {gate:.4g}" if gate < 1 else "too large for --raw-gates"
-    return f"largest gate: {largest:.4g}, by tanh of the {gate:.4g} in the file; {other}"

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.methods.lora import low_rank
+from llama_adapter.methods.lora import Lora, add_low_rank
 from llama_adapter.methods.part import Inputs, Part, PartConfig, State, by_site
 from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import SitePart, choose_projections, register_parameters
@@ -82,6 +82,7 @@ class AdaLora(SitePart):
     """
 
     kind = "adalora"
+    foldable = True
     Config = AdaLoraConfig
     config: AdaLoraConfig
 
@@ -114,7 +115,11 @@ class AdaLora(SitePart):
 
     @staticmethod
     def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return y + low_rank(x, own["down"], own["up"])
+        return add_low_rank(y, x, own["down"], own["up"])
+
+    @staticmethod
+    def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return Lora.fold(own, weight, bias)
 
     @classmethod
     def precompute(cls, state: State, attentions: Sequence[nn.Module]) -> State:

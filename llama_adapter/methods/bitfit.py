@@ -33,6 +33,7 @@ class BitFit(SitePart):
     """
 
     kind = "bitfit"
+    foldable = True
     Config = BitFitConfig
 
     def __init__(
@@ -45,3 +46,7 @@ class BitFit(SitePart):
     @staticmethod
     def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return y + own["bias"][:, None]
+
+    @staticmethod
+    def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, own["bias"][0] if bias is None else bias + own["bias"][0]

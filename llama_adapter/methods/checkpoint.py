@@ -1,6 +1,7 @@
 """An adapter as a folder of a few MB, and the authors' .pth.
 
-The folder has llama_adapter_config.json and adapter_model.safetensors.
+The folder has llama_adapter_config.json and adapter_model.safetensors. PEFT's folders are read too
+(`llama_adapter.methods.peft_folders`).
 
 Loading is strict (every key, every shape) and reads weights only: no pickled code ever runs.
 
@@ -25,13 +26,17 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import write_atomically, write_json
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.config import AdapterConfig
+from llama_adapter.methods.decoder import load_structure, load_tokenizer
+from llama_adapter.methods.peft_folders import peft_base, peft_config, read_peft
 from llama_adapter.methods.prompts import Prompts, PromptsConfig
 from llama_adapter.methods.shape import DecoderShape
+from llama_adapter.weights import locations
 from llama_adapter.weights.hub import gated_error
 
 CONFIG_FILE = "llama_adapter_config.json"
@@ -110,24 +115,35 @@ def _is_state(name: str, hub: dict[str, Any]) -> bool:
     return any(tensor.startswith(STATE_PREFIX) for tensor in metadata.weight_map)
 
 
-def read_config(folder: str | Path) -> AdapterConfig:
+def is_peft(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter of PEFT's, and none of ours."""
+    return not (Path(folder) / CONFIG_FILE).is_file() and peft_config(folder) is not None
+
+
+def base_of(folder: str | Path) -> str:
+    """What the adapter in a folder calls its base. Raises UsageError as `read_config`."""
+    values = peft_config(folder) if is_peft(folder) else None
+    return read_config(folder).base if values is None else peft_base(values, folder)
+
+
+def read_config(folder: str | Path, *, weights: str | Path | None = None) -> AdapterConfig:
     """The settings in an adapter folder.
 
+    Args:
+        weights: as in `load_adapter`.
+
     Raises:
-        UsageError: no adapter folder, PEFT's, not JSON, another version, a missing or unknown key.
+        UsageError: no adapter folder, not JSON, another version, a missing or unknown key; of PEFT's folders
+            as `load_adapter`.
     """
     folder = Path(folder)
+    if is_peft(folder):
+        return load_adapter(folder, weights=weights).config
     path = folder / CONFIG_FILE
     if not path.is_file():
         path = folder / FORMER_CONFIG_FILE
     if path.is_file():
-        values = _read_json(path)
-        if "peft_type" in values:
-            raise UsageError(
-                f"{folder} holds an adapter of PEFT ({values['peft_type']}), not a LLaMA-Adapter; load it "
-                "with peft.PeftModel.from_pretrained"
-            )
-        return AdapterConfig.from_dict(values, str(path))
+        return AdapterConfig.from_dict(_read_json(path), str(path))
     if (folder / STATE_FILE).is_file() and (found := load_state_file(folder / STATE_FILE)):
         return next(iter(found.values())).config
     raise UsageError(
@@ -147,12 +163,35 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_adapter(folder: str | Path) -> Adapter:
+def load_adapter(
+    folder: str | Path,
+    decoder: PreTrainedModel | None = None,
+    *,
+    base: str | None = None,
+    template: str | None = None,
+    weights: str | Path | None = None,
+) -> Adapter:
     """Rebuild the adapter in a folder, in float32 on the CPU; of a trainer's several, the active one.
 
+    Only PEFT's folders, which do not know the sizes of their base, ask for more than the folder:
+
+    Args:
+        decoder: its prepared base; None looks for the one that ``base``, or else PEFT's config, names.
+        base: what the decoder is called.
+        template: how turns are written for it; None takes the base's chat template, else "alpaca".
+        weights: where the base is looked for (see `locations.weights_folders`).
+
     Raises:
-        UsageError: as `read_config`, and a truncated file, a missing or extra key, a wrong size.
+        UsageError: as `read_config`, and a truncated file, a missing or extra key, a wrong size; of PEFT's
+            folders whatever `read_peft` refuses.
     """
+    if is_peft(folder):
+        named = base or peft_base(peft_config(folder) or {}, folder)
+        if decoder is None:
+            found = locations.resolve(named, kind="base", weights=weights)
+            decoder, named = load_structure(found), locations.name_of(found, kind="base", weights=weights)
+            template = template or template_of(load_tokenizer(found))
+        return read_peft(folder, decoder, base=named, template=template or "alpaca")
     config = read_config(folder)
     path = Path(folder) / WEIGHTS_FILE
     state = Path(folder) / STATE_FILE
@@ -161,6 +200,11 @@ def load_adapter(folder: str | Path) -> Adapter:
             return next(iter(load_state_file(state).values()))
         raise UsageError(f"{folder} has no {WEIGHTS_FILE}; copy the adapter again")
     return _build_adapter(config, _load_tensors(path), str(path))
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """How turns are written for an adapter that does not say it: as the base's chat, if it has a template."""
+    return "chat" if tokenizer is not None and tokenizer.chat_template else "alpaca"
 
 
 def load_state_file(path: Path) -> dict[str, Adapter]:

@@ -194,3 +194,9 @@ def load_shape(base: str) -> DecoderShape:
     """The sizes of the decoder in a folder or of a hub id; its weights are not read."""
     with _clear_errors(base):
         return decoder_shape(AutoConfig.from_pretrained(base))
+
+
+def load_structure(base: str) -> PreTrainedModel:
+    """The decoder in a folder or of a hub id without its weights (on the meta device), prepared."""
+    with _clear_errors(base), torch.device("meta"):
+        return prepare_decoder(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)))

@@ -38,6 +38,7 @@ class Ia3(SitePart):
     """
 
     kind = "ia3"
+    foldable = True
     Config = Ia3Config
 
     def __init__(self, config: Ia3Config, layout: Layout, generator: torch.Generator | None = None) -> None:
@@ -48,3 +49,8 @@ class Ia3(SitePart):
     @staticmethod
     def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return torch.addcmul(y, y, own["scale"][:, None])
+
+    @staticmethod
+    def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        factors = 1 + own["scale"][0]
+        return weight * factors[:, None], None if bias is None else bias * factors

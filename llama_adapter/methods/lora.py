@@ -57,6 +57,7 @@ class Lora(SitePart):
     """
 
     kind = "lora"
+    foldable = True
     Config = LoraConfig
     config: LoraConfig
 
@@ -83,11 +84,15 @@ class Lora(SitePart):
     def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         if "dropout" in own:
             x = F.dropout(x, float(own["dropout"][0]))
-        return y + low_rank(x, own["down"], own["up"])
+        return add_low_rank(y, x, own["down"], own["up"])
+
+    @staticmethod
+    def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + own["up"][0] @ own["down"][0], bias
 
 
-def low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """``up (down x)``: x (B, T, in), down (R, r, in), up (R, out, r), with R = 1 or B -> (B, T, out)."""
-    if len(down) == 1 and len(up) == 1:
-        return F.linear(F.linear(x, down[0]), up[0])
-    return x @ down.mT @ up.mT
+def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """``y + up (down x)``, (B, T, out): x (B, T, in), down (R, r, in), up (R, out, r), with R = 1 or B."""
+    if len(down) == 1 and len(up) == 1:  # y is large: add within the product
+        return torch.addmm(y.flatten(0, -2), F.linear(x, down[0]).flatten(0, -2), up[0].T).view(y.shape)
+    return y + x @ down.mT @ up.mT

@@ -47,6 +47,7 @@ class Scales(SitePart):
     """
 
     kind = "scales"
+    foldable = True
     Config = ScalesConfig
 
     def __init__(
@@ -65,3 +66,8 @@ class Scales(SitePart):
     @staticmethod
     def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return torch.addcmul(y, y, own["scale"][:, None]).add_(own["bias"][:, None])
+
+    @staticmethod
+    def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        factors, added = 1 + own["scale"][0], own["bias"][0]
+        return weight * factors[:, None], added if bias is None else bias * factors + added

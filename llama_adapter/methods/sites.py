@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -38,6 +38,8 @@ class SitePart(Part):
         its parameters have such names (`register_parameters`), `Part.add_state` needs no other form.
     """
 
+    foldable: ClassVar[bool] = False
+
     @classmethod
     def attach(cls, decoder: PreTrainedModel) -> None:
         attach_sites(decoder)
@@ -49,6 +51,18 @@ class SitePart(Part):
         Args:
             own: the part's tensors of this layer and site, (R, ...) each, in the dtype of ``y``.
             x: (B, T, in), what the site reads. y: (B, T, out), what it gives.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias of a projection that gives by itself what it gives with this part.
+
+        Only a part whose ``foldable`` is True has it.
+
+        Args:
+            own: as in `act`, of R = 1 set.
+            weight: (out, in), of y = W x + bias. bias: (out,); None where there is none.
         """
         raise NotImplementedError
 
@@ -79,6 +93,16 @@ def projections_of(decoder: PreTrainedModel, adapted_layers: int) -> dict[str, t
     if not layers[0]:
         raise UsageError("this decoder's layers have no linear projections; adapt it with prompts alone")
     return layers[0]
+
+
+def locate_projections(decoder: PreTrainedModel) -> dict[str, tuple[int, str]]:
+    """The layer and the site of every linear projection in the layers, by its name in the decoder."""
+    names = {module: name for name, module in decoder.named_modules()}
+    return {
+        names[module]: (layer_index(attention), site)
+        for attention, layer in _layers(decoder)
+        for site, module in _projections(layer).items()
+    }
 
 
 def choose_projections(
@@ -117,6 +141,17 @@ def attach_sites(decoder: PreTrainedModel) -> None:
         if (mlp := _mlp(layer, attention)) is not None:
             mlp.register_forward_hook(partial(_act, MLP))
         layer.register_forward_hook(_leave)
+
+
+def detach_sites(decoder: PreTrainedModel) -> None:
+    """Undo `attach_sites`, for a copy of a decoder that shall be a plain one."""
+    ours = (_enter, _act, _act_on_attention, _leave)
+    for module in decoder.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [n for n, hook in hooks.items() if getattr(hook, "func", hook) in ours]:
+                del hooks[number]
+    if hasattr(decoder, _ATTACHED):
+        delattr(decoder, _ATTACHED)
 
 
 def _layers(decoder: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.methods.checkpoint import adapter_folder, read_config
+from llama_adapter.methods.checkpoint import adapter_folder, is_peft, read_config
+from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.weights import locations
 
@@ -47,19 +48,20 @@ def load_experts(
     for name, folder in folders.items():
         try:
             if name not in model.adapters:
-                if read_config(folder).shape != model.shape:
+                # Whether PEFT's fits shows when it is loaded.
+                if not is_peft(folder) and read_config(folder).shape != model.shape:
                     continue
                 model.load_adapter(folder, name=name)
         except UsageError as error:  # one broken folder is no reason to do without the others
             print(f"{name} is left out: {error}", file=sys.stderr)
         else:
-            lines[name] = describe(folder)
+            lines[name] = describe(folder, model.get_adapter(name).config)
     model.set_adapter(active)
     lines[NO_ADAPTER] = f"The bare base, {model.base}, without an adapter."
     return lines
 
 
-def describe(folder: Path) -> str:
+def describe(folder: Path, config: AdapterConfig) -> str:
     """The first sentence of an adapter's model card, else its sizes."""
     card = folder / "README.md"
     if card.is_file():
@@ -69,5 +71,4 @@ def describe(folder: Path) -> str:
         if text:
             sentence = re.split(r"(?<=[.!?])\s|\n\s*\n", text)[0]
             return " ".join(sentence.split())
-    config = read_config(folder)
     return f"{config.method} in the top {config.adapted_layers} layers; no model card."

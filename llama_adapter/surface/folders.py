@@ -19,11 +19,13 @@ from llama_adapter.methods.checkpoint import (
     STATE_PREFIX,
     WEIGHTS_FILE,
     adapter_folder,
+    base_of,
     encode_config,
     load_adapter,
     load_state_file,
     read_config,
     save_adapter,
+    template_of,
 )
 from llama_adapter.methods.decoder import (
     HUB_OPTIONS,
@@ -110,7 +112,8 @@ class Folders(NamedAdapters):
 
         Args:
             adapter: a name in the weights folders, a folder, or a hub id. What transformers' and TRL's
-                trainers save is such a folder, too; of several adapters in it all are loaded.
+                trainers save is such a folder, too; of several adapters in it all are loaded. So are
+                PEFT's folders of LoRA, IA3 and AdaptionPrompt.
             adapter_name: what to call it; None takes the folder's name.
             is_trainable: False freezes it.
             **options: as in `from_base`; ``revision`` and ``subfolder`` are the adapter's.
@@ -126,13 +129,11 @@ class Folders(NamedAdapters):
         _check_options("from_pretrained", options, _DECODER_OPTIONS | HUB_OPTIONS | {"torch_dtype"})
         found = locations.resolve(str(adapter), kind="adapter", weights=weights)
         folder = adapter_folder(found, **{n: v for n, v in options.items() if n in _ADAPTER_OPTIONS})
-        config = read_config(folder)
+        named = base or base_of(folder)
         own = {n: v for n, v in options.items() if n not in ("revision", "subfolder")}
-        model = cls.from_base(
-            base or config.base, weights=weights, device=device, dtype=dtype, quantize=quantize, **own
-        )
+        model = cls.from_base(named, weights=weights, device=device, dtype=dtype, quantize=quantize, **own)
         model.load_adapter(folder, adapter_name or default_name(adapter), is_trainable=is_trainable)
-        if not (folder / WEIGHTS_FILE).is_file():
+        if not (folder / WEIGHTS_FILE).is_file():  # what a trainer saved
             others = list(load_state_file(folder / STATE_FILE).items())[1:]
             for name, other in others:
                 model.add_adapter(name, other.requires_grad_(is_trainable))
@@ -169,7 +170,12 @@ class Folders(NamedAdapters):
         options.pop("trust_remote_code", None)
         _check_options("load_adapter", options, _ADAPTER_OPTIONS)
         found = locations.resolve(str(adapter), kind="adapter", weights=weights)
-        loaded = load_adapter(adapter_folder(found, **options)).requires_grad_(is_trainable)
+        loaded = load_adapter(
+            adapter_folder(found, **options),
+            self.decoder,
+            base=self.base,
+            template=template_of(self.tokenizer),
+        ).requires_grad_(is_trainable)
         if dtype is not None:
             loaded.to(choose_dtype(dtype, self.device))
         name = name or adapter_name or default_name(adapter)

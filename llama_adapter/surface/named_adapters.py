@@ -23,6 +23,7 @@ from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.attention import PREFIX, STOCK, register
 from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.methods.decoder import decoder_shape
+from llama_adapter.methods.merging import merge_adapter
 from llama_adapter.methods.probe import computing_device, input_sizes
 from llama_adapter.methods.projection import VisionConfig
 from llama_adapter.methods.shape import DecoderShape, default_adapted_layers
@@ -196,6 +197,33 @@ class NamedAdapters(PassedOn):
         for name in list(self.adapters):
             self.delete_adapter(name)
         return self.decoder
+
+    def merge(self, adapter: str | None = None) -> PreTrainedModel:
+        """A plain decoder with an adapter (the active one) folded into its weights.
+
+        This model stays as it is, and shares with it all weights that do not change.
+
+        Raises:
+            UsageError: an adapter that cannot be folded into weights, with the reason.
+        """
+        name = self._name(adapter)
+        if name == NO_ADAPTER:
+            raise UsageError("there is no adapter to merge; add one, or choose one with set_adapter")
+        return merge_adapter(self.decoder, self.get_adapter(name))
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> PreTrainedModel:
+        """As `merge`, and then drop all adapters here; returns the merged decoder, as in PEFT.
+
+        Args:
+            adapter_names: one, to be merged in place of the active one.
+        """
+        if adapter_names is not None and len(adapter_names) != 1:
+            raise UsageError(f"{len(adapter_names)} adapters given; one is merged, so give one name")
+        merged = self.merge(None if adapter_names is None else adapter_names[0])
+        self.unload()
+        return merged
 
     # --- choosing -------------------------------------------------------------------------------------------
 

@@ -32,18 +32,14 @@ PASSED_METHODS = frozenset(
     | {"_default_compile_config"}  # transformers' get_compiled_call, which compiles our forward, asks for it
 )
 
-_MERGING = (
-    "prompts are read by attention and cannot be merged into weights; save the adapter with save_pretrained"
-)
+_MERGING = "the base stays as it is here; merge() gives a decoder of its own with the adapter folded in"
 _SETTINGS = "an adapter's settings are in model.get_adapter(name).config"
 _MIXING = "adapters cannot be added up; give each row its own with adapter=, or train one adapter on all data"
 _NEW_BASE = "this would change the frozen base; change model.decoder before an adapter is made"
 
 # Names that users of transformers and PEFT call, and that have no right answer here.
 REFUSED = {
-    "merge": _MERGING,
     "merge_adapter": _MERGING,
-    "merge_and_unload": _MERGING,
     "unmerge_adapter": _MERGING,
     "add_weighted_adapter": _MIXING,
     "peft_config": _SETTINGS,

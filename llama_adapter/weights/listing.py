@@ -80,6 +80,8 @@ def _config_line(folder: Path) -> str:
             continue
         if isinstance(config.get("base"), str):
             return f"an adapter for {config['base']}"
+        if "peft_type" in config:
+            return f"an adapter of PEFT for {config.get('base_model_name_or_path')}"
         if isinstance(config.get("model_type"), str):
             layers = config.get("num_hidden_layers")
             return config["model_type"] + (f", {layers} layers" if isinstance(layers, int) else "")

@@ -712,7 +712,7 @@ def test_gates_can_go_out_and_come_back_without_tanh(weights: Path, tmp_path: Pa
 def test_convert_refuses_what_makes_no_sense(weights: Path, tmp_path: Path) -> None:
     file, other = tmp_path / "adapter.pth", str(tmp_path / "other")
     assert "no adapter 'nothing'" in refusal("convert", "nothing", str(file))
-    assert "ends in .pth" in refusal("convert", ADAPTER, other)
+    assert "has the format llama-adapter already; say with --to" in refusal("convert", ADAPTER, other)
     assert "--base goes with a .pth" in refusal("convert", ADAPTER, str(file), "--base", BASE)
     assert str(file) in refusal("convert", str(file), other, "--base", BASE), "it is not there"
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from PIL import Image
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.methods.checkpoint import save_adapter
+from llama_adapter.methods.checkpoint import read_config, save_adapter
 from llama_adapter.model import NO_ADAPTER
 from llama_adapter.page.about import describe_limits
 from llama_adapter.page.chat_tab import offered
@@ -123,7 +123,8 @@ def _adapter_folder(folder: Path, card: str | None = None, **settings: Any) -> P
 def test_the_first_sentence_of_the_card_describes_an_adapter(
     card: str | None, line: str, tmp_path: Path
 ) -> None:
-    assert describe(_adapter_folder(tmp_path / "a", card)) == line
+    folder = _adapter_folder(tmp_path / "a", card)
+    assert describe(folder, read_config(folder)) == line
 
 
 def test_adapters_that_fit_are_loaded_and_others_left_out(

@@ -95,11 +95,33 @@ def test_a_config_under_its_former_name_is_read_and_replaced(model: LlamaAdapter
     }
 
 
-def test_an_adapter_of_peft_is_refused_by_name(tmp_path: Path) -> None:
-    lora: Any = LoraConfig(target_modules=["q_proj"])
-    get_peft_model(build_tiny_decoder(), lora).save_pretrained(tmp_path)
-    message = refusal(lambda: LlamaAdapter.from_pretrained(tmp_path, device="cpu"))
-    assert "adapter of PEFT (LORA)" in message and "peft.PeftModel.from_pretrained" in message
+def test_an_adapter_of_peft_is_loaded_as_it_is(tmp_path: Path) -> None:
+    tokens = torch.stack(random_rows(7))
+    tokenizer = build_tiny_tokenizer()
+    decoder = build_tiny_decoder(vocab_size=len(tokenizer))
+    decoder.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lora: Any = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft = get_peft_model(decoder, lora)
+    with torch.no_grad():
+        expected = peft(input_ids=tokens).logits
+    peft.save_pretrained(tmp_path / "theirs")
+    message = refusal(lambda: LlamaAdapter.from_pretrained(tmp_path / "theirs", device="cpu"))
+    assert "PEFT's config does not say what its base is" in message
+    path = tmp_path / "theirs" / "adapter_config.json"
+    values = {**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "base")}
+    path.write_text(json.dumps(values))
+    model = LlamaAdapter.from_pretrained(tmp_path / "theirs", device="cpu")
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=tokens).logits, expected, atol=1e-4)
+    config = model.get_adapter("theirs").config
+    assert (config.template, config.base) == ("chat", str(tmp_path / "base"))
+    assert read_config(tmp_path / "theirs") == config
+    # From here on it is one of ours.
+    model.save_pretrained(tmp_path / "ours")
+    model.load_adapter(tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=tokens, adapter="ours").logits, expected, atol=1e-4)
 
 
 def test_others_do_not_take_an_adapter_folder_for_their_own(model: LlamaAdapter, tmp_path: Path) -> None:

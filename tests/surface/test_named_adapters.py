@@ -242,3 +242,28 @@ def test_a_seed_beyond_what_a_generator_takes_is_an_error(model: LlamaAdapter) -
     with pytest.raises(UsageError, match="seed: 1180591620717411303424 given"):
         model.new_adapter("seeded", seed=2**70)
     assert "seeded" not in model.adapters
+
+
+# --- merging ------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_merged_into_a_decoder_of_its_own() -> None:
+    model = LlamaAdapter(build_tiny_decoder(dtype=torch.float64), base="tiny")
+    adapter = model.new_adapter("lora", method="lora", seed=0)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([[5, 9, 33, 7]])
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        assert torch.allclose(model.merge()(input_ids=tokens).logits, expected, atol=1e-5)
+        model.new_adapter("prompts", seed=0)
+        for refused in (model.merge, model.merge_and_unload):
+            with pytest.raises(UsageError, match="prompts cannot be merged"):
+                refused()
+        merged = model.merge_and_unload(adapter_names=["lora"])
+        assert torch.allclose(merged(input_ids=tokens).logits, expected, atol=1e-5)
+    assert not model.adapters
+    with pytest.raises(UsageError, match="there is no adapter to merge"):
+        model.merge()
+    with pytest.raises(UsageError, match="2 adapters given"):
+        model.merge_and_unload(adapter_names=["a", "b"])

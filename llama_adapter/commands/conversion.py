@@ -1,0 +1,137 @@
+"""llama-adapter convert and merge: adapters in other programs' files, and in a base's own weights."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_adapter.commands.arguments import add_model_options, add_weights_option, load_model
+from llama_adapter.common.errors import UsageError
+from llama_adapter.weights import locations
+
+if TYPE_CHECKING:
+    from llama_adapter.methods.adapter import Adapter
+
+FORMATS = ("llama-adapter", "peft", "pth")
+
+
+def add_convert_options(parser: argparse.ArgumentParser) -> None:
+    """What `convert` takes."""
+    parser.add_argument("source", metavar="FROM", help="a .pth file; or an adapter's name, folder or hub id")
+    parser.add_argument("target", metavar="TO", type=Path, help="the folder or the .pth file to write")
+    parser.add_argument(
+        "--to",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help="llama-adapter or peft, a folder; or pth, the authors' file (default: by the end of TO, else "
+        "llama-adapter)",
+    )
+    parser.add_argument(
+        "--base",
+        help="what a .pth or PEFT's folder was trained for: name, folder or hub id of the decoder",
+    )
+    parser.add_argument(
+        "--raw-gates",
+        action="store_true",
+        help="the .pth is for code that applies no tanh to the gates, as the authors' inference code; "
+        "else (their training code) tanh is applied",
+    )
+    add_weights_option(parser)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """llama-adapter convert."""
+    from llama_adapter.methods.checkpoint import (
+        adapter_folder,
+        export_pth,
+        import_pth,
+        is_peft,
+        load_adapter,
+        save_adapter,
+    )
+    from llama_adapter.methods.decoder import load_shape, load_structure
+    from llama_adapter.methods.peft_folders import write_peft
+
+    source, target, weights = arguments.source, arguments.target, arguments.weights
+    wanted = arguments.to or ("pth" if target.suffix == ".pth" else "llama-adapter")
+    _check_free(target)
+    from_pth = source.endswith(".pth") or Path(source).is_file()
+    if from_pth:
+        folder, given = Path(source), "pth"
+    else:
+        folder = adapter_folder(locations.resolve(source, kind="adapter", weights=weights))
+        given = "peft" if is_peft(folder) else "llama-adapter"
+    if wanted == given:
+        raise UsageError(
+            f"{source} has the format {given} already; say with --to what to make of it: {', '.join(FORMATS)}"
+        )
+    if from_pth:
+        if arguments.base is None:
+            raise UsageError(f"give --base, the decoder that {source} was trained for")
+        base = locations.resolve(arguments.base, kind="base", weights=weights)
+        base_name = locations.name_of(base, kind="base", weights=weights)
+        adapter = import_pth(source, base=base_name, shape=load_shape(base), raw_gates=arguments.raw_gates)
+        print(_gates_read(adapter, raw=arguments.raw_gates), file=sys.stderr)
+    else:
+        if arguments.base is not None and given != "peft":
+            raise UsageError("--base goes with a .pth or PEFT's folder; this adapter says what its base is")
+        adapter = load_adapter(folder, base=arguments.base, weights=weights)
+    if wanted == "pth":
+        export_pth(adapter, target, raw_gates=arguments.raw_gates)
+    elif wanted == "peft":
+        base = locations.resolve(adapter.config.base, kind="base", weights=weights)
+        write_peft(adapter, target, load_structure(base))
+    else:
+        save_adapter(adapter, target)
+    print(target)
+
+
+def add_merge_options(parser: argparse.ArgumentParser) -> None:
+    """What `merge` takes."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="name, folder or hub id")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write")
+    add_model_options(parser)
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """llama-adapter merge."""
+    output: Path = arguments.output
+    _check_free(output)
+    if arguments.adapter == "none":
+        raise UsageError("there is no adapter to merge: give its name, folder or hub id")
+    model = load_model(arguments)
+    template = model.get_adapter(model.active_adapter).config.template
+    merged = model.merge()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+        whole = Path(temporary) / "merged"
+        merged.save_pretrained(whole)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(whole)
+        if output.is_dir():
+            output.rmdir()  # empty, or it would have been refused
+        shutil.move(whole, output)
+    print(f"its answers are best to turns written as in training: template {template}", file=sys.stderr)
+    print(output)
+
+
+def _check_free(target: Path) -> None:
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UsageError(f"{target} is there already; move it away or choose another name")
+
+
+def _gates_read(adapter: Adapter, *, raw: bool) -> str:
+    """How the gates of a .pth were taken, and what the other way would have made of the largest."""
+    gate = float(adapter.prompts.gates.detach().abs().max())
+    largest = math.tanh(gate)
+    if raw:
+        return (
+            f"largest gate: {largest:.4g} as it is in the file; without --raw-gates, {math.tanh(largest):.4g}"
+        )
+    other = f"with --raw-gates, {gate:.4g}" if gate < 1 else "too large for --raw-gates"
+    return f"largest gate: {largest:.4g}, by tanh of the {gate:.4g} in the file; {other}"

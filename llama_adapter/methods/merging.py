@@ -1,0 +1,113 @@
+"""An adapter folded into a decoder's own weights: the result is a plain decoder, with the same logits.
+
+Parts that act at projections and are linear in what these give can be folded: scales and biases, IA3, BitFit,
+LoRA. Prompts, pictures and bottleneck adapters compute something of their own, and cannot.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llama_adapter.common.errors import UsageError
+from llama_adapter.methods.adapter import Adapter
+from llama_adapter.methods.attention import PREFIX
+from llama_adapter.methods.sites import SitePart, detach_sites, locate_projections
+from llama_adapter.methods.table import PARTS
+
+# What the configs of some families call the switch for biases that a decoder was built without.
+BIAS_SWITCHES = ("attention_bias", "mlp_bias", "use_bias")
+
+
+@torch.no_grad()
+def merge_adapter(decoder: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """A decoder with an adapter folded in. It shares all weights that do not change with ``decoder``.
+
+    Sums are made in float32 or better and kept in the dtype of each weight. Where the adapter adds biases and
+    the decoder has none, they are added if the family's config has a switch for them, which is then on.
+
+    Raises:
+        UsageError: a part that cannot be folded, by name; quantised weights; biases that the family lacks.
+    """
+    lasting = [part.kind for part in adapter.parts if not (isinstance(part, SitePart) and part.foldable)]
+    if lasting:
+        foldable = [k for k, part in PARTS.items() if issubclass(part, SitePart) and part.foldable]
+        raise UsageError(
+            f"{' and '.join(lasting)} cannot be merged into weights, only {', '.join(foldable)}; "
+            "serve it as an adapter"
+        )
+    state = adapter.state()
+    folded: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name, (layer, site) in locate_projections(decoder).items():
+        module = decoder.get_submodule(name)
+        for part, own in (state.sites_of(layer) or {}).get(site, ()):
+            weight, bias = folded.get(name) or _read(name, module)
+            exact = {key: tensor.to(weight) for key, tensor in own.items()}
+            folded[name] = part.fold(exact, weight, bias)
+    changed = {id(decoder.get_submodule(name).weight) for name in folded}
+    changed |= {id(decoder.get_submodule(name).bias) for name in folded}
+    kept = {id(p): p for p in (*decoder.parameters(), *decoder.buffers()) if id(p) not in changed}
+    merged = copy.deepcopy(decoder, kept)  # the memo lets both share these
+    detach_sites(merged)
+    _add_biases(merged, {name: bias for name, (_, bias) in folded.items() if bias is not None})
+    for name, (weight, bias) in folded.items():
+        module = merged.get_submodule(name)
+        module.weight.data.copy_(weight.T if isinstance(module, Conv1D) else weight)  # type: ignore[operator]
+        if bias is not None:
+            module.bias.data.copy_(bias)  # type: ignore[operator]
+    merged.set_attn_implementation(
+        str(merged.config.get_text_config()._attn_implementation).removeprefix(PREFIX)
+    )
+    return merged
+
+
+def _read(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A projection's weight, (out, in), and bias, in float32 or better."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        raise UsageError(f"{name} is quantised; load the base without quantisation to merge into it")
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    weight = weight.detach().to(exact)
+    return weight.T if isinstance(module, Conv1D) else weight, None if bias is None else bias.detach().to(
+        exact
+    )
+
+
+def _add_biases(decoder: PreTrainedModel, biases: dict[str, Tensor]) -> None:
+    """Give a decoder the biases that it lacks, as its family's own config would.
+
+    Raises:
+        UsageError: the config has no switch for them.
+    """
+    missing = {name for name in biases if getattr(decoder.get_submodule(name), "bias", None) is None}
+    for switch in BIAS_SWITCHES:
+        if not missing or getattr(decoder.config, switch, None) is not False:
+            continue
+        config = copy.deepcopy(decoder.config)
+        setattr(config, switch, True)
+        gained = _biases_of(config) - _biases_of(decoder.config)
+        if not gained & missing:
+            continue
+        for name in gained:
+            module: Any = decoder.get_submodule(name)
+            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features), requires_grad=False)
+        decoder.config = config
+        missing -= gained
+    if missing:
+        family = decoder.config.get_text_config().model_type
+        raise UsageError(
+            f"decoders of the family {family!r} have no bias at {min(missing)}, which this adapter adds; "
+            "serve it as an adapter"
+        )
+
+
+def _biases_of(config: PreTrainedConfig) -> set[str]:
+    """The modules that have a bias in a decoder of this config."""
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(config)
+    return {name.removesuffix(".bias") for name, _ in decoder.named_parameters() if name.endswith(".bias")}

@@ -1,0 +1,128 @@
+"""llama-adapter convert --to peft, and back, and merge: on a tiny base in a weights folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llama_adapter.__main__ import main
+from llama_adapter.methods.checkpoint import read_config
+from llama_adapter.model import LlamaAdapter
+from tests.tiny import build_tiny_tokenizer
+from tests.tiny_models import build_tiny_decoder
+
+TOKENS = torch.tensor([[5, 9, 33, 7, 21, 2]])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and an adapter of LoRA on it, another of prompts."""
+    folder = tmp_path_factory.mktemp("weights")
+    tokenizer = build_tiny_tokenizer()
+    build_tiny_decoder(vocab_size=len(tokenizer)).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model = LlamaAdapter.from_base("base", weights=folder, device="cpu")
+    for method in ("lora", "prompts"):
+        adapter = model.new_adapter(method, method=method, adapted_layers=2, seed=0)
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+        model.save_pretrained(folder / method, adapter=method)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_ADAPTER_WEIGHTS", str(weights))
+
+
+def invoke(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["llama-adapter", *words])
+    return main()
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=TOKENS).logits
+    return found
+
+
+def test_an_adapter_goes_out_to_peft_and_comes_back(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, back = tmp_path / "theirs", tmp_path / "back"
+    assert invoke(monkeypatch, "convert", "lora", str(theirs), "--to", "peft") == 0
+    assert capsys.readouterr().out == f"{theirs}\n"
+    expected = logits_of(LlamaAdapter.from_pretrained("lora", device="cpu"))
+    base = AutoModelForCausalLM.from_pretrained(weights / "base")
+    assert torch.allclose(logits_of(PeftModel.from_pretrained(base, theirs)), expected, atol=1e-4)
+    assert invoke(monkeypatch, "convert", str(theirs), str(back)) == 0
+    assert torch.allclose(logits_of(LlamaAdapter.from_pretrained(back, device="cpu")), expected, atol=1e-4)
+    assert (read_config(back).base, read_config(back).template) == ("base", "chat")
+    capsys.readouterr()
+    assert invoke(monkeypatch, "info", str(theirs)) == 0
+    assert "lora in the top L = 2 layers" in capsys.readouterr().out
+
+
+def test_an_adapter_of_peft_answers(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(weights / "base")
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path / "theirs")
+    capsys.readouterr()  # the bar of loading the base here
+    options = ["--adapter", str(tmp_path / "theirs"), "--max-new-tokens", "4", "--temperature", "0"]
+    assert invoke(monkeypatch, "ask", "Hi", *options) == 0
+    shown = capsys.readouterr()
+    assert shown.out.strip() and not shown.err
+
+
+def test_merge_writes_a_plain_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = tmp_path / "merged"
+    assert invoke(monkeypatch, "merge", "lora", str(merged), "--device", "cpu") == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{merged}\n" and "template alpaca" in shown.err
+    expected = logits_of(LlamaAdapter.from_pretrained("lora", device="cpu"))
+    assert torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained(merged)), expected, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(merged).chat_template
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    # As any other base it can be adapted.
+    LlamaAdapter.from_base(str(merged), device="cpu").new_adapter("more")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["merge", "prompts", "OUT"], "prompts cannot be merged into weights"),
+        (["merge", "none", "OUT"], "there is no adapter to merge"),
+        (["merge", "lora", "OUT", "--quantize", "int8"], "is quantised; load the base without"),
+        (["merge", "lora", "THERE"], "is there already"),
+        (["convert", "prompts", "OUT", "--to", "peft"], "this adapter's heads have gates of their own"),
+        (["convert", "lora", "OUT.pth"], "the authors' layout"),
+        (
+            ["convert", "lora", "OUT", "--to", "peft", "--base", "base"],
+            "--base goes with a .pth or",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(
+    words: list[str],
+    said: str,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"OUT": tmp_path / "out", "OUT.pth": tmp_path / "out.pth", "THERE": weights / "lora"}
+    assert invoke(monkeypatch, *(str(places.get(word, word)) for word in words)) == 2
+    shown = capsys.readouterr().err
+    assert said in shown and shown.startswith("error: ") and shown.count("\n") == 1
+    assert not list(tmp_path.iterdir())
