@@ -21,6 +21,10 @@ paper's authors pad, and with packed steps that use gradient checkpointing. Each
 time (for a machine that has other work), how far two losses of a step lay apart at most, and the peak memory
 above the frozen weights (packed, divided by PEFT's padded to the longest).
 
+training --method lora --peers: the same with LoRA, packed in turn with PEFT's own LoRA padded to the longest
+row. --json then writes {"rows_per_second", "lora_vs_peft", "lora_vs_peft_processor", "lora_loss_difference",
+"lora_memory_vs_peft"}. With --method ia3 they are those of IA3.
+
 gpu (never part of all): a training step of LLaMA-7B's shape with random weights, on rows of Alpaca's lengths.
 --json writes {"gpu_rows_per_second", "gpu_mfu", "gpu_floor_share", "gpu_peak_gb", "gpu_hours"}.
 
@@ -96,7 +100,13 @@ def main() -> None:
         "demo": demo,
     }
     parser.add_argument("--suite", choices=(*suites, "all"), default="all", help="(all)")
-    parser.add_argument("--peers", action="store_true", help="measure PEFT's AdaptionPrompt as well")
+    parser.add_argument("--peers", action="store_true", help="measure PEFT's own adapter as well")
+    parser.add_argument(
+        "--method",
+        choices=("prompts", "lora", "ia3"),
+        default="prompts",
+        help="what the suite training trains (prompts)",
+    )
     parser.add_argument(
         "--adapter",
         help="name, folder or hub id (default: an untrained one, no less work; for vision, the shipped one)",

@@ -69,6 +69,8 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
     examples = rows_to_train_on(model, arguments, count=size * (rounds + 1))
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
     others = (PEFT, PEFT_512, PADDED, CHECKPOINTED) if arguments.peers else (PADDED,)
+    if arguments.peers and arguments.method != "prompts":
+        others = (PEFT,)
     print(f"\n{f'a training step of {size} rows':<32} {'rows/s':>8} {'packed':>8} {'times':>7}  ", end="")
     print(f"{'middle half of the rounds':<26} {'peak memory above the frozen weights'}")
     pairs = {}
@@ -88,7 +90,14 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
     figures = {"rows_per_second": size * len(seconds) / sum(seconds)}
     apart = max(pair.loss_difference for pair in pairs.values())
     print(f"\nlosses of a step within {apart:.1e} of packed ones")
-    if arguments.peers:
+    if arguments.peers and arguments.method != "prompts":
+        method, pair = arguments.method, pairs[PEFT]
+        figures[f"{method}_vs_peft"] = pair.ratio("seconds")
+        figures[f"{method}_vs_peft_processor"] = pair.ratio("processor")
+        figures[f"{method}_loss_difference"] = apart
+        if pair.packed_peak is not None and pair.other_peak is not None:
+            figures[f"{method}_memory_vs_peft"] = pair.packed_peak / pair.other_peak
+    elif arguments.peers:
         figures["loss_difference"] = apart
         for name, label in (("training_vs_peft", PEFT), ("training_vs_pad512", PEFT_512)):
             figures[name] = pairs[label].ratio("seconds")
@@ -146,7 +155,7 @@ def _begin(arguments: argparse.Namespace, label: str) -> None:
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         model = load_model(argparse.Namespace(**{**vars(arguments), "adapter": NO_ADAPTER}))
     device = model.decoder.device
-    way = way_to_train(model, label)
+    way = way_to_train(model, label, arguments.method)
     optimizer = way.optimizer(TrainingSettings(batch_size=arguments.batch_size))
     with torch.no_grad():  # weights that are mapped from their file come into memory when they are used
         model(torch.zeros(1, 2, dtype=torch.long, device=device), adapter=NO_ADAPTER, use_cache=False)

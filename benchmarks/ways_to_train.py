@@ -1,8 +1,9 @@
-"""Ways to train the same adapter, beside each other: ours packed or padded, and PEFT's AdaptionPrompt."""
+"""Ways to train the same adapter, beside each other: ours packed or padded, and PEFT's own."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,14 +43,14 @@ class WayToTrain:
         )
 
 
-def way_to_train(model: LlamaAdapter, label: str) -> WayToTrain:
-    """An untrained adapter, the same for every label, and the label's way to its gradient."""
+def way_to_train(model: LlamaAdapter, label: str, method: str = "prompts") -> WayToTrain:
+    """An untrained adapter of a method, the same for every label, and the label's way to its gradient."""
     from llama_adapter.methods.decoder import checkpoint_activations
     from llama_adapter.packing.pack import accumulate_gradient
     from llama_adapter.training.trainer import TrainingSettings
 
     device, name = model.decoder.device, "untrained"
-    adapter = model.new_adapter(name, seed=0)
+    adapter = model.new_adapter(name, method=method, seed=0)
 
     def packed(batch: Sequence[Example]) -> float:
         return accumulate_gradient(
@@ -96,24 +97,32 @@ def pad(batch: Sequence[Example], length: int | None, device: torch.device) -> d
 
 
 def build_peft(model: LlamaAdapter, *, like: str | None = None) -> torch.nn.Module:
-    """PEFT's AdaptionPrompt on the same frozen weights, with as many prompts in as many layers.
+    """PEFT's adapter of the same method on the same frozen weights, of the same sizes in the same layers.
 
     Args:
-        like: an untrained adapter from which it starts. PEFT has one gate a layer and no tanh; here it gets
-            one a head, which its own multiplication takes as it is. What is left, g in place of tanh(g), is
-            1e-7 after some steps: the losses of both can be compared.
+        like: an untrained adapter from which it starts. PEFT's AdaptionPrompt has one gate a layer and no
+            tanh; here it gets one a head, which its own multiplication takes as it is. What is left, g in
+            place of tanh(g), is 1e-7 after some steps: the losses of both can be compared.
     """
     import torch
 
     try:
-        from peft import AdaptionPromptConfig, get_peft_model
+        from peft import AdaptionPromptConfig, PeftModel, get_peft_model
     except ImportError:
         raise UsageError("--peers compares with PEFT, which is not installed: pip install peft") from None
+
+    from llama_adapter.methods.peft_folders import write_peft
+    from llama_adapter.methods.sites import detach_sites
 
     adapter: Any = model.adapters[like or model.active_adapter]
     weights = {id(parameter): parameter for parameter in model.decoder.parameters()}
     decoder = copy.deepcopy(model.decoder, weights)  # the memo lets both share the weights
     decoder.set_attn_implementation("sdpa")
+    detach_sites(decoder)
+    if adapter.config.method != "prompts":
+        with tempfile.TemporaryDirectory() as folder:
+            write_peft(adapter, folder, model.decoder)
+            return PeftModel.from_pretrained(decoder, folder, is_trainable=True)
     layers, length, _ = adapter.prompts.embeddings.shape
     config = AdaptionPromptConfig(adapter_len=length, adapter_layers=layers, task_type="CAUSAL_LM")
     try:

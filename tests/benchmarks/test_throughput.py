@@ -94,6 +94,20 @@ def test_quantised_decoding_is_measured_beside_float32(
     assert "peer left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_other_methods_are_trained_beside_pefts_own(
+    method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--suite", "training", "--peers", "--method", method, "--base", str(base)]
+    figures = measure(monkeypatch, tmp_path, *options, "--steps", "3", "--batch-size", "2")
+    own = {
+        f"{method}_{name}" for name in ("vs_peft", "vs_peft_processor", "memory_vs_peft", "loss_difference")
+    }
+    assert set(figures) == {"rows_per_second", *own}
+    assert all(figures[name] > 0 for name in own)
+    assert figures[f"{method}_loss_difference"] < 1e-4, "PEFT must be given the same to do"
+
+
 def test_the_gpu_suite_runs_on_a_tiny_shape(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
