@@ -116,8 +116,8 @@ def _adapter_folder(folder: Path, card: str | None = None, **settings: Any) -> P
         ("# Title\n\nFollows instructions. And more.\n", "Follows instructions."),
         ("---\nlicense: x\n# no title\n---\n# Title\nSees\npictures! Really.", "Sees pictures!"),
         ("No title, no stop", "No title, no stop"),
-        ("# Only a title\n\n## And another\n", "3 prompts in each of the top 2 layers; no model card."),
-        (None, "3 prompts in each of the top 2 layers; no model card."),
+        ("# Only a title\n\n## And another\n", "prompts in the top 2 layers; no model card."),
+        (None, "prompts in the top 2 layers; no model card."),
     ],
 )
 def test_the_first_sentence_of_the_card_describes_an_adapter(
