@@ -17,6 +17,7 @@ from benchmarks import examining, measuring, quantized, throughput, ways_to_trai
 from benchmarks.gpu import LLAMA_7B, gpu, work_of
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.records import Example
+from llama_adapter.methods.config import ScienceQAConfig
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.packing.pack import accumulate_gradient
 from tests.conftest import CHECKOUT
@@ -166,7 +167,7 @@ def test_the_suite_of_scienceqa_takes_an_adapter_that_was_trained_on_it(
     adapter = model.new_adapter("tiny", template="scienceqa", prompt_length=2, seed=0)
     torch.nn.init.ones_(adapter.prompts.gates)
     model.save_pretrained(tmp_path / "other")
-    adapter.config = replace(adapter.config, training={"data": {"format": "QCM-O"}})
+    adapter.config = replace(adapter.config, scienceqa=ScienceQAConfig("QCM-O"))
     model.save_pretrained(tmp_path / "trained")
     monkeypatch.setattr(examining, "ROUNDS", 1)
     monkeypatch.setattr(examining, "PROBLEMS", 4)

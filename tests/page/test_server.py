@@ -29,6 +29,7 @@ from llama_adapter.answering.records_answered import answer_likelihoods
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.pictures import MAX_BYTES
 from llama_adapter.decoding.sampling import Sampling
+from llama_adapter.methods.config import ScienceQAConfig
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.page.chatting import ChatHandlers
 from llama_adapter.page.checks import MAX_CHARACTERS
@@ -447,7 +448,7 @@ def test_an_adapter_trained_on_scienceqa_answers_in_its_own_way_and_is_named(mod
     assert trained_for_it(model) == []
     adapter, asked = model.get_adapter("two"), ("Which?", ["a hen", "a cat"], "It lays eggs.", None, "two")
     before, letters = adapter.config, score(model, *asked)
-    adapter.config = replace(before, training={"answer": "option", "data": {"format": "QCM-O"}})
+    adapter.config = replace(before, scienceqa=ScienceQAConfig("QCM-O", answer="option"))
     try:
         assert trained_for_it(model) == ["two"]
         problem = Problem("7", "Which?", ("a hen", "a cat"), 1, hint="It lays eggs.")
