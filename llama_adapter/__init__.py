@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from llama_adapter.data.templates import Turn
     from llama_adapter.decoding.sampling import Sampling
     from llama_adapter.model import LlamaAdapter
+    from llama_adapter.training.recipes import train
+    from llama_adapter.training.trainer import TrainingSettings
 
-__all__ = ["Conversation", "LlamaAdapter", "Sampling", "Turn", "__version__"]
+__all__ = ["Conversation", "LlamaAdapter", "Sampling", "TrainingSettings", "Turn", "__version__", "train"]
 
 # Imported when first asked for: torch and transformers take seconds, and `llama-adapter --help` has no use
 # for them.
@@ -25,7 +27,9 @@ _MODULES = {
     "Conversation": "answering.conversation",
     "LlamaAdapter": "model",
     "Sampling": "decoding.sampling",
+    "TrainingSettings": "training.trainer",
     "Turn": "data.templates",
+    "train": "training.recipes",
 }
 
 

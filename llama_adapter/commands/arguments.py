@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -18,11 +18,7 @@ from llama_adapter.weights import locations
 from llama_adapter.weights.catalogue import DEFAULT_BASE
 
 if TYPE_CHECKING:  # slow to import: --help and a mistyped option are answered without torch
-    from torch import Tensor
-
-    from llama_adapter.data.records import PictureFile
     from llama_adapter.model import LlamaAdapter
-    from llama_adapter.vision.tower import VisionTower
 
 FORMATS = ("int8", "int4")  # of --quantize; formats.py has them too, but imports torch
 # The shipped adapters, the one that does most first.
@@ -185,18 +181,6 @@ def sampling_settings(arguments: argparse.Namespace) -> Sampling:
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """--json FILE, which every evaluation has."""
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as one flat JSON object")
-
-
-def picture_features(
-    tower: VisionTower, cache: Path | None, images: Iterable[PictureFile]
-) -> dict[PictureFile, Tensor]:
-    """(F,) features of each picture, read from the cache or computed, with progress."""
-    from llama_adapter.common.progress import RowProgress
-    from llama_adapter.vision.features import FeatureCache
-
-    images = list(dict.fromkeys(images))
-    encoded = FeatureCache(tower, cache).encode(images, progress=RowProgress("pictures", len(images)))
-    return dict(zip(images, encoded, strict=True))
 
 
 def report(figures: dict[str, Any], path: Path | None) -> None:

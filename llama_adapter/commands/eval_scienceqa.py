@@ -19,7 +19,6 @@ from llama_adapter.commands.arguments import (
     add_json_option,
     add_model_options,
     load_model,
-    picture_features,
     positive_int,
     report,
     seed_number,
@@ -139,6 +138,7 @@ def _ask(
     from llama_adapter.model import NO_ADAPTER
     from llama_adapter.scienceqa.examining import Examination, examine
     from llama_adapter.scienceqa.problems import shuffle_pictures
+    from llama_adapter.vision.features import picture_features
 
     model = load_model(arguments)
     name = model.active_adapter

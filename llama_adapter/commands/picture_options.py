@@ -12,7 +12,6 @@ from llama_adapter.commands.arguments import (
     add_adapter_option,
     add_model_options,
     load_model,
-    picture_features,
     positive_int,
     seed_number,
 )
@@ -72,6 +71,7 @@ def load_records_to_score(arguments: argparse.Namespace) -> ToScore:
     """What `add_picture_scoring_options` asks for. Raises UsageError where no row has a picture."""
     from llama_adapter.data.records import draw_pictures, read_records, split_records
     from llama_adapter.model import NO_ADAPTER
+    from llama_adapter.vision.features import picture_features
 
     split = arguments.split or ("train" if arguments.validation_rows else arguments.default_split)
     records, summary = read_records(arguments.data, image_root=arguments.image_root, split=split)

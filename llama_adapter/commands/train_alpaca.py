@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_adapter.commands.arguments import Parser, add_model_options, positive_int
+from llama_adapter.commands.arguments import Parser, add_model_options, positive_int, quieten_libraries
 from llama_adapter.commands.next_steps import adapter_steps, question_of
-from llama_adapter.commands.training_options import (
-    add_training_options,
-    encode_rows,
-    load_model_to_train,
-    training_settings,
-)
+from llama_adapter.commands.training_options import adapter_plan, add_training_options, training_settings
 
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m train.alpaca") -> None:
@@ -34,36 +28,30 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.common.processes import running_processes
-    from llama_adapter.data.records import expect_text, read_records, split_records
-    from llama_adapter.training.trainer import Trainer
+    from llama_adapter.training.recipes import read_source, train, validation_loss
 
     settings = training_settings(arguments)
-    processes = running_processes()
-    records, summary = read_records(arguments.data, split=arguments.split)
-    processes.say(summary, file=sys.stderr)
-    expect_text(records, arguments.data)
-    train, validation = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
-    model, _ = load_model_to_train(arguments)
-    train_examples, trained_on = encode_rows(train, model, "to train on", max_length=arguments.max_length)
-    validation_examples, kept_back = encode_rows(
-        validation, model, "kept back", max_length=arguments.max_length
+    source = read_source(
+        arguments.data,
+        validation_rows=arguments.validation_rows,
+        split=arguments.split,
+        limit=arguments.limit,
+        text_only=True,
     )
-    data = {
-        "source": Path(arguments.data).name,
-        "fingerprint": summary.fingerprint,
-        "split": arguments.split,
-        "read": summary.facts(),
-        "train": trained_on.facts(),
-        "validation": kept_back.facts(),
-        "max_length": arguments.max_length,
-        "start_from": arguments.start_from,
-    }
-    kept = {data["source"]: validation_examples}
-    trainer = Trainer(model, "trained", train_examples, kept, settings, arguments.output, data)
-    best = trainer.run(resume=arguments.resume)
-    processes.say(f"{arguments.output}: best validation loss {best:.4f} nats a token")
+    quieten_libraries()
+    model = train(
+        source,
+        output=arguments.output,
+        plan=adapter_plan(arguments),
+        settings=settings,
+        split=arguments.split,
+        max_length=arguments.max_length,
+        resume=arguments.resume,
+    )
+    say = running_processes().say
+    say(f"{arguments.output}: best validation loss {validation_loss(model):.4f} nats a token")
     scoring: list[object] = ["alpaca", "--data", arguments.data]
     # Of all rows others are kept back than of the first few.
     rows = "--validation-rows" if arguments.limit is None else "--limit"
     scoring += [rows, arguments.validation_rows, "--split", arguments.split]
-    processes.say(adapter_steps(arguments, question=question_of(validation), scoring=scoring))
+    say(adapter_steps(arguments, question=question_of(source.validation), scoring=scoring))

@@ -11,13 +11,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_adapter.commands.arguments import Parser, add_model_options, positive_float, positive_int
+from llama_adapter.commands.arguments import (
+    Parser,
+    add_model_options,
+    positive_float,
+    positive_int,
+    quieten_libraries,
+)
 from llama_adapter.commands.next_steps import adapter_steps
 from llama_adapter.commands.training_options import (
+    adapter_plan,
     add_training_options,
     add_vision_options,
-    load_model_to_train,
-    say_encoded,
     training_settings,
 )
 
@@ -78,7 +83,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     from llama_adapter.common.processes import running_processes
     from llama_adapter.common.progress import RowProgress
     from llama_adapter.data.records import EncodeSummary
-    from llama_adapter.methods.checkpoint import load_adapter, save_adapter
+    from llama_adapter.methods.checkpoint import save_adapter
     from llama_adapter.methods.config import ScienceQAConfig
     from llama_adapter.scienceqa.examining import WAYS, Examination, examine
     from llama_adapter.scienceqa.grading import grade
@@ -90,6 +95,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         shuffle_choices,
         split_problems,
     )
+    from llama_adapter.training.recipes import load_best, load_to_train, say_encoded
     from llama_adapter.training.trainer import Trainer
 
     check_format(arguments.format)
@@ -100,7 +106,10 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     train, validation = split_problems(problems[: arguments.limit], validation_rows=arguments.validation_rows)
     shown = [train, *([shuffle_choices(p, seed=n) for p in train] for n in range(1, arguments.orders))]
     images = [p.image for p in (*train, *validation) if p.image is not None] if arguments.images else []
-    model, features = load_model_to_train(arguments, images)
+    quieten_libraries()
+    model, features = load_to_train(
+        adapter_plan(arguments), settings, images, output=arguments.output, resume=arguments.resume
+    )
     assert model.tokenizer is not None
     adapter = model.get_adapter("trained")
     asked = ScienceQAConfig(arguments.format, caption=arguments.caption)
@@ -147,8 +156,8 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     best = trainer.run(resume=arguments.resume)
     processes.say(f"{arguments.output}: best validation loss {best:.4f} nats a token")
 
-    adapter = load_adapter(arguments.output)
-    model.add_adapter("best", adapter)
+    load_best(model, arguments.output)
+    adapter = model.get_adapter("trained")
     right = {}
     for way in WAYS:
         predictions, _ = examine(

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING
 from llama_adapter.commands.arguments import (
     Parser,
     add_weights_option,
-    picture_features,
     positive_int,
     quieten_libraries,
 )
 from llama_adapter.commands.next_steps import steps_text
-from llama_adapter.commands.training_options import DEFAULT_TOWER
 from llama_adapter.common.errors import UsageError
+from llama_adapter.weights.catalogue import DEFAULT_TOWER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +83,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     from llama_adapter.common.progress import RowProgress
     from llama_adapter.data.records import read_records, split_records
     from llama_adapter.data.teacher import answer_from_other_rows, directions
+    from llama_adapter.vision.features import picture_features
     from llama_adapter.vision.tower import load_tower
 
     records, summary = read_records(arguments.data, image_root=arguments.image_root, split=arguments.split)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_adapter.commands.arguments import Parser, add_model_options, positive_int
+from llama_adapter.commands.arguments import Parser, add_model_options, positive_int, quieten_libraries
 from llama_adapter.commands.next_steps import adapter_steps, question_of
 from llama_adapter.commands.training_options import (
+    adapter_plan,
     add_training_options,
     add_vision_options,
-    encode_rows,
-    load_model_to_train,
     training_settings,
 )
 from llama_adapter.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from llama_adapter.data.records import Example, Record
+    from llama_adapter.data.records import Record
 
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m train.vqa") -> None:
@@ -65,88 +62,54 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
 
     # Slow to import, and not needed to say that an option is wrong.
     from llama_adapter.common.processes import running_processes
-    from llama_adapter.data.records import balance_yes_no, read_records, split_records
-    from llama_adapter.training.trainer import Trainer
+    from llama_adapter.training.recipes import read_source, train, validation_loss
 
     settings = training_settings(arguments)
-    processes = running_processes()
-    sources = [(*_weighted("--data", text), arguments.images) for text in arguments.data]
-    sources += [(*_weighted("--text-of", text), False) for text in arguments.text_of]
-    train: list[list[Record]] = []
-    validation: list[list[Record]] = []
-    pictured: list[bool] = []  # whether a source's rows have pictures, shown or not
-    facts: list[dict[str, object]] = []
-    for source, weight, images in sources:
-        records, summary = read_records(source, image_root=arguments.image_root, split=arguments.split)
-        processes.say(summary, file=sys.stderr)
-        parts = split_records(records[: arguments.limit], validation_rows=arguments.validation_rows)
-        pictured.append(any(record.images for record in parts[1]))
-        for part, whole in zip(parts, (train, validation), strict=True):
-            # Pictures are left out after the split, which is by pictures.
-            whole.append(part if images else [dataclasses.replace(row, images=()) for row in part])
-        facts.append(
-            {
-                "source": Path(source).name,
-                "fingerprint": summary.fingerprint,
-                "weight": weight,
-                "images": images,
-                "read": summary.facts(),
-            }
+    named = [(*_weighted("--data", text), arguments.images) for text in arguments.data]
+    named += [(*_weighted("--text-of", text), False) for text in arguments.text_of]
+    sources = [
+        read_source(
+            data,
+            validation_rows=arguments.validation_rows,
+            split=arguments.split,
+            limit=arguments.limit,
+            image_root=arguments.image_root,
+            weight=weight,
+            images=images,
         )
-
-    model, features = load_model_to_train(
-        arguments, [image for part in (*train, *validation) for record in part for image in record.images]
+        for data, weight, images in named
+    ]
+    quieten_libraries()
+    model = train(
+        sources,
+        output=arguments.output,
+        plan=adapter_plan(arguments),
+        settings=settings,
+        split=arguments.split,
+        max_length=arguments.max_length,
+        balance_answers=arguments.balance_yes_no,
+        resume=arguments.resume,
     )
-    assert model.tokenizer is not None
-    train_examples: list[Example] = []
-    occurrences: list[float] = []
-    validation_examples: dict[str, list[Example]] = {}
-    for (source, weight, images), fact, part, kept in zip(sources, facts, train, validation, strict=True):
-        name = Path(source).name + ("" if images or not arguments.images else " (text)")
-        examples, trained_on = encode_rows(
-            part, model, f"{name}, to train on", max_length=arguments.max_length
-        )
-        balance = (
-            balance_yes_no(examples, model.tokenizer) if arguments.balance_yes_no else [1.0] * len(examples)
-        )
-        train_examples += examples
-        occurrences += [weight * own for own in balance]
-        examples, kept_back = encode_rows(kept, model, f"{name}, kept back", max_length=arguments.max_length)
-        validation_examples.setdefault(name, []).extend(examples)
-        fact |= {"train": trained_on.facts(), "validation": kept_back.facts()}
-    trainer = Trainer(
-        model,
-        "trained",
-        train_examples,
-        validation_examples,
-        settings,
-        arguments.output,
-        data={
-            "sources": facts,
-            "split": arguments.split,
-            "balance_yes_no": arguments.balance_yes_no,
-            "max_length": arguments.max_length,
-            "start_from": arguments.start_from,
-        },
-        features=features,
-        occurrences=occurrences,
+    say = running_processes().say
+    say(f"{arguments.output}: best validation loss {validation_loss(model):.4f} nats a token")
+    # The commands below are about the first source whose pictures are shown.
+    data, shown = next(
+        ((data, source) for (data, _, _), source in zip(named, sources, strict=True) if source.images),
+        (named[0][0], sources[0]),
     )
-    best = trainer.run(resume=arguments.resume)
-    processes.say(f"{arguments.output}: best validation loss {best:.4f} nats a token")
-    shown = next((number for number, (_, _, images) in enumerate(sources) if images), 0)
-    scoring = [_scoring_script(validation[shown], pictured=pictured[shown]), "--data", sources[shown][0]]
+    scoring = [_scoring_script(shown.validation, pictured=shown.pictured), "--data", data]
     # Of all rows others are kept back than of the first few.
     rows = "--validation-rows" if arguments.limit is None else "--limit"
     scoring += [rows, arguments.validation_rows, "--split", arguments.split]
-    if pictured[shown]:
+    if shown.pictured:
         for option in ("image_root", "cache"):
             if (value := getattr(arguments, option)) is not None:
                 scoring += [f"--{option.replace('_', '-')}", value]
-    question = question_of(validation[shown], images=any(record.images for record in validation[shown]))
-    processes.say(adapter_steps(arguments, question=question, scoring=scoring))
+    question = question_of(shown.validation, images=any(record.images for record in shown.validation))
+    say(adapter_steps(arguments, question=question, scoring=scoring))
 
 
-def _scoring_script(rows: list[Record], *, pictured: bool) -> object:
+def _scoring_script(rows: Sequence[Record], *, pictured: bool) -> object:
     """Which of eval's scripts scores rows like these."""
     from llama_adapter.data.templates import CAPTION_QUESTIONS
 

@@ -39,35 +39,57 @@ MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
 class TrainingSettings:
     """How to train; the defaults are the paper's (section 4.1 and the authors' script).
 
-    They were chosen for larger prompts than `LlamaAdapter.new_adapter` starts from.
-
-    Attributes:
-        learning_rate: the peak; None takes the authors' rule, ``base_learning_rate * batch_size / 256``.
-        rates: peaks of their own for some groups of parameters (`Adapter.parameter_groups`), by name.
-        max_grad_norm: gradients are scaled down to this norm; None leaves them.
-        max_steps: ends the run (and its schedule) early.
-        validate_every, checkpoint_every: in steps. None validates ten times, at least once an epoch.
-        max_tokens: what goes through the decoder at once. A batch of more is accumulated: the gradients
-            are equal.
-        mean_over: "tokens" of the answers, or "rows", where the short answer to one question counts as much
-            as the long one to another.
+    They were chosen for larger prompts than `LlamaAdapter.new_adapter` starts from. The options of the
+    scripts are made from these fields and their "help".
     """
 
-    epochs: int = 5
-    warmup_epochs: float = 2.0
-    batch_size: int = 64
-    base_learning_rate: float = 9e-3
-    learning_rate: float | None = None
-    rates: Mapping[str, float] = field(default_factory=dict)
-    weight_decay: float = 0.02
+    epochs: int = field(default=5, metadata={"help": "passes over the rows"})
+    warmup_epochs: float = field(default=2.0, metadata={"help": "passes in which the learning rate rises"})
+    batch_size: int = field(
+        default=64, metadata={"help": "rows an optimiser step, of all processes together"}
+    )
+    base_learning_rate: float = field(default=9e-3, metadata={"help": "the peak is this * batch size / 256"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "the peak itself, in place of that rule"}
+    )
+    rates: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "a peak of its own for a group of parameters: prompts, gates, projection, scales ...; "
+            "can be given several times (default: --learning-rate for all)"
+        },
+    )
+    weight_decay: float = field(default=0.02, metadata={"help": "AdamW's"})
     betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float | None = None
-    max_steps: int | None = None
-    validate_every: int | None = None
-    checkpoint_every: int = 50
-    max_tokens: int = 1024
-    mean_over: str = "tokens"
-    seed: int = 0
+    max_grad_norm: float | None = field(
+        default=None, metadata={"help": "scale gradients down to this norm (default: leave them)"}
+    )
+    max_steps: int | None = field(
+        default=None, metadata={"help": "end the run, and its schedule, after so many steps"}
+    )
+    validate_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "steps between validations; the best adapter is kept (default: ten validations, at least "
+            "one an epoch)"
+        },
+    )
+    checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
+    max_tokens: int = field(
+        default=1024,
+        metadata={
+            "help": "tokens through the decoder at once, in each process; a larger batch is accumulated, "
+            "with equal gradients"
+        },
+    )
+    mean_over: str = field(
+        default="tokens",
+        metadata={
+            "help": "tokens: a long answer weighs more than a short one; rows: all alike, which makes "
+            "answers shorter"
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "of the order of the rows and of what starts at random"})
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_steps", "validate_every", "checkpoint_every", "max_tokens"):

@@ -11,7 +11,7 @@ Shapes: N pictures, F features of one picture.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import alone_in
+from llama_adapter.common.progress import RowProgress
 from llama_adapter.data.pictures import open_picture, read_picture
+from llama_adapter.data.row_pictures import PictureFile
 from llama_adapter.vision.tower import VisionTower
 from llama_adapter.weights.locations import cache_folder
 
@@ -120,3 +122,12 @@ class FeatureCache:
                     self._rows[names[place]] = len(self._rows)
         except OSError as error:
             raise UsageError(f"{self.folder}: the features cannot be kept: {error.strerror}") from None
+
+
+def picture_features(
+    tower: VisionTower, cache: Path | None, images: Iterable[PictureFile]
+) -> dict[PictureFile, Tensor]:
+    """(F,) features of each picture, read from the cache or computed, with progress."""
+    images = list(dict.fromkeys(images))
+    encoded = FeatureCache(tower, cache).encode(images, progress=RowProgress("pictures", len(images)))
+    return dict(zip(images, encoded, strict=True))

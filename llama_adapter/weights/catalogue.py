@@ -13,6 +13,7 @@ from typing import Literal
 from llama_adapter.common.files import write_json
 
 DEFAULT_BASE = "smollm2-135m-instruct"
+DEFAULT_TOWER = "clip-mini"
 """The base of every command that names no base and no adapter."""
 
 

@@ -16,7 +16,6 @@ import torch
 import eval.scienceqa
 import train.scienceqa
 from llama_adapter.answering.records_answered import answer_likelihoods, answer_records
-from llama_adapter.commands.training_options import DEFAULT_TOWER
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.methods.config import ScienceQAConfig
@@ -30,6 +29,7 @@ from llama_adapter.scienceqa.problems import (
     read_problems,
     split_problems,
 )
+from llama_adapter.weights.catalogue import DEFAULT_TOWER
 from tests.pasted import run_pasted
 from tests.science import build_problems, write_official
 from tests.tiny import build_tiny_tokenizer

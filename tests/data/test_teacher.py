@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import train.teacher
-from llama_adapter.commands.training_options import DEFAULT_TOWER
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.records import read_records, split_records
 from llama_adapter.data.teacher import QuestionRow, Teacher, answer_from_other_rows, directions
+from llama_adapter.weights.catalogue import DEFAULT_TOWER
 from tests.commands.test_train_vqa import COLOURS, refusal, run
 from tests.tiny_models import build_tiny_tower_folder, draw_picture
 
