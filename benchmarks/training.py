@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,12 +15,12 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.measuring import alternate, quartiles, rows_to_train_on, seconds_of
 from benchmarks.ways_to_train import CHECKPOINTED, PACKED, PADDED, PEFT, PEFT_512, WayToTrain, way_to_train
 from llama_adapter.commands.arguments import load_model
+from llama_adapter.common.memory import process_memory
 
 if TYPE_CHECKING:  # slow to import
     import torch
@@ -159,7 +158,7 @@ def _begin(arguments: argparse.Namespace, label: str) -> None:
     optimizer = way.optimizer(TrainingSettings(batch_size=arguments.batch_size))
     with torch.no_grad():  # weights that are mapped from their file come into memory when they are used
         model(torch.zeros(1, 2, dtype=torch.long, device=device), adapter=NO_ADAPTER, use_cache=False)
-    _learners.append(_Learner(way, optimizer, device, _memory(device, peak=False)))
+    _learners.append(_Learner(way, optimizer, device, process_memory(device, peak=False)))
 
 
 def _step(batch: Sequence[Example]) -> Step:
@@ -179,23 +178,5 @@ def _step(batch: Sequence[Example]) -> Step:
 
 def _peak() -> float | None:
     """Bytes that the steps took at their highest, beyond what the loaded model does."""
-    peak, frozen = _memory(_learners[0].device, peak=True), _learners[0].frozen
+    peak, frozen = process_memory(_learners[0].device, peak=True), _learners[0].frozen
     return None if peak is None or frozen is None else peak - frozen
-
-
-def _memory(device: torch.device, *, peak: bool) -> float | None:
-    """Bytes in use, from where the peak is counted on; or the peak since then. None: nothing tells it."""
-    import torch
-
-    if device.type == "cuda":
-        if peak:
-            return torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    if not sys.platform.startswith("linux"):
-        return None
-    if not peak:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
-    wanted = "VmHWM:" if peak else "VmRSS:"
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(1024.0 * int(line.split()[1]) for line in status if line.startswith(wanted))

@@ -17,7 +17,7 @@ SCRIPTS = ("train", "eval", "demo", "benchmarks")
 # From the ground up: each may import from those before it.
 FOLDERS = (
     *("common", "weights", "data", "vision", "quantization", "methods", "packing", "decoding", "surface"),
-    *("model", "training", "answering", "scienceqa", "page", "commands"),
+    *("model", "training", "answering", "scienceqa", "comparison", "page", "commands"),
 )
 FACES = ("__init__", "__main__")  # the package's own, which import whatever they hand on
 FILES = [path for path in sorted(LIBRARY.rglob("*.py")) if path.stem not in FACES]

@@ -9,7 +9,7 @@ from llama_adapter.common.errors import UsageError
 
 SCRIPTS: dict[str, tuple[str, ...]] = {
     "train": ("alpaca", "vqa", "scienceqa", "clip", "teacher"),
-    "eval": ("alpaca", "questions", "captions", "vqa", "scienceqa", "clip"),
+    "eval": ("alpaca", "methods", "questions", "captions", "vqa", "scienceqa", "clip"),
     "demo": (),
 }
 

@@ -17,6 +17,7 @@ EXTRAS = {
     "datasets": "train",
     "easy_vqa": "eval",
     "gradio": "demo",
+    "matplotlib": "eval",
     "pycocoevalcap": "eval",
     "tensorboard": "train",
 }

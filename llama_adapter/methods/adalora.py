@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,7 @@ class AdaLora(SitePart):
     kind = "adalora"
     foldable = True
     Config = AdaLoraConfig
+    size = "init_rank"
     config: AdaLoraConfig
 
     def __init__(
@@ -104,6 +106,11 @@ class AdaLora(SitePart):
         self._sensitivity: dict[str, Tensor] = {}
         self._uncertainty: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
+
+    @classmethod
+    def sized(cls, size: int) -> dict[str, Any]:
+        """In the proportion of the usual ranks, two of three stay in the end."""
+        return {"init_rank": size, "target_rank": max(1, round(2 * size / 3))}
 
     def add_state(self, states: dict[type[Part], State], inputs: Inputs) -> None:
         state, scale = {}, self.config.alpha / self.config.init_rank

@@ -35,6 +35,7 @@ class BitFit(SitePart):
     kind = "bitfit"
     foldable = True
     Config = BitFitConfig
+    learning_rate = 3e-3
 
     def __init__(
         self, config: BitFitConfig, layout: Layout, generator: torch.Generator | None = None

@@ -53,6 +53,7 @@ class Bottleneck(SitePart):
 
     kind = "bottleneck"
     Config = BottleneckConfig
+    size = "bottleneck_width"
 
     def __init__(
         self, config: BottleneckConfig, layout: Layout, generator: torch.Generator | None = None

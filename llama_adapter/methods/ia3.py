@@ -40,6 +40,7 @@ class Ia3(SitePart):
     kind = "ia3"
     foldable = True
     Config = Ia3Config
+    learning_rate = 1e-2
 
     def __init__(self, config: Ia3Config, layout: Layout, generator: torch.Generator | None = None) -> None:
         super().__init__(config, layout, generator)

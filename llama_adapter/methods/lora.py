@@ -59,6 +59,7 @@ class Lora(SitePart):
     kind = "lora"
     foldable = True
     Config = LoraConfig
+    size = "rank"
     config: LoraConfig
 
     def __init__(self, config: LoraConfig, layout: Layout, generator: torch.Generator | None = None) -> None:

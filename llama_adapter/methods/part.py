@@ -59,6 +59,8 @@ class Part(nn.Module):
     Attributes:
         kind: the part's name: in method strings, in the adapter's config, before its tensors' names.
         Config: the class of its settings.
+        learning_rate: the peak at which the method is usually trained; a comparison starts from it.
+        size: the option that makes the part larger or smaller; None where it has only one size.
         layout: what it was built for.
         differs_in_packs: whether the rows of one packed sequence may have different ones.
     """
@@ -66,6 +68,8 @@ class Part(nn.Module):
     kind: ClassVar[str]
     differs_in_packs: ClassVar[bool] = False
     Config: ClassVar[type[PartConfig]]
+    learning_rate: ClassVar[float] = 1e-3
+    size: ClassVar[str | None] = None
     layout: Layout
 
     def __init__(self, config: Any, layout: Layout, generator: torch.Generator | None = None) -> None:
@@ -73,6 +77,11 @@ class Part(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout
+
+    @classmethod
+    def sized(cls, size: int) -> dict[str, Any]:
+        """The options of a size from 1, with which its parameters grow alike; none where it has only one."""
+        return {} if cls.size is None else {cls.size: size}
 
     @classmethod
     def complete(cls, config: Any, decoder: PreTrainedModel) -> Any:

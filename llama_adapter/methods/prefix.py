@@ -73,6 +73,8 @@ class Prefix(Part):
 
     kind = "prefix"
     Config = PrefixConfig
+    learning_rate = 1e-2
+    size = "prefix_length"
     config: PrefixConfig
     sizes: Tensor
 

@@ -61,6 +61,8 @@ class Prompts(Part):
     Config = PromptsConfig
     differs_in_packs = True
     sizes: Tensor
+    learning_rate = 1e-2
+    size = "prompt_length"
 
     def __init__(
         self, config: PromptsConfig, layout: Layout, generator: torch.Generator | None = None

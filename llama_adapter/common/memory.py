@@ -1,0 +1,28 @@
+"""How much memory this process takes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # slow to import
+    import torch
+
+
+def process_memory(device: torch.device, *, peak: bool) -> float | None:
+    """Bytes in use, from where the peak is counted on; or the peak since then. None: nothing tells it."""
+    if device.type == "cuda":
+        import torch
+
+        if peak:
+            return torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if not sys.platform.startswith("linux"):
+        return None
+    if not peak:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+    wanted = "VmHWM:" if peak else "VmRSS:"
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in status if line.startswith(wanted))

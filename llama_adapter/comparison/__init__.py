@@ -1,0 +1,1 @@
+"""Methods compared on the same rows: learning rates, then seeds, then a table."""
