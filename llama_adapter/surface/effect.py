@@ -164,5 +164,8 @@ class _Reading:
     def prompts_of(self, attention: nn.Module) -> None:
         self.layers.add(layer_index(attention))
 
+    def keys_of(self, attention: nn.Module) -> None:
+        return None
+
     def sites_of(self, layer: int) -> None:
         return None

@@ -155,13 +155,13 @@ def test_chat_streams_and_reads_the_history(client: Client, model: LlamaAdapter)
     assert last != alone
 
 
-README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-README_ADDRESS = "http://127.0.0.1:7860"
+DOCS = (CHECKOUT / "docs" / "chat.md").read_text(encoding="utf-8")
+DOCS_ADDRESS = "http://127.0.0.1:7860"
 
 
-def test_the_readme_s_python_asks_the_page(address: str, picture: Path) -> None:
-    (code,) = re.findall(r"^```py\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    there = {README_ADDRESS: address, "photo.jpg": str(picture), "smollm2-135m-vision": "eyes"}
+def test_the_docs_python_asks_the_page(address: str, picture: Path) -> None:
+    (code,) = re.findall(r"^```py\n(.*?)^```", DOCS, flags=re.MULTILINE | re.DOTALL)
+    there = {DOCS_ADDRESS: address, "photo.jpg": str(picture), "smollm2-135m-vision": "eyes"}
     for ours, here in there.items():
         assert ours in code
         code = code.replace(ours, here)
@@ -175,11 +175,11 @@ def test_the_readme_s_python_asks_the_page(address: str, picture: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
-def test_the_readme_s_curl_asks_the_page(address: str) -> None:
-    first, second = re.findall(r"^    (curl .*?[^\\])$", README, flags=re.MULTILINE | re.DOTALL)
+def test_the_docs_curl_asks_the_page(address: str) -> None:
+    first, second = re.findall(r"^    (curl .*?[^\\])$", DOCS, flags=re.MULTILINE | re.DOTALL)
 
     def run(command: str) -> str:
-        command = command.partition("   #")[0].replace(f"{README_ADDRESS}/", address)
+        command = command.partition("   #")[0].replace(f"{DOCS_ADDRESS}/", address)
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60)
         return done.stdout
 
