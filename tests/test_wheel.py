@@ -106,7 +106,7 @@ def test_the_shipped_adapters_have_their_names(command: Command) -> None:
     ("words", "said"),
     [
         (("train",), "takes one of alpaca, vqa, scienceqa, clip, teacher; found nothing"),
-        (("eval", "nothing"), "takes one of alpaca, questions, captions, vqa, scienceqa, clip"),
+        (("eval", "nothing"), "takes one of alpaca, methods, questions, captions, vqa, scienceqa, clip"),
         (("train", "alpaca"), "see `llama-adapter train alpaca --help`"),
     ],
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -33,9 +34,10 @@ class AdapterState:
 
     num_layers: int
     parts: Mapping[type[Part], Mapping[str, Tensor]]
-    # By the decoder's layer, each cut once: a cut a layer would have a gradient as large as all layers, each.
-    _layers: tuple[dict[type[Part], State], ...] = field(init=False, repr=False)
-    _sites: tuple[dict[str, Acting], ...] = field(init=False, repr=False)
+    if TYPE_CHECKING:  # no fields: fully sharded layers copy the state with `dataclasses.replace`
+        # By the decoder's layer, each cut once: a cut a layer would have a gradient as large as all layers.
+        _layers: tuple[dict[type[Part], State], ...] = field(init=False, repr=False)
+        _sites: tuple[dict[str, Acting], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         layers: list[dict[type[Part], State]] = [{} for _ in range(self.num_layers)]

@@ -247,7 +247,12 @@ def test_options_go_to_the_part_that_has_them() -> None:
     model = LlamaAdapter(build_tiny_decoder())
     adapter = model.new_adapter("both", method="prompts+narrow", prompt_length=4, rank=3)
     assert adapter.config.parts == (PromptsConfig(4), NarrowConfig(3))
-    assert adapter.config.options == {"prompt_length": 4, "rank": 3, "sites": NarrowConfig().sites}
+    assert adapter.config.options == {
+        "prompt_length": 4,
+        "prompt_mlp": 0,
+        "rank": 3,
+        "sites": NarrowConfig().sites,
+    }
     with pytest.raises(
         UsageError, match=r"method 'narrow' has no option 'prompt_length'; it has rank, sites"
     ):

@@ -17,7 +17,7 @@ from llama_adapter.model import LlamaAdapter
 from llama_adapter.surface.passing import PASSED_METHODS, REFUSED
 from tests.tiny_models import build_tiny_model
 
-PUBLIC = {"Conversation", "LlamaAdapter", "Sampling", "Turn", "__version__"}
+PUBLIC = {"Conversation", "LlamaAdapter", "Sampling", "TrainingSettings", "Turn", "__version__", "train"}
 
 # What LlamaAdapter has of its own; what torch's Module and transformers' generation give is theirs.
 ATTRIBUTES = (
