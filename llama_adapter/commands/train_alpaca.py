@@ -7,7 +7,12 @@ from pathlib import Path
 
 from llama_adapter.commands.arguments import Parser, add_model_options, positive_int, quieten_libraries
 from llama_adapter.commands.next_steps import adapter_steps, question_of
-from llama_adapter.commands.training_options import adapter_plan, add_training_options, training_settings
+from llama_adapter.commands.training_options import (
+    adapter_plan,
+    add_training_options,
+    rows_kept_back,
+    training_settings,
+)
 
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m train.alpaca") -> None:
@@ -51,7 +56,5 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     say = running_processes().say
     say(f"{arguments.output}: best validation loss {validation_loss(model):.4f} nats a token")
     scoring: list[object] = ["alpaca", "--data", arguments.data]
-    # Of all rows others are kept back than of the first few.
-    rows = "--validation-rows" if arguments.limit is None else "--limit"
-    scoring += [rows, arguments.validation_rows, "--split", arguments.split]
+    scoring += rows_kept_back(arguments)
     say(adapter_steps(arguments, question=question_of(source.validation), scoring=scoring))

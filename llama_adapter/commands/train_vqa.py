@@ -12,6 +12,7 @@ from llama_adapter.commands.training_options import (
     adapter_plan,
     add_training_options,
     add_vision_options,
+    rows_kept_back,
     training_settings,
 )
 from llama_adapter.common.errors import UsageError
@@ -98,9 +99,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         (named[0][0], sources[0]),
     )
     scoring = [_scoring_script(shown.validation, pictured=shown.pictured), "--data", data]
-    # Of all rows others are kept back than of the first few.
-    rows = "--validation-rows" if arguments.limit is None else "--limit"
-    scoring += [rows, arguments.validation_rows, "--split", arguments.split]
+    scoring += rows_kept_back(arguments)
     if shown.pictured:
         for option in ("image_root", "cache"):
             if (value := getattr(arguments, option)) is not None:

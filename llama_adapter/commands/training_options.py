@@ -130,6 +130,13 @@ def _group_rate(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(said) from None
 
 
+def rows_kept_back(arguments: argparse.Namespace) -> list[object]:
+    """The words by which a scoring script reads the rows that a training kept back."""
+    # Of all rows others are kept back than of the first few.
+    rows = "--validation-rows" if arguments.limit is None else "--limit"
+    return [rows, arguments.validation_rows, "--split", arguments.split]
+
+
 def training_settings(arguments: argparse.Namespace, **changed: Any) -> TrainingSettings:
     """The settings that `add_settings` read; ``changed`` are fields in place of what was read."""
     from llama_adapter.training.trainer import TrainingSettings
