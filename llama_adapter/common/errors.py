@@ -1,4 +1,4 @@
-"""How a command ends: a user's mistake is told in one line, a bug keeps its traceback."""
+"""How commands end: a user's mistake prints one line, a bug prints its traceback."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Callable
 
-# The disk, or the user's share of it, is used up.
+# The errors for a full disk and for a user's full quota.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-# Packages that only some commands need, and the extra of this package that installs each.
+# Packages that only some commands need, each with the extra of llama-adapter that installs it.
 EXTRAS = {
     "accelerate": "train",
     "datasets": "train",
@@ -24,20 +24,20 @@ EXTRAS = {
 
 
 class UsageError(ValueError):
-    """A user's mistake, told in one line: what was given, what was expected, what to do about it."""
+    """A user's mistake. The message is one line: what was given, what was expected, what to do about it."""
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Run `main` as a command and return its exit code. Every entry point ends through here.
+    """Run `main` as a command and return the exit code. Every entry point uses this.
 
-    Returns what `main` returns (None is 0); 2 after a `UsageError`, a full disk, a path that can't be used or
-    a package of an extra that is not installed, each told in one line on standard error; 130 after Ctrl-C;
-    141 when the reader of standard output went away. Any other exception is a bug and goes through with its
-    traceback.
+    The code is what `main` returns (None counts as 0). It is 2 after a `UsageError`, a full disk, a path that
+    can't be used or a missing package of an extra; each prints one line on standard error. It is 130 after
+    Ctrl-C, and 141 when the program that reads standard output has closed it. Any other exception is a bug:
+    it is passed on with its traceback.
     """
     try:
         code = main() or 0
-        sys.stdout.flush()  # a reader that went away must show here, not in the interpreter's last flush
+        sys.stdout.flush()  # so that a closed output raises here, not when the interpreter exits
         return code
     except UsageError as error:
         return _refuse(str(error))
@@ -50,14 +50,14 @@ def run_command(main: Callable[[], int | None]) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Otherwise the interpreter flushes what is left at exit and complains.
+        # Otherwise the interpreter tries to flush the rest at exit and complains.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         if error.errno in DISK_FULL:
             where = f" while writing {error.filename}" if error.filename else ""
             return _refuse(f"the disk is full{where}: free some space and try again")
-        if error.filename is None:  # not about a path, so nothing the user gave
+        if error.filename is None:  # not about a path, so not about anything the user gave
             raise
         return _refuse(f"{error.filename}: {error.strerror}")
 

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there, whatever happens while they are written."""
+"""Writing files and folders that are either complete or not there, whatever goes wrong on the way."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ if sys.platform != "win32":
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; what the body writes there becomes `path`.
+    """Yield a temporary path beside `path`. When the body has written it, it is renamed to `path`.
 
-    On success the file reaches the disk and then takes its name in one step; after any exception, Ctrl-C
-    included, `path` is as it was and the temporary file is gone. A link keeps being a link: the file it
-    leads to is replaced. A device or a pipe (/dev/stdout) can't be replaced and is yielded as it is.
-    Raises OSError naming `path` where it can't be written or the disk is full.
+    On success the file is flushed to the disk and then renamed in one step. After any exception, Ctrl-C
+    included, `path` is unchanged and the temporary file is deleted. If `path` is a symbolic link, it stays
+    one, and the file that it points to is replaced. A device or a pipe (/dev/stdout) can't be replaced, so it
+    is yielded as it is.
+    Raises OSError naming `path` if it can't be written or the disk is full.
     """
     path = Path(path)
     if path.is_dir():
@@ -47,14 +48,14 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, atomically; letters outside ASCII stay readable."""
+    """Write `value` as indented JSON, atomically. Characters outside ASCII are written as they are."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def sha256_file(path: str | os.PathLike[str], *, each_block: Callable[[], None] = lambda: None) -> str:
-    """The SHA-256 of a file's bytes, in lower-case hexadecimal; `each_block` is called after each MiB."""
+    """The SHA-256 of a file's bytes, in lower-case hexadecimal. Calls `each_block` after each MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -65,12 +66,12 @@ def sha256_file(path: str | os.PathLike[str], *, each_block: Callable[[], None] 
 
 @contextmanager
 def replace_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `final`; filled by the body, it becomes `final`.
+    """Yield an empty temporary folder beside `final`. When the body has filled it, it becomes `final`.
 
-    An earlier `final` goes with all it holds, but only once the new one is complete; after any exception
-    it is as it was and the temporary folder is gone. What a killed process left is cleared by the next
-    call. One writer at a time: two at once for the same `final` are the caller's to prevent.
-    Raises OSError naming `final` where it can't be written, is a file, or the disk is full.
+    An earlier `final` is deleted with all its content, but only once the new one is complete. After any
+    exception it is unchanged and the temporary folder is deleted. The next call removes what a killed process
+    left behind. The caller must make sure that only one process at a time writes the same `final`.
+    Raises OSError naming `final` if it can't be written, is a file, or the disk is full.
     """
     final = Path(os.path.realpath(final))
     temporary = final.with_name(f".{final.name}.tmp")
@@ -79,7 +80,7 @@ def replace_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final))
 
     def tidy() -> None:
-        if replaced.exists() and not final.exists():  # cut off between the two renames below
+        if replaced.exists() and not final.exists():  # stopped between the two renames below
             os.replace(replaced, final)
         for leftover in (temporary, replaced):
             if leftover.exists():
@@ -103,7 +104,7 @@ def replace_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def _errors_naming(path: Path, *, instead_of: Path) -> Iterator[None]:
-    """Turn a full disk, and an OSError about the temporary name, into an OSError about `path`."""
+    """Turn a full disk, or an OSError that names the temporary path, into an OSError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -111,7 +112,7 @@ def _errors_naming(path: Path, *, instead_of: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except Exception as error:
-        # safetensors and tokenizers are Rust: their full disk is no OSError but says this.
+        # safetensors and tokenizers are written in Rust: a full disk is no OSError there, but has this text.
         if f"(os error {errno.ENOSPC})" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
@@ -124,9 +125,9 @@ def _flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a folder against other processes that ask for the same; ``waiting`` is called before a wait.
+    """Lock a folder against other processes that ask for the same lock. Calls ``waiting`` before it waits.
 
-    The lock goes with the process, and leaves no file behind. Windows has none: nobody is kept apart there.
+    The lock ends with the process and leaves no file behind. Windows has no such lock: there it does nothing.
     """
     if sys.platform == "win32":
         yield

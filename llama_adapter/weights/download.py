@@ -1,4 +1,4 @@
-"""Download pinned files over HTTP: several at once, with progress, resumed where an earlier call stopped."""
+"""Download pinned files over HTTP: several at once, with progress; an interrupted download is resumed."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from llama_adapter.common.files import sha256_file
 from llama_adapter.common.progress import clock
 
 SILENT_SECONDS = 5.0
-"""A source from which nothing comes for so long is given up."""
-CONNECTIONS = 50  # for one file, where they break off and each brought something
-BLOCK = 1 << 16  # bytes; of one that breaks off in the middle nothing is kept
+"""A source that sends nothing for this long is given up."""
+CONNECTIONS = 50  # at most, for one file whose connections break off but each brought something
+BLOCK = 1 << 16  # bytes; an incomplete block is thrown away
 
 
 class SourceError(Exception):
-    """Why a source cannot give a file, in a few words; another source may."""
+    """Why a source cannot give a file, in a few words. Another source may have it."""
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """A file that is to be downloaded, and what it has to be."""
+    """A file to download, with the size and hash that it must have."""
 
     name: str
     sha256: str
@@ -40,7 +40,7 @@ class Pinned:
 
 
 class Session(requests.Session):
-    """requests' session with the system's certificates beside certifi's, as a company's proxy may need."""
+    """A requests session that trusts the system's certificates as well: a company's proxy may need them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,47 +53,47 @@ class _SystemCertificates(HTTPAdapter):
 
 
 class Transfer:
-    """What all the threads of one download share: how far it is, and whether to go on."""
+    """What all threads of one download share: its progress, and whether to go on."""
 
     def __init__(self, total: int) -> None:
-        """`total`: how many bytes the files have together."""
+        """`total`: the size of all files together, in bytes."""
         self._total = total
         self._lock = threading.Lock()
         self._there = 0
-        self._fresh = 0  # of these, what this download brought
+        self._fresh = 0  # how many of these bytes this download brought
         self._started = self._active = time.monotonic()
         self.stopped = False
 
     def alive(self) -> None:
-        """Say that something happens. Raises SourceError once the download has been given up."""
+        """Record that something happened. Raises SourceError if the download has been given up."""
         self._active = time.monotonic()
         if self.stopped:
             raise SourceError("given up")
 
     def add(self, count: int, *, fresh: bool = True) -> None:
-        """Count bytes, `fresh` ones or what an earlier call left; below 0 where they have to come again."""
+        """Count bytes: downloaded now (`fresh`) or by an earlier call. Negative if they must come again."""
         self.alive()
         with self._lock:
             self._there += count
             self._fresh += count if fresh else 0
 
     def silent_for(self) -> float:
-        """Seconds since anything happened."""
+        """Seconds since something last happened."""
         return time.monotonic() - self._active
 
     def line(self) -> str:
-        """How much is there, the rate, and the time left."""
+        """The progress line: bytes done, rate, time left."""
         rate = self._fresh / max(1e-9, time.monotonic() - self._started)
         left = clock((self._total - self._there) / rate) if rate > 0 else "?"
         return f"{self._there / 1e6:,.0f}/{self._total / 1e6:,.0f} MB  {rate / 1e6:.1f} MB/s  {left} left"
 
 
 def run_together(jobs: Sequence[Callable[[Transfer], None]], total: int, show: Callable[[str], None]) -> None:
-    """Run every job in a thread of its own until all are done; `show` gets passing lines on how far they are.
+    """Run every job in a thread of its own until all are done; `show` gets progress lines.
 
-    The first error ends them all: SourceError goes through, as does Ctrl-C. Where nothing happens in any of
-    them for `SILENT_SECONDS` (and a second more, since a look-up of a name can't be interrupted) they are
-    given up as silent.
+    The first error ends all jobs; a SourceError or Ctrl-C is passed on. If nothing happens in any job for
+    `SILENT_SECONDS`, they are given up as silent (a second later, since looking up a host name can't be
+    interrupted).
     """
     transfer = Transfer(total)
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -106,7 +106,7 @@ def run_together(jobs: Sequence[Callable[[Transfer], None]], total: int, show: C
             ended.put(error)
 
     try:
-        for job in jobs:  # daemons: one that hangs in the resolver must not keep the process
+        for job in jobs:  # daemons: one that hangs in a host name look-up must not keep the process alive
             threading.Thread(target=work, args=(job,), daemon=True).start()
         running = len(jobs)
         while running:
@@ -122,11 +122,11 @@ def run_together(jobs: Sequence[Callable[[Transfer], None]], total: int, show: C
 
 
 def download(session: Session, url: str, pinned: Pinned, path: Path, transfer: Transfer) -> None:
-    """Bring `url` to `path`, whole and checked; a piece that an earlier call left in `path`.part is used.
+    """Download `url` to `path` and check it. Goes on from the part that an earlier call left in `path`.part.
 
-    `url` may be a file: URL. A connection that breaks is taken up again where it broke, as long as each
-    brings something. Raises SourceError: not there, silent, broken off, or another file than the pinned one,
-    of which nothing is kept.
+    `url` may be a file: URL. A broken connection is resumed as long as each new one brings something.
+    Raises SourceError: not found, silent, broken off, or not the pinned file. In the last case nothing is
+    kept.
     """
     part = path.with_name(f"{path.name}.part")
     if urlsplit(url).scheme == "file":
@@ -143,7 +143,7 @@ def download(session: Session, url: str, pinned: Pinned, path: Path, transfer: T
         except SourceError:
             if not resumed:
                 raise
-            # The earlier piece may be what was wrong.
+            # The part from the earlier call may be the cause.
             transfer.add(-pinned.size, fresh=False)
             _receive_all(session, url, pinned, part, transfer)
             _check(part, pinned, transfer)
@@ -183,7 +183,7 @@ def _receive_all(session: Session, url: str, pinned: Pinned, part: Path, transfe
 
 
 def _receive(session: Session, url: str, pinned: Pinned, part: Path, transfer: Transfer) -> None:
-    """One connection: what is missing of the file, appended to `part`."""
+    """Read from one connection: append what is missing of the file to `part`."""
     there = _size(part)
     headers = {"Accept-Encoding": "identity"}
     if there:
@@ -195,7 +195,7 @@ def _receive(session: Session, url: str, pinned: Pinned, part: Path, transfer: T
             raise SourceError(f"{pinned.name}: answered {status} {response.reason}")
         given = response.headers.get("Content-Range", "")
         if there and not (status == 206 and given.startswith(f"bytes {there}-")):
-            transfer.add(-there, fresh=False)  # it gives no pieces, or this is none of the file that it has
+            transfer.add(-there, fresh=False)  # the server sends the file from its start, or another piece
             there = 0
             part.unlink()
             if status != 200:
@@ -237,12 +237,12 @@ def _other_size(pinned: Pinned, size: int, *, at_least: bool = False) -> str:
 
 
 def _is_timeout(error: BaseException) -> bool:
-    """Whether requests gave up waiting; while reading it calls that a broken connection."""
+    """Whether the error is a time-out. While reading, requests reports one as a connection error."""
     return isinstance(error, requests.exceptions.Timeout) or "timed out" in str(error)
 
 
 def plain_reason(error: requests.exceptions.RequestException) -> str:
-    """The innermost cause of one of requests' errors, without its wrapping."""
+    """The innermost cause of one of requests' errors, without the wrapping."""
     if _is_timeout(error):
         return f"silent for {SILENT_SECONDS:g} seconds"
     inner: BaseException = error

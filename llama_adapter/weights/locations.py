@@ -1,4 +1,4 @@
-"""Where weights are looked for, and what a name given on a command line stands for."""
+"""Where weights are looked for, and how a name on a command line becomes a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llama_adapter.weights.catalogue import CATALOGUE
 
 Kind = Literal["adapter", "base", "tower"]
 
-# The files, of which one tells what a folder holds.
+# A folder's kind is told by which of these files it holds.
 _MARKERS: dict[Kind, tuple[str, ...]] = {
-    "adapter": ("llama_adapter_config.json", "adapter_config.json"),  # the second: before it was renamed
+    "adapter": ("llama_adapter_config.json", "adapter_config.json"),  # the second is its older name
     "base": ("config.json",),
     "tower": ("open_clip_config.json",),
 }
@@ -28,11 +28,11 @@ def cache_folder() -> Path:
 
 
 def weights_folders(explicit: str | Path | None = None) -> list[Path]:
-    """The folders that names are looked up in, first one first; `fetch` writes to the first.
+    """The folders in which names are looked up, in order. `fetch` writes to the first.
 
-    That is `explicit` (--weights), else the environment's LLAMA_ADAPTER_WEIGHTS, else weights/ of the
-    checkout followed by the user's cache folder, else (installed from a wheel) the cache folder followed by
-    the adapters in the package. None has to exist.
+    They are `explicit` (--weights) if given; else the environment variable LLAMA_ADAPTER_WEIGHTS; else
+    weights/ of the checkout, then the user's cache folder; else, when installed from a wheel, the cache
+    folder, then the adapters in the package. None of them has to exist.
     """
     chosen = explicit or os.environ.get("LLAMA_ADAPTER_WEIGHTS")
     if chosen:
@@ -44,7 +44,7 @@ def weights_folders(explicit: str | Path | None = None) -> list[Path]:
 
 
 def list_weights(kind: Kind, weights: str | Path | None = None) -> dict[str, Path]:
-    """Name to folder of every adapter or base in the weights folders, by name."""
+    """All adapters or all bases in the weights folders: name to folder, sorted by name."""
     found: dict[str, Path] = {}
     for folder in weights_folders(weights):
         for path in folder.iterdir() if folder.is_dir() else ():
@@ -54,15 +54,15 @@ def list_weights(kind: Kind, weights: str | Path | None = None) -> dict[str, Pat
 
 
 def resolve(name_or_path: str, *, kind: Kind, weights: str | Path | None = None) -> str:
-    """What `name_or_path` stands for: the absolute path of a folder, or a hub id.
+    """The absolute path of the folder, or the hub id, that `name_or_path` stands for.
 
-    A folder that exists is taken before a name in the weights folders, and that before the hub. Whether
-    the folder really holds such weights, or the hub has that id, shows when they are loaded.
-    Raises UsageError, naming what there is, when it can be none of these.
+    A folder that exists comes before a name in the weights folders, and that before a hub id. Whether the
+    folder holds such weights, or the hub has that id, is only checked when they are loaded.
+    Raises UsageError, listing what is available, if it can be none of these.
     """
     if not name_or_path:
         raise UsageError(f"the {kind} is empty: give a name, a folder or a hub id")
-    if "\0" in name_or_path:  # of "~\0" no user's home can be looked up
+    if "\0" in name_or_path:  # expanduser fails on "~\0"
         raise UsageError(f"the {kind} {name_or_path!r} holds a null: give a name, a folder or a hub id")
     path = os.path.abspath(os.path.expanduser(name_or_path))
     if os.path.isdir(path):
@@ -72,7 +72,7 @@ def resolve(name_or_path: str, *, kind: Kind, weights: str | Path | None = None)
         return str(known[name_or_path])
     if os.path.exists(path):
         raise UsageError(f"{name_or_path!r} is a file: give the folder of the {kind}")
-    # weights/typo looks like a hub id too, but with a folder weights/ here it was meant as a path.
+    # weights/typo looks like a hub id too. But where a folder weights/ exists, it was meant as a path.
     if _HUB_ID.fullmatch(name_or_path) and not os.path.isdir(name_or_path.split("/")[0]):
         return name_or_path
 
@@ -98,6 +98,6 @@ def resolve(name_or_path: str, *, kind: Kind, weights: str | Path | None = None)
 
 
 def name_of(found: str, *, kind: Kind, weights: str | Path | None = None) -> str:
-    """What to call a thing that `resolve` found: its name in the weights folders, else as it was found."""
+    """The name in the weights folders of what `resolve` found; if it has none, the path or hub id itself."""
     names = [name for name, folder in list_weights(kind, weights).items() if str(folder) == found]
     return names[0] if names else found

@@ -1,7 +1,8 @@
-"""Where the user's package registry has a wheel, found with pip's settings.
+"""Find a wheel in the user's package registry, using pip's settings.
 
-pip can neither say how far a download is nor take one up again in a later call, so only its settings are
-used: indexes, folders of wheels, certificates, proxy. https://packaging.python.org/en/latest/specifications/simple-repository-api/
+pip itself can neither report the progress of a download nor resume one in a later call. So only its settings
+are used: indexes, folders of wheels, certificates, proxy.
+https://packaging.python.org/en/latest/specifications/simple-repository-api/
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _TRUE = ("1", "true", "yes", "on", "y", "t")
 
 @dataclass(frozen=True)
 class PipSettings:
-    """What pip's settings say about where packages come from."""
+    """pip's settings for where packages come from."""
 
     indexes: tuple[str, ...] = ("https://pypi.org/simple",)
     links: tuple[str, ...] = ()
@@ -52,16 +53,16 @@ class PipSettings:
 
 
 class _Unverified(requests.adapters.HTTPAdapter):
-    """For a host whose certificate the user told pip not to check; what comes is checked by its hash."""
+    """For a host whose certificate the user told pip not to check. Downloads are still checked by hash."""
 
     def send(self, *args: object, **kwargs: object) -> requests.Response:
         return super().send(*args, **{**kwargs, "verify": False})  # type: ignore[arg-type]
 
 
 def read_pip_settings() -> PipSettings:
-    """pip's settings for this user: its files and the environment's PIP_ variables, which come first.
+    """pip's settings for this user: its files, and the PIP_ environment variables, which come first.
 
-    An environment without pip (uv makes such) has the variables alone.
+    In an environment without pip (uv makes such) only the variables are read.
     """
     command = [sys.executable, "-m", "pip", "config", "list"]
     result = subprocess.run(
@@ -94,22 +95,22 @@ def read_pip_settings() -> PipSettings:
 
 
 def _parse(listed: str) -> dict[str, str]:
-    """The lines key='value' of `pip config list`."""
+    """Parse the lines key='value' of `pip config list`."""
     found = {}
     for line in listed.splitlines():
         key, _, value = line.partition("=")
         try:
             found[key] = str(ast.literal_eval(value))
-        except (ValueError, SyntaxError):  # a note, no setting
+        except (ValueError, SyntaxError):  # a remark, not a setting
             continue
     return found
 
 
 def find_wheel(wheel: Wheel, settings: PipSettings, session: Session, alive: Callable[[], None]) -> str:
-    """The URL of a wheel, by its file name: first in the folders and pages of links, then in the indexes.
+    """The URL of a wheel, found by its file name: first in folders and pages of links, then in the indexes.
 
-    `alive` is called before and after each request. Raises SourceError, with the reason of the last place
-    that could not be asked, where none has it.
+    `alive` is called before and after each request. Raises SourceError if no place has the wheel. The reason
+    is that of the last place that could not be asked.
     """
     name = wheel.package.lower().replace("_", "-").replace(".", "-")
     places = [*settings.links, *(f"{index.rstrip('/')}/{name}/" for index in settings.indexes)]
@@ -163,7 +164,7 @@ def _link_to(file: str, page: str, base: str) -> str | None:
 
 
 class _Links(HTMLParser):
-    """Collects where a page's links lead."""
+    """Collects the targets of a page's links."""
 
     def __init__(self) -> None:
         super().__init__()
