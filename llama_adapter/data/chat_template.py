@@ -1,19 +1,19 @@
-"""A tokenizer's own chat template: a conversation -> the stretches of text that a decoder reads.
+"""A tokenizer's own chat template: splits a conversation into the pieces of text that a decoder reads.
 
-What the template writes is the truth, since the base was trained on it. Three renderings of a conversation
-tell where an answer starts and ends:
+The template's own output is always right, since the base was trained on it. Three renderings of a
+conversation show where an answer starts and ends:
 
-- up to an answer, with the generation prompt: this is what the decoder is given when it is asked;
-- with later turns behind it: the answer starts where the first text ends. Llama 2 and Mistral write a space
+- up to the answer, with the generation prompt: the decoder is given this text when it is asked;
+- with a later turn after it: the answer starts where the first text ends. Llama 2 and Mistral write a space
   there. It belongs to the answer: " yes" is one token, and the one to learn;
-- the whole: the answer ends with the template's end token. What stands before that (in Llama 2 a space)
-  belongs to it, too.
+- the whole conversation: the answer ends with the template's end token. Anything that the template writes
+  before that token (a space in Llama 2) belongs to the answer too.
 
-What a template writes in front of an answer beside spaces (a role that its generation prompt leaves out, a
-channel) is put at the question's end, so that nobody reads it in an answer.
+If the template writes more than spaces before an answer (a role that its generation prompt leaves out, a
+channel), that text is moved to the end of the question, so that it is never read as part of an answer.
 
-A template may write an earlier answer otherwise than it is asked for: Qwen3 opens an answer with empty
-thoughts and leaves them out of the history. Such an answer can be learnt only where it is the last one.
+A template may write an earlier answer differently from the last one: Qwen3 puts empty thoughts before the
+last answer and leaves them out of the history. Such an answer can be learnt only where it is the last one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from llama_adapter.data.turns import Turn
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
 
-# Unicode noncharacters: they never stand in a text that is meant to be exchanged.
-CUT = "\ufdd0"  # inside a control token that a person spelled out
-_ANSWER = "\ufdd1"  # in place of an answer while the template is rendered
+# Unicode noncharacters: text that is meant to be exchanged never contains them.
+CUT = "\ufdd0"  # marks a cut inside a control token that a person spelled out
+_ANSWER = "\ufdd1"  # stands for an answer while the template is rendered
 _OURS = str.maketrans("", "", CUT + _ANSWER)
 
-# transformers gives a template the clock, as strftime_now(format). This takes its place: a date that stays.
+# transformers gives a template the clock as strftime_now(format). This replaces it by a fixed date.
 _CLOCK = (
     "{% macro strftime_now(format) %}{{ dates_by_format[format] if format in dates_by_format else "
     "raise_exception('its date format ' ~ format ~ ' is computed; expected a literal one') }}{% endmacro +%}"
@@ -46,15 +46,15 @@ _CLOCK = (
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a conversation's text, tokenised by itself.
+    """A piece of a conversation's text that is tokenised by itself.
 
     Attributes:
-        text: `CUT` stands inside control tokens that a person spelled out.
-        after: the text right before it, which decides how its first characters are tokenised. "": it starts a
-            sequence, or with a control token.
-        is_answer: whether an assistant's turn is in it.
+        text: the text, with `CUT` inside control tokens that a person spelled out.
+        after: the text right before it, which affects how its first characters are tokenised. "" if it starts
+            a sequence or begins with a control token.
+        is_answer: whether it is an assistant's turn.
         is_learnt: whether training learns it.
-        ends: whether the answer's end token follows, which is not in the text.
+        ends: whether the answer's end token follows. The token is not in the text.
     """
 
     text: str
@@ -65,16 +65,16 @@ class Segment:
 
 
 def eos_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's end token. Raises UsageError where it has none."""
+    """The tokenizer's end token. Raises UsageError if it has none."""
     if tokenizer.eos_token is None:
         raise UsageError("this base's tokenizer has no end token (eos), so an answer could never end")
     return str(tokenizer.eos_token)
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What steers a decoder: the special tokens, and added tokens that the chat template writes.
+    """The tokens that steer a decoder: the special tokens, and added tokens that the chat template writes.
 
-    Other added tokens (Gemma has `<table>`, Qwen code markers) are ordinary text in a short spelling.
+    Other added tokens (Gemma's `<table>`, Qwen's code markers) are ordinary text that has one token.
     """
     written = str(tokenizer.chat_template)
     return [
@@ -85,24 +85,24 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def without_marks(text: str) -> str:
-    """A person's text without the characters that mark places here."""
+    """A person's text without the characters that this module uses as marks."""
     return text.translate(_OURS)
 
 
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template writes today's date (Llama 3.2, SmolLM3 and others do)."""
+    """Whether the chat template writes today's date, as those of Llama 3.2, SmolLM3 and others do."""
     return bool(tokenizer.chat_template) and "strftime_now" in tokenizer.get_chat_template()
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, on one date.
+    """The chat template of a tokenizer, with a fixed date.
 
     Args:
-        date: as 2026-11-28, for templates that write it; None is today.
+        date: such as 2026-11-28, for templates that write it. None is today.
 
     Raises:
-        UsageError: a tokenizer without a template, and from every method where the template refuses or loses
-            a part of the conversation.
+        UsageError: a tokenizer without a template. Every method also raises it if the template refuses the
+            conversation or drops a part of it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
@@ -131,8 +131,8 @@ class ChatTemplate:
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
         """Question, answer, question, answer ... of a conversation that ends with a question or an answer.
 
-        Of an answer that the template writes otherwise than it is asked for, `is_learnt` is False, whatever
-        its turn says.
+        `is_learnt` is False, whatever the turn says, for an answer that the template writes differently from
+        the last one.
         """
         training = turns[-1].role == "assistant"
         question = turns[:-1] if training else turns
@@ -151,7 +151,7 @@ class ChatTemplate:
             before = Segment(text[start:opening], after)
             end = self._end.match(text, mark + 1)
             answer = text[opening:mark] + _core(turns[place].text) + (end[1] if end else "")
-            closed = end is not None or not self._writes_end  # where it writes none, ours is put there
+            closed = end is not None or not self._writes_end  # if it writes no end token, ours is added
             learnt = as_asked and closed and turns[place].learnt
             segments += [before, Segment(answer, self._context(before), True, learnt, closed)]
             start = end.end() if end else mark + 1
@@ -163,16 +163,19 @@ class ChatTemplate:
         return segments
 
     def _last_answer(self, turns: Sequence[Turn], asked: str) -> str:
-        """The last turn with what the template writes around it, up to its end token."""
+        """The last turn with all that the template writes around it, up to its end token."""
         whole = self._render(turns, ask=False)
         before, mark, behind = whole[len(asked) :].partition(_ANSWER)
         if not (mark and whole.startswith(asked)):
-            return turns[-1].text  # the generation prompt is no part of what it writes afterwards
+            return turns[-1].text  # what it writes afterwards does not contain the generation prompt
         end = self._end.match(behind)
         return before + _core(turns[-1].text) + (end[1] if end else "")
 
     def _context(self, segment: Segment) -> str:
-        """The end of a segment, from its last control token on: all that the tokens behind it depend on."""
+        """The end of a segment, from its last control token on.
+
+        The tokens after it depend on nothing before.
+        """
         piece = segment.text.rpartition(CUT)[2]
         tokens = list(self._control_token.finditer(piece))
         if tokens:
@@ -180,17 +183,21 @@ class ChatTemplate:
         return ("\n" if CUT in segment.text else segment.after) + piece
 
     def _render(self, turns: Sequence[Turn], *, ask: bool) -> str:
-        """The template's text, a mark in place of every answer. `ask`: end where the next answer starts."""
+        """The template's text, with a mark for every answer.
+
+        With `ask` it ends where the next answer starts.
+        """
         messages = []
         for turn in turns:
             text = f"{turn.text}\n\n{turn.input}" if turn.input else turn.text
-            if turn.role == "assistant":  # the spaces around it stay, since some templates take them off
+            if turn.role == "assistant":  # keep the spaces around it: some templates strip an answer
                 core = _core(text)
                 left, _, right = text.partition(core) if core else (text, "", "")
                 text = left + _ANSWER + right
             messages.append({"role": turn.role, "content": text})
         try:
-            # Reasoning templates (Qwen3, SmolLM3) open the answer itself: the data hold no thoughts.
+            # Reasoning templates (Qwen3, SmolLM3) write something before the answer: the data have no
+            # thoughts.
             rendered = self._tokenizer.apply_chat_template(
                 messages,
                 chat_template=self._template,
@@ -210,6 +217,6 @@ def _core(text: str) -> str:
 
 
 def _date_formats(template: str) -> list[str]:
-    """The formats of dates in a template: its string literals with a %."""
+    """The date formats in a template: its string literals that contain a %."""
     tokens = Environment().lex(template)
     return [text[1:-1] for _, kind, text in tokens if kind == "string" and "%" in text]  # without the quotes

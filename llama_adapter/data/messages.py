@@ -1,4 +1,4 @@
-"""Chat messages of a row -> turns, as OpenAI and ShareGPT spell them, and the pictures that stand in them."""
+"""The chat messages of a row, in OpenAI's or ShareGPT's spelling -> turns, and the pictures within them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llama_adapter.data.row_pictures import PictureFile, read_picture
 from llama_adapter.data.turns import Turn
 from llama_adapter.data.values import is_empty_json, kind_of, read_text
 
-# Why what would be lost is refused, with what to do.
+# Some things would be lost, so they are refused. Each message says what to do.
 TOOLS = "calls of tools are not read; leave such rows out"
 MEDIA = "only text and pictures are read; leave such rows out"
 THOUGHTS = "thoughts before an answer are not read; leave the field out, or write them into the answer"
@@ -45,24 +45,24 @@ _IMAGE_TAG = "<image>"
 
 @dataclass
 class RowPictures:
-    """A row's pictures while its messages are read.
+    """Collects a row's pictures while its messages are read.
 
     Attributes:
-        files: those of the row's columns, or those that stand in the messages.
-        placeholders: parts of messages that stand for a picture of the columns.
+        files: the pictures of the row's columns, or those within the messages.
+        placeholders: how many parts of messages stand for a picture of the columns.
     """
 
     root: Path
     files: list[PictureFile]
     placeholders: int = 0
-    inside: int = 0  # files that stand in the messages
+    inside: int = 0  # how many files come from the messages
     columns: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.columns = bool(self.files)
 
     def add(self, source: Any) -> None:
-        """Read a part of a message; None stands for a picture of the columns."""
+        """Add a picture from a part of a message. None stands for a picture of the columns."""
         if source is None:
             self.placeholders += 1
             return
@@ -72,7 +72,7 @@ class RowPictures:
         self.inside += 1
 
     def settle(self, turns: Sequence[Turn]) -> list[Turn]:
-        """The turns without their tags, each of which has to stand for a picture."""
+        """The turns without image tags. Raises UsageError unless there is one tag for each picture."""
         asked = [turn for turn in turns if turn.role != "assistant"]
         tags = sum(text.count(_IMAGE_TAG) for turn in asked for text in (turn.text, turn.input))
         shown = self.placeholders + tags + (self.inside if self.placeholders or not tags else 0)
@@ -94,7 +94,7 @@ class RowPictures:
 
 
 def read_messages(messages: Any, column: str, pictures: RowPictures) -> list[Turn]:
-    """The turns of a column of messages. Raises UsageError with the message that cannot be read."""
+    """The turns of a column of messages. Raises UsageError naming the message that can't be read."""
     if not isinstance(messages, list):
         raise UsageError(f"field {column!r}: expected a list of messages, found {kind_of(messages)}")
     turns = []
@@ -134,7 +134,7 @@ def _message(message: Any, pictures: RowPictures) -> Turn:
 
 
 def _parts(parts: list[Any], column: str, role: str, pictures: RowPictures) -> str:
-    """The text of a message that is given in parts; its pictures are put with the others."""
+    """The text of a message that is given in parts. Its pictures are added to `pictures`."""
     texts = []
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part

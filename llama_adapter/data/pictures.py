@@ -1,8 +1,8 @@
-"""What a user names as a picture -> an upright 8-bit RGB image, or a `UsageError` that says why not.
+"""Opens what a user names as a picture: an upright 8-bit RGB image, or a `UsageError` that says why not.
 
-A picture is a file's name, a URL where the caller allows it, a file's content, or an opened PIL image. None
-of them is trusted: what is read, decoded and downloaded has limits, and only the formats below are decoded.
-Colour profiles are not applied.
+A picture is a file name, a URL where the caller allows it, the content of a file, or an opened PIL image.
+None of them is trusted: reading, decoding and downloading have limits, and only the formats below are
+decoded. Colour profiles are not applied.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from llama_adapter.common.errors import UsageError
 Picture = str | Path | bytes | Image.Image
 
 MAX_BYTES = 30 * 2**20
-MAX_PIXELS = 70_000_000  # a 64-megapixel telephone's; decoded, 4 bytes each
-MAX_SECONDS = 10.0  # for a download, from the name's resolution to the last byte
+MAX_PIXELS = 70_000_000  # enough for a 64-megapixel phone; 4 bytes each when decoded
+MAX_SECONDS = 10.0  # for a whole download, from resolving the host name to the last byte
 MAX_REDIRECTS = 5
 
-# Neither EPS, for which PIL starts Ghostscript, nor what nobody photographs in.
+# No EPS, for which PIL would start Ghostscript, and no formats that are not used for photographs.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "AVIF")
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _SVG = re.compile(rb"(\xef\xbb\xbf)?\s*<(svg|!doctype svg|(\?xml|!--).*<svg)", re.DOTALL | re.I)
 
-# EXIF's orientation -> what turns the stored picture upright; 1 is upright already.
+# EXIF's orientation -> the operation that turns the stored picture upright. 1 is upright already.
 _ORIENTATION = 274
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,10 +56,10 @@ _TURNS = {
 
 
 def read_picture(source: str | Path | bytes, *, allow_urls: bool = False) -> bytes:
-    """The bytes of a picture's file, at least one and at most `MAX_BYTES`; they are not looked into.
+    """The bytes of a picture's file: at least one, at most `MAX_BYTES`. They are not checked further.
 
-    A text that starts with http:// or https:// is a URL. It is fetched only with `allow_urls`, never from a
-    private network, and within `MAX_SECONDS`. Raises UsageError for what can't be read or is not allowed.
+    A string that starts with http:// or https:// is a URL. It is fetched only with `allow_urls`, never from a
+    private network, and within `MAX_SECONDS`. Raises UsageError if it can't be read or is not allowed.
     """
     name = _name(source)
     if isinstance(source, bytes):
@@ -76,12 +76,12 @@ def read_picture(source: str | Path | bytes, *, allow_urls: bool = False) -> byt
 
 
 def open_picture(source: Picture, *, allow_urls: bool = False) -> Image.Image:
-    """The picture in RGB with 8 bits a channel, fully decoded, upright; always a new image.
+    """The picture in RGB with 8 bits a channel, fully decoded and upright. Always a new image.
 
-    Of an animation it is the first frame (of an opened one: the current). Transparency is laid on white.
-    Grey values of 16 bits are scaled to 8; of 32 bits or floating point, which have no fixed range, see
-    `_grey`. Raises UsageError for what is no picture, is damaged, has more than `MAX_PIXELS` pixels, or
-    can't be read (see `read_picture`, also for `allow_urls`).
+    For an animation this is the first frame (for an opened one, the current frame). Transparent parts become
+    white. Grey values of 16 bits are scaled to 8. Grey values of 32 bits or floating point have no fixed
+    range: see `_grey`. Raises UsageError if it is no picture, is damaged, has more than `MAX_PIXELS` pixels,
+    or can't be read (see `read_picture`, also for `allow_urls`).
     """
     name = _name(source)
     content = b"" if isinstance(source, Image.Image) else read_picture(source, allow_urls=allow_urls)
@@ -93,26 +93,26 @@ def open_picture(source: Picture, *, allow_urls: bool = False) -> Image.Image:
             rgb = _upright(_rgb(image, name), image)
     except UsageError:
         raise
-    except Image.DecompressionBombError:  # PIL's own, higher limit; it comes before the size can be asked for
+    except Image.DecompressionBombError:  # PIL's own limit, which is higher; checked before the size is known
         raise UsageError(f"{name}: more than the {MAX_PIXELS:,} pixels allowed; make it smaller") from None
     except UnidentifiedImageError:
         if _SVG.match(content[:4096]):
             raise UsageError(f"{name}: SVG is drawn, not photographed; save it as PNG") from None
         formats = f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
         raise UsageError(f"{name}: not a picture, or of another format than {formats}") from None
-    except Exception as error:  # on damaged files PIL raises whatever its parsers stumble over
+    except Exception as error:  # on damaged files PIL's parsers raise all kinds of errors
         reason = f" ({_plain(str(error))})" if str(error) else ""
         raise UsageError(f"{name}: the picture is damaged or cut off{reason}; get it again") from None
-    rgb.info.clear()  # nobody may turn it a second time
+    rgb.info.clear()  # so that nobody turns it a second time
     return rgb
 
 
 def opened_picture(source: Picture, *, allow_urls: bool = False) -> Image.Image:
-    """As `open_picture`, but what that has made already is handed back as it is, not made again.
+    """As `open_picture`, but an image that `open_picture` has made is returned as it is.
 
-    A picture is decoded once so, however many hands it goes through.
+    So a picture is decoded only once, however many functions it passes through.
     """
-    # One in memory, not one of a file's that is still to be decoded.
+    # An image in memory, not a file that PIL has opened and not decoded yet.
     if type(source) is Image.Image and source.mode == "RGB" and source.width * source.height:
         turned = source.getexif().get(_ORIENTATION, 1) != 1
         if not turned and "transparency" not in source.info:
@@ -124,11 +124,11 @@ def opened_picture(source: Picture, *, allow_urls: bool = False) -> Image.Image:
 
 
 def _read_file(path: str | Path, name: str) -> bytes:
-    """The start of a file, up to one byte more than is allowed."""
+    """The start of a file: at most one byte more than is allowed."""
     path = os.fspath(path)
     try:
         mode = os.stat(path).st_mode
-        # To open a pipe is to wait for its writer.
+        # Opening a pipe would wait for its writer.
         content = b""
         if stat.S_ISREG(mode):
             with open(path, "rb") as file:
@@ -137,7 +137,7 @@ def _read_file(path: str | Path, name: str) -> bytes:
         raise UsageError(f"{name}: there is no such file; expected a picture's") from None
     except OSError as error:
         raise UsageError(f"{name}: cannot be read: {error.strerror}") from None
-    except ValueError:  # a zero byte, half a surrogate pair
+    except ValueError:  # a zero byte or half a surrogate pair
         raise UsageError(f"{name}: not a file's name; expected a picture's") from None
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
@@ -146,12 +146,12 @@ def _read_file(path: str | Path, name: str) -> bytes:
 
 
 def _name(source: Picture) -> str:
-    """What error lines call the picture."""
+    """The picture's name in error messages."""
     if isinstance(source, bytes | Image.Image):
         return "the picture"
     text = str(source)
     if _URL.match(text):
-        text = re.sub(r"(?<=://)[^/?#]*@", "", text)  # not its password
+        text = re.sub(r"(?<=://)[^/?#]*@", "", text)  # without the password
     return _plain(text) or "''"
 
 
@@ -165,9 +165,9 @@ def _plain(text: str) -> str:
 
 
 def _identify(content: bytes) -> Image.Image:
-    """The picture with its header read and no pixels yet."""
+    """The picture with only its header read."""
     Image.init()
-    available = [name for name in _FORMATS if name in Image.OPEN]  # AVIF is not in every build
+    available = [name for name in _FORMATS if name in Image.OPEN]  # not every build has AVIF
     return Image.open(io.BytesIO(content), formats=available)
 
 
@@ -180,11 +180,11 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 
 def _upright(rgb: Image.Image, stored: Image.Image) -> Image.Image:
-    if stored.format == "TIFF":  # PIL turns these itself, and some of its versions leave the mark in place
+    if stored.format == "TIFF":  # PIL turns these itself, and some versions leave the orientation in place
         return rgb
     try:
         turn = _TURNS.get(stored.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF is no reason to refuse a whole picture
+    except Exception:  # damaged EXIF is no reason to refuse the picture
         turn = None
     return rgb if turn is None else rgb.transpose(turn)
 
@@ -203,14 +203,14 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _grey(image: Image.Image, name: str) -> Image.Image:
-    """Grey values of more than 8 bits in 8 bits.
+    """Scale grey values of more than 8 bits to 8 bits.
 
-    Modes I and F don't say what white is: 1 (F only), 255 or 65,535, the first that no value exceeds; where
-    none fits, or there are values below 0, the darkest becomes black and the brightest white.
+    Modes I and F don't say which value is white. It is taken as the first of 1 (F only), 255 and 65,535 that
+    no value exceeds. If none fits, or a value is negative, the darkest becomes black and the brightest white.
     """
     import numpy as np  # slow to import, and few pictures need it
 
-    # Mode I is also how PIL's older versions open 16-bit PNG, and all of them 16-bit PGM.
+    # Older versions of PIL open 16-bit PNG in mode I too, and all versions 16-bit PGM.
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     values = np.array(image, dtype=np.float32 if sixteen_bits else np.float64)
     if not np.isfinite(values).all():
@@ -234,10 +234,10 @@ _warnings_users = 0
 
 @contextmanager
 def _without_pil_warnings() -> Iterator[None]:
-    """Keep PIL's remarks about odd files from the user, who gets a right picture or a `UsageError`.
+    """Hide PIL's warnings about odd files: the user gets either a good picture or a `UsageError`.
 
-    Filters are the whole process's: the first of several threads puts one in place and the last takes it
-    away, so that they decode side by side.
+    Warning filters belong to the whole process. The first of several threads sets the filter and the last
+    removes it, so that threads can decode side by side.
     """
     global _warnings_users
     with _warnings_lock:
@@ -255,13 +255,13 @@ def _without_pil_warnings() -> Iterator[None]:
 
 
 # --- URLs ---------------------------------------------------------------------------------------------------
-# On a server a URL comes from a stranger and is fetched from inside the operator's network. So the name is
-# resolved once, every address it has must be public, and the connection goes to one of those very addresses;
-# each redirect passes the same door. A proxy would resolve the name itself: proxy settings are ignored.
+# On a server, a stranger's URL is fetched from inside the operator's network. So the host name is resolved
+# once, all of its addresses must be public, and the connection goes to one of exactly these addresses. Each
+# redirect passes the same checks. A proxy would resolve the name itself, so proxy settings are ignored.
 
 
 def _read_url(url: str, name: str, allowed: bool) -> bytes:
-    """The start of what a URL leads to, up to one byte more than is allowed."""
+    """The start of what a URL leads to: at most one byte more than is allowed."""
     parts = _parse_url(url, name)
     if not allowed:
         raise UsageError(
@@ -308,7 +308,7 @@ def _parse_url(url: str, name: str, base: str = "") -> SplitResult:
 
 
 def _connect(parts: SplitResult, name: str, deadline: float) -> socket.socket:
-    """A connection to one of the host's public addresses; for https with the host's certificate verified."""
+    """Connect to one of the host's public addresses. For https the host's certificate is verified."""
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     addresses = _resolve(host, port, deadline)
     if not all(_is_public(address) for address in addresses):
@@ -338,7 +338,7 @@ def _resolve(host: str, port: int, deadline: float) -> list[str]:
         except (OSError, UnicodeError) as error:
             answers.put(error)
 
-    # getaddrinfo takes no time limit. The thread ends with the system's own.
+    # getaddrinfo has no time limit. The thread ends when the system's own limit is reached.
     threading.Thread(target=ask, daemon=True).start()
     try:
         answer = answers.get(timeout=_left(deadline))
@@ -354,7 +354,8 @@ def _is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped:
             return _is_public(str(ip.ipv4_mapped))
-        # is_global is true for much that is not given out (2000::/3 is), and for 6to4, which holds any IPv4.
+        # is_global is also true for 2000::/3, much of which is unassigned, and for 6to4, which can hold any
+        # IPv4.
         return ip.is_global and ip in ipaddress.ip_network("2000::/3") and ip.sixtofour is None
     return ip.is_global and not ip.is_multicast
 
@@ -374,8 +375,8 @@ def _get(parts: SplitResult, connection: socket.socket, deadline: float) -> http
 
 
 class _Timed(io.RawIOBase):
-    """What a connection brings until a deadline; with a limit on each read alone, a byte every few seconds
-    would hold the reader for ever."""
+    """Reads from a connection until a deadline. With a limit for each read only, a server that sends a byte
+    every few seconds could hold the reader for ever."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._connection = connection

@@ -1,4 +1,4 @@
-"""Rows -> records -> token ids and labels. docs/formats.md says which rows are read."""
+"""Rows -> records -> token ids and labels. docs/formats.md lists the rows that can be read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # slow to import
 
 Pictures = TypeVar("Pictures", bound=Hashable)
 
-IGNORED = -100  # the label that transformers' losses leave out
-_ENCODED_AT_ONCE = 1000  # rows a call of the tokenizer: quick, and its by-products stay small
+IGNORED = -100  # the label that the losses of transformers ignore
+_ENCODED_AT_ONCE = 1000  # rows for each call of the tokenizer: fast, and its temporary lists stay small
 _NAMES_SHOWN = 12  # of the columns that are not read
 
 
@@ -29,8 +29,8 @@ _NAMES_SHOWN = 12  # of the columns that are not read
 class Record:
     """One training row: a conversation that ends with an answer of the assistant.
 
-    `row` is where it stood in its source, from 1 (in JSONL: the line). `images` are the files of its
-    pictures, not yet opened.
+    `row` is its number in the source, from 1 (in JSONL: the line). `images` are the files of its pictures,
+    not opened yet.
     """
 
     turns: tuple[Turn, ...]
@@ -40,16 +40,16 @@ class Record:
 
 @dataclass(frozen=True)
 class ReadSummary:
-    """What reading a source came to.
+    """The result of reading a source, in numbers.
 
     Attributes:
-        rows: those of the split that was asked for.
-        skipped: rows, and captions, that are left out, by reason.
-        fingerprint: SHA-256 of the file's bytes, or of the rows where there is no one file: it tells changed
-            data from the same.
-        unanswered: rows that lost a last question without an answer.
-        unread: names of columns that are not read, in the order in which they come up.
-        other_splits: rows of each other split, which are not read.
+        rows: the rows of the requested split.
+        skipped: how many rows or captions are left out, by reason.
+        fingerprint: SHA-256 of the file's bytes, or of the rows if there is no single file. It shows whether
+            data have changed.
+        unanswered: how many rows lost a last question that has no answer.
+        unread: names of columns that are not read, in order of appearance.
+        other_splits: how many rows each other split has. They are not read.
     """
 
     source: str
@@ -73,7 +73,7 @@ class ReadSummary:
         return ", ".join(parts)
 
     def facts(self) -> dict[str, Any]:
-        """What is kept of it with a run."""
+        """The numbers that are saved with a run."""
         return {
             "rows": self.rows,
             "skipped": dict(self.skipped),
@@ -87,9 +87,10 @@ class ReadSummary:
 class Example:
     """A record as tokens.
 
-    `labels`, as long as `input_ids`, are the ids of the answers and their end tokens and -100 elsewhere
-    (not yet shifted: transformers' losses shift). `rivals` are the same question with answers that it must be
-    told from, each as tokens of its own. `cut` tells that the record was longer.
+    `labels` has the length of `input_ids`. It holds the ids of the answers and their end tokens, and -100
+    elsewhere (not shifted: the losses of transformers shift). `rivals` are the same question with other
+    answers, from which the right one is to be told apart; each is an example of its own. `cut` is True if the
+    record was longer.
     """
 
     input_ids: list[int]
@@ -102,14 +103,15 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodeSummary:
-    """What became of records as examples.
+    """What became of records when they were encoded.
 
     Attributes:
-        rows: records that were given; one with answers that can only be learnt apart counts for each.
+        rows: the records given. A record with answers that have to be learnt separately counts once for each.
         dropped: those without an answer within `max_length` tokens.
-        cut: examples whose end is cut off there.
-        pictures: different ones.
-        tokens, learnt_tokens: of all examples; those of their answers and end tokens.
+        cut: examples that were cut at `max_length` tokens.
+        pictures: how many different pictures there are.
+        tokens: all tokens of the examples.
+        learnt_tokens: the tokens of answers that are learnt, with their end tokens.
     """
 
     max_length: int
@@ -122,7 +124,7 @@ class EncodeSummary:
 
     @classmethod
     def count(cls, given: int, examples: Sequence[Example], max_length: int) -> EncodeSummary:
-        """The summary of the examples of so many records."""
+        """Count the examples made from `given` records."""
         return cls(
             max_length=max_length,
             rows=given,
@@ -146,7 +148,7 @@ class EncodeSummary:
 
     @property
     def warning(self) -> str | None:
-        """A line where most rows are dropped or cut, else None."""
+        """A warning if most rows are dropped or cut, else None."""
         if 2 * (self.dropped + self.cut) <= self.rows:
             return None
         return (
@@ -155,24 +157,24 @@ class EncodeSummary:
         )
 
     def facts(self) -> dict[str, int]:
-        """What is kept of it with a run."""
+        """The numbers that are saved with a run."""
         return asdict(self)
 
 
 def read_records(
     source: str | Path, *, image_root: str | Path | None = None, split: str | None = None
 ) -> tuple[list[Record], ReadSummary]:
-    """Records of whatever `read_rows` reads, with a summary of what was found.
+    """Read the records of anything that `read_rows` reads, with a summary.
 
-    A row without an answer, without a question, or whose turns do not alternate is skipped and counted.
+    A row is skipped and counted if it has no answer or no question, or if its turns do not alternate.
 
     Args:
-        image_root: where relative names of pictures start; by default the folder of the file.
-        split: only rows of this split; a row that names none belongs to every one. None takes all rows.
+        image_root: the folder that relative names of pictures start from; by default the file's folder.
+        split: read only rows of this split, and rows that name none. None reads all rows.
 
     Raises:
-        UsageError: a source that is missing, damaged, of another shape, or has nothing in it to learn from;
-            where a row is at fault it is named.
+        UsageError: a source that is missing, damaged, of another form, or with nothing to learn from. It
+            names the row if one row is at fault.
     """
     found = read_rows(source, split)
     root = found.root if image_root is None else Path(image_root)
@@ -207,7 +209,7 @@ def read_records(
 
 
 def _split_of(row: Any) -> str | None:
-    """The split that a row names."""
+    """The split that a row names, or None."""
     name = row.get("split") if isinstance(row, dict) else None
     return canonical_split(name) if isinstance(name, str) and name else None
 
@@ -218,12 +220,13 @@ def _split_of(row: Any) -> str | None:
 def split_records(
     records: Sequence[Record], *, validation_rows: int, seed: int = 0
 ) -> tuple[list[Record], list[Record]]:
-    """Records to train on and `validation_rows` to validate on, drawn by `seed`, both in their old order.
+    """Split records into those to train on and `validation_rows` to validate on, chosen with `seed`.
 
-    The scripts leave the seed as it is: trainings with other seeds are compared on the same rows.
+    The scripts never change this seed, so that trainings with different seeds are compared on the same rows.
 
-    Records about the same pictures, or with the same question, fall on the same side; where such groups do
-    not add up to `validation_rows` there are fewer. Raises UsageError when nothing would be left on a side.
+    Both parts keep the order of the records. Records with the same pictures or the same question stay
+    together; if such groups do not add up to `validation_rows`, there are fewer. Raises UsageError if one
+    part would be empty.
     """
     groups: dict[object, list[int]] = {}
     for index, record in enumerate(records):
@@ -252,7 +255,7 @@ def split_records(
 
 
 def expect_text(records: Sequence[Record], source: str | Path) -> None:
-    """Raise UsageError for a record with a picture, where nobody would look at it."""
+    """Raise UsageError for a record with a picture, where pictures would not be looked at."""
     row = next((record.row for record in records if record.images), None)
     if row is not None:
         raise UsageError(
@@ -261,16 +264,16 @@ def expect_text(records: Sequence[Record], source: str | Path) -> None:
 
 
 def draw_pictures(records: Sequence[Record], count: int, *, seed: int) -> list[Record]:
-    """All records of so many sets of pictures, drawn by a seed, in their old order."""
+    """All records of `count` sets of pictures, chosen with a seed, in their old order."""
     sets = list(dict.fromkeys(record.images for record in records))
     drawn = set(random.Random(seed).sample(sets, min(count, len(sets))))
     return [record for record in records if record.images in drawn]
 
 
 def exchange_pictures(pictures: Iterable[Pictures], *, seed: int) -> dict[Pictures, Pictures]:
-    """Another picture (or set of pictures) for each of these, none of them its own; each is given once.
+    """Give each picture (or set of pictures) another one of these, never its own. Each is used once.
 
-    Raises UsageError where there are not two different ones.
+    Raises UsageError unless there are at least two different ones.
     """
     order = list(dict.fromkeys(pictures))
     if len(order) < 2:
@@ -280,9 +283,9 @@ def exchange_pictures(pictures: Iterable[Pictures], *, seed: int) -> dict[Pictur
 
 
 def shuffle_pictures(records: Sequence[Record], *, seed: int) -> list[Record]:
-    """The records with the pictures of others: what is still right then was not read from the picture.
+    """The records with each other's pictures. An answer that is still right was not read from the picture.
 
-    Every set of pictures goes to another's records. Raises UsageError where there is only one.
+    All records of a set of pictures get the same other set. Raises UsageError if there is only one set.
     """
     other = exchange_pictures((record.images for record in records), seed=seed)
     return [replace(record, images=other[record.images]) for record in records]
@@ -299,17 +302,17 @@ def encode_records(
     max_length: int,
     date: str | None = None,
 ) -> list[Example]:
-    """Examples of at most `max_length` tokens, in the order of the records.
+    """Encode records as examples of at most `max_length` tokens, in the order of the records.
 
-    A longer record is cut at its end, so that its answer has no end token; one that then has no answer left
-    is dropped: there are fewer examples than records. An answer that can be learnt only where it is the last
-    one (see `data.chat_template`) has an example of its own, some way behind the record's.
+    A longer record is cut at its end, so its answer has no end token. A record with no answer left after that
+    is dropped, so there may be fewer examples than records. An answer that can be learnt only where it is the
+    last one (see `data.chat_template`) gets an example of its own, after the record's.
 
     Args:
-        date: as 2026-11-28, for chat templates that write it; None is today.
+        date: such as 2026-11-28, for chat templates that write it. None is today.
 
     Raises:
-        UsageError: a record that the template refuses, named by its row, or none of which an answer is left.
+        UsageError: a record that the template refuses (named by its row), or no answer left at all.
     """
     return encode_and_count(
         records, template=template, tokenizer=tokenizer, max_length=max_length, date=date
@@ -324,7 +327,7 @@ def encode_and_count(
     max_length: int,
     date: str | None = None,
 ) -> tuple[list[Example], EncodeSummary]:
-    """`encode_records` with a summary of what became of the records."""
+    """`encode_records`, with a summary of what became of the records."""
     examples = []
     given = 0
     for start in range(0, len(records), _ENCODED_AT_ONCE):
@@ -341,7 +344,7 @@ def encode_and_count(
             for record, dialogue in zip(waiting, encoded, strict=True):
                 apart += [_with_one_answer(record, place) for place in dialogue.untaught]
                 if not any(dialogue.is_learnt):
-                    continue  # all of it is learnt apart
+                    continue  # all of its answers get examples of their own
                 given += 1
                 pairs = zip(dialogue.ids, dialogue.is_learnt, strict=True)
                 labels = [token if learnt else IGNORED for token, learnt in pairs]
@@ -358,7 +361,7 @@ def encode_and_count(
 def _refuse_by_row(
     records: Sequence[Record], template: str, tokenizer: PreTrainedTokenizerBase, date: str | None
 ) -> None:
-    """Raise UsageError for the first record that the template refuses where it takes a plain one."""
+    """Raise UsageError for the first record that the template refuses, if it accepts a plain conversation."""
     encode_whole_dialogues([[Turn("user", "?"), Turn("assistant", "!")]], template, tokenizer, date=date)
     for record in records:
         try:
@@ -368,17 +371,17 @@ def _refuse_by_row(
 
 
 def _with_one_answer(record: Record, place: int) -> Record:
-    """The record up to the turn at a place, the only one to be learnt."""
+    """The record up to the turn at index `place`. Only that turn is learnt."""
     before = (replace(turn, learnt=False) for turn in record.turns[:place])
     return replace(record, turns=(*before, record.turns[place]))
 
 
 def balance_yes_no(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[float]:
-    """How often each example is to come up, so that a question is answered yes as often as no.
+    """A weight for each example, such that yes and no are equally frequent answers to each question.
 
-    Where most answers to a question are the same, a model learns that from its wording and never looks at
-    the picture. Questions with another answer, or only one of the two, stay as they are: 1 for each of their
-    examples. The weights of a question's examples add up to their number.
+    If most answers to a question are the same, a model learns that answer from the wording and never looks at
+    the picture. The weights of a question's examples add up to their number. They are 1 for a question that
+    has other answers, or only one of the two.
     """
     asked = []
     for example in examples:

@@ -1,7 +1,7 @@
 """A row of data -> its conversations and its pictures. docs/formats.md has the tables.
 
-Nothing that carries meaning is lost: a column or a part of a message that is known and cannot be honoured is
-refused by name. Unknown columns are taken for notes about the row (an id, its source); their names are told.
+Nothing that carries meaning is dropped silently. A known column or part of a message that can't be used is
+refused by name. Unknown columns are taken as notes about the row (an id, a source) and their names are shown.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llama_adapter.data.row_pictures import PictureFile, looks_like_a_picture, r
 from llama_adapter.data.turns import CAPTION_QUESTIONS, Turn, check_unicode, in_order
 from llama_adapter.data.values import is_empty, is_empty_json, kind_of, read_text
 
-# The columns that are read, by what they hold; of several the first that is filled.
+# The columns that are read, by what they hold. If several of a kind are filled, the first is used.
 _CHATS = ("messages", "conversations", "conversation")
 _QUESTIONS = {"instruction": "output", "prompt": "completion", "question": "answer", "query": "response"}
 _ANSWERS = {"output": "instruction", "response": "instruction", "completion": "prompt", "answer": "question"}
@@ -40,7 +40,8 @@ _REFUSED = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), THOUGHTS),
     **dict.fromkeys(("choices", "options"), "write the choices into the question"),
 }
-# DAQUAR's night_stand: VQA's scores part such words too, and decoders know them apart.
+# Splits DAQUAR's names such as night_stand: VQA's scores split such words too, and decoders know the single
+# words.
 _WORDS_JOINED = re.compile(r"(?<=[^\W_])_(?=[^\W_])")
 
 
@@ -49,9 +50,9 @@ class RowContent:
     """What a row holds.
 
     Attributes:
-        conversations: each ends with an answer that is to be learnt; of captions there is one for each.
-        images: the files of its pictures, not yet opened.
-        faults: why a conversation of the row is left out, one for each.
+        conversations: each ends with an answer to learn. A row of captions has one for each caption.
+        images: the files of its pictures, not opened yet.
+        faults: for each conversation that is left out, the reason.
         unanswered: whether a last question without an answer was left out.
         unread: the names of filled columns that are not read.
     """
@@ -64,14 +65,14 @@ class RowContent:
 
 
 def read_row(row: Any, number: int, root: Path) -> RowContent:
-    """A row's conversations and pictures.
+    """Read a row's conversations and pictures.
 
     Args:
-        number: the row's place in its source, which decides how its captions are asked for.
-        root: where relative names of pictures start.
+        number: the row's number in its source. It decides which question its captions answer.
+        root: the folder that relative names of pictures start from.
 
     Raises:
-        UsageError: a row of no known form, or with something that would be lost.
+        UsageError: a row of no known form, or one of which something would be lost.
     """
     if not isinstance(row, dict):
         raise UsageError(f"expected an object with named fields, found {kind_of(row)}")
@@ -123,8 +124,8 @@ def read_row(row: Any, number: int, root: Path) -> RowContent:
 
 
 def _form(given: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
-    """The column that holds the conversation, or its question; None for a row of captions or of nothing."""
-    for names in (given, row):  # an empty column counts where no other is filled
+    """The column with the conversation or its question. None for captions, or if the row has neither."""
+    for names in (given, row):  # an empty column counts only if no other is filled
         for name in (*_CHATS, *_QUESTIONS):
             if name in names:
                 return name
@@ -152,7 +153,7 @@ def _refuse_what_would_be_lost(given: Mapping[str, Any]) -> None:
 def _refuse_what_is_left(
     unread: Sequence[str], given: Mapping[str, Any], turns: Sequence[Turn], images: Sequence[PictureFile]
 ) -> None:
-    """Refuse a column that says more than the turns, or a picture that nobody would see."""
+    """Refuse a column that holds more than the turns do, or a picture that would not be seen."""
     said = [text for turn in turns for text in (turn.text, turn.input) if text.strip()]
     for name in unread:
         value = given[name]
@@ -173,7 +174,10 @@ def _refuse_what_is_left(
 def _one_exchange(
     row: Mapping[str, Any], given: Mapping[str, Any], question: str, pictures: RowPictures
 ) -> tuple[list[Turn], set[str]]:
-    """A question and an answer in columns of their own, each text or messages; and the columns read."""
+    """A question and an answer in columns of their own, as text or messages.
+
+    Also returns the columns read.
+    """
     names = [name for name in _ANSWERS if name in given] or [name for name in _ANSWERS if name in row]
     answer = names[0] if names else _QUESTIONS[question]
     for name in (question, answer):
@@ -181,7 +185,7 @@ def _one_exchange(
             raise UsageError(f"field {name!r} is missing")
     read = {question, answer}
     if _holds_messages(row[question]):
-        # TRL's prompt: what was said before is context, the completion is learnt.
+        # TRL's form: everything in the prompt is context, and the completion is learnt.
         turns = [replace(turn, learnt=False) for turn in read_messages(row[question], question, pictures)]
     else:
         inputs = [name for name in _INPUTS if name in given and name != question]
@@ -202,7 +206,7 @@ def _holds_messages(value: Any) -> bool:
 
 
 def _with_opening(turns: list[Turn], given: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
-    """The turns behind the row's system text and its history; and the columns read."""
+    """The turns after the row's system text and history. Also returns the columns read."""
     opening: list[Turn] = []
     systems = {name: read_text(given, name) for name in _SYSTEMS if name in given}
     while turns and turns[0].role == "system":
@@ -236,7 +240,7 @@ def _is_pair(value: Any) -> bool:
 def _caption_columns(
     form: str | None, given: Mapping[str, Any], row: Mapping[str, Any], pictures: RowPictures
 ) -> list[str]:
-    """The columns that hold captions; 'text' is one where there is nothing else, as in the hub's folders."""
+    """The columns that hold captions. 'text' is one if nothing else is there, as in folders from the hub."""
     names = [name for name in _CAPTIONS if name in given]
     if form is None:
         names = names or [name for name in _CAPTIONS if name in row]
@@ -256,7 +260,7 @@ def _captions(row: Mapping[str, Any], name: str) -> list[str]:
         raise UsageError(f"field {name!r}: expected a list of texts, found {kind_of(value)}")
     for text in value:
         check_unicode(text)
-    # Flickr8k's are split into words, the full stop standing alone.
+    # Flickr8k's captions are split into words, with a space before the full stop.
     return [re.sub(r"\s+([.,!?;:])", r"\1", " ".join(text.split())) for text in value]
 
 
@@ -268,7 +272,7 @@ def _caption_turns(caption: str, number: int) -> list[Turn]:
 
 
 def _learnable(turns: Sequence[Turn], images: Sequence[PictureFile]) -> tuple[tuple[Turn, ...], str | None]:
-    """The turns up to the last answer that is to be learnt, and why there is nothing to learn, or None."""
+    """The turns up to the last answer to learn, and the reason if there is nothing to learn, else None."""
     answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
     to_learn = [place for place in answers if turns[place].learnt]
     kept = tuple(turns[: to_learn[-1] + 1]) if to_learn else ()

@@ -1,4 +1,4 @@
-"""A row's pictures: the columns that name them, and what stands there for a picture."""
+"""A row's pictures: the columns that name them, and the values that can stand for a picture."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from urllib.parse import unquote, urlparse
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.values import kind_of
 
-PictureFile = Path | bytes  # its name, or what is in it
+PictureFile = Path | bytes  # a file name, or the content of a file
 
 PICTURE_COLUMNS = ("image", "images", "image_path", "image_paths")
-# The hub's folders name the file so; in other rows they are notes about a picture, or about something else.
+# Folders from the hub name the picture in these. Elsewhere they are notes about a picture, or something else.
 FILE_COLUMNS = ("file_name", "file_names", "image_file_name", "image_file_names", "image_url", "image_urls")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 
@@ -30,10 +30,10 @@ class PictureColumns:
 
 
 def read_picture_columns(row: Mapping[str, Any], root: Path) -> PictureColumns:
-    """The pictures of a row's columns.
+    """Read the pictures of a row's columns.
 
     Raises:
-        UsageError: what is no picture, one that would have to be fetched, or columns that differ.
+        UsageError: a value that is no picture, one that would have to be downloaded, or columns that differ.
     """
     filled = [name for name in PICTURE_COLUMNS if row.get(name) not in (None, [])]
     if not filled:
@@ -54,7 +54,7 @@ def _pictures(value: Any, column: str, root: Path) -> list[PictureFile]:
 
 
 def read_picture(value: Any, column: str, root: Path) -> PictureFile:
-    """A picture's file: its name, a data URL, bytes, or the hub's object of bytes and path."""
+    """A picture's file, from a file name, a data URL, bytes, or the hub's object with bytes and path."""
     if isinstance(value, dict):
         value = next((value[key] for key in ("bytes", "path") if value.get(key)), value)
     if isinstance(value, bytes) and value:
@@ -78,7 +78,7 @@ def read_picture(value: Any, column: str, root: Path) -> PictureFile:
 
 
 def looks_like_a_picture(value: Any, *, fetched: bool = False) -> bool:
-    """Whether a value is a picture's content, or a file's name that ends like one. `fetched`: also URLs."""
+    """Whether a value is a picture's content, or a file name that ends like one (`fetched`: or a URL)."""
     if isinstance(value, list):
         return bool(value) and all(looks_like_a_picture(one, fetched=fetched) for one in value)
     if isinstance(value, dict):

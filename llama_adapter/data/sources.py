@@ -1,8 +1,8 @@
 """Files, folders and data sets -> rows: plain dicts, each with its number.
 
-They come as a JSON list, JSONL, CSV, Parquet or Arrow; from a folder that `datasets` saved; from a folder of
-pictures (captions.json or qa.json beside images/, or the hub's metadata.jsonl or metadata.csv); from
-the package easy-vqa; or from the hub.
+A source can be a file (a JSON list, JSONL, CSV, Parquet or Arrow), a folder that `datasets` saved, a folder
+of pictures (captions.json or qa.json beside images/, or the hub's metadata.jsonl or metadata.csv), the
+package easy-vqa, or a data set on the hub.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.row_pictures import FILE_COLUMNS
 
-EASY_VQA = "easy-vqa"  # the source that stands for the package's data
+EASY_VQA = "easy-vqa"  # the name for the data of that package
 _PICTURE_FILES = ("captions.json", "qa.json")  # in a folder, beside images/
-_METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # in a folder of the hub, or in its folders of splits
+_METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # in a folder from the hub, or in its folders of splits
 _DATASET_FILES = {".parquet": "parquet", ".arrow": "arrow"}
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _SPLITS = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
@@ -31,12 +31,12 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Rows:
-    """What a source holds.
+    """The rows of a source.
 
     Attributes:
         rows: each with its number in the source, from 1 (in JSONL: the line).
-        root: where relative names of pictures start.
-        fingerprint: SHA-256 of the file's bytes, or of the rows where there is no one file.
+        root: the folder that relative names of pictures start from.
+        fingerprint: SHA-256 of the file's bytes, or of the rows if there is no single file.
     """
 
     rows: list[tuple[int, Any]]
@@ -45,19 +45,19 @@ class Rows:
 
 
 def canonical_split(name: str) -> str:
-    """A split's name as it is written here: train, val, test, or another one as it is."""
+    """A split's name in this library's spelling: train, val, test, or any other name unchanged."""
     return _SPLITS.get(name.strip().lower(), name.strip().lower())
 
 
 def read_rows(source: str | Path, split: str | None = None) -> Rows:
-    """The rows of a source.
+    """Read the rows of a source.
 
     Args:
-        split: of a data set that comes in splits, the one to read; None reads train. Rows of a file may name
-            theirs themselves and are not chosen here.
+        split: which split of a data set to read; None reads train. It does not apply to a file whose rows
+            name their split themselves.
 
     Raises:
-        UsageError: a source that is missing, damaged, of no known kind, or without the split.
+        UsageError: a source that is missing, damaged, of no known kind, or without that split.
     """
     if str(source) == EASY_VQA:
         return _easy_vqa_rows()
@@ -84,7 +84,7 @@ def read_rows(source: str | Path, split: str | None = None) -> Rows:
 
 
 def _metadata_files(folder: Path) -> dict[str | None, Path]:
-    """The hub's tables of a folder of pictures, by the split whose folder they are in; None is the folder."""
+    """The hub's tables of a folder of pictures, by the split whose folder holds them (None: no split)."""
     places: dict[str | None, Path] = {None: folder}
     places |= {place.name: place for place in sorted(folder.iterdir()) if place.is_dir()}
     tables: dict[str | None, Path] = {}
@@ -98,7 +98,10 @@ def _metadata_files(folder: Path) -> dict[str | None, Path]:
 
 
 def _metadata_rows(folder: Path, tables: dict[str | None, Path]) -> Rows:
-    """The rows of all tables; those of a split's folder name the split, and files that start at `folder`."""
+    """The rows of all tables.
+
+    A table in a split's folder adds the split, and its file names start at `folder`.
+    """
     rows: list[tuple[int, Any]] = []
     digest = hashlib.sha256()
     for split, table in tables.items():
@@ -113,14 +116,14 @@ def _metadata_rows(folder: Path, tables: dict[str | None, Path]) -> Rows:
 
 
 def _behind(folder: str, names: Any) -> Any:
-    """The names of files in a folder, as they are named from the folder above it."""
+    """The names of files in a folder, as seen from the folder above it."""
     if isinstance(names, list):
         return [_behind(folder, name) for name in names]
     return f"{folder}/{names}" if isinstance(names, str) and names else names
 
 
 def _easy_vqa_rows() -> Rows:
-    """Questions about pictures of one shape (github.com/vzhou842/easy-VQA), of both splits."""
+    """Questions about pictures of a single shape (github.com/vzhou842/easy-VQA), both splits."""
     try:
         import easy_vqa
     except ImportError:
@@ -144,7 +147,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _text_rows(content: bytes, path: Path) -> list[tuple[int, Any]]:
-    """The rows of a CSV table, of a JSON list, or of JSONL with one object a line, with their numbers."""
+    """The rows of a CSV table, a JSON list, or JSONL (one object a line), with their numbers."""
     try:
         text = content.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
@@ -156,13 +159,13 @@ def _text_rows(content: bytes, path: Path) -> list[tuple[int, Any]]:
     if text.lstrip().startswith("["):
         rows = _parse(text, f"{path}")
         return list(enumerate(rows, start=1))
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    # Not splitlines(): JSON strings may contain U+2028 and similar characters.
     lines = enumerate(text.split("\n"), start=1)
     return [(number, _parse(line, f"{path}: line {number}")) for number, line in lines if line.strip()]
 
 
 def _table_rows(text: str, path: Path) -> list[tuple[int, Any]]:
-    """The rows of a table whose first line names the columns; an empty cell is none."""
+    """The rows of a table whose first line names the columns. An empty cell is None."""
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_TABLES[path.suffix], strict=True)
     rows = []
     try:
@@ -186,14 +189,14 @@ def _parse(text: str, where: str) -> Any:
         fault = "it breaks off" if cut_off else f"{error.msg} at character {error.pos + 1:,}"
         expected = "expected a list of rows, or one row a line"
         raise UsageError(f"{where}: not valid JSON: {fault}; {expected}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; a thousand brackets
+    except (ValueError, RecursionError) as error:  # such as a number of 5,000 digits, or a thousand brackets
         raise UsageError(f"{where}: not readable JSON: {error}") from None
 
 
 def read_dataset(source: str | Path, split: str = "train") -> list[Any]:
-    """Rows through `datasets`: a Parquet or Arrow file, a saved folder, a folder of files, or a hub id.
+    """Read rows with `datasets`: a Parquet or Arrow file, a saved folder, a folder of files, or a hub id.
 
-    A single file is one split, whatever its name. Raises UsageError where it cannot be read.
+    A single file is one split, whatever its name. Raises UsageError if it can't be read.
     """
     path = Path(source)
     names_a_file = path.suffix in (".json", ".jsonl", *_TABLES, *_DATASET_FILES)
@@ -212,13 +215,13 @@ def read_dataset(source: str | Path, split: str = "train") -> list[Any]:
         else:
             try:
                 data = datasets.load_dataset(str(source), split=split)
-            except ValueError:  # no such split, perhaps
+            except ValueError:  # perhaps there is no such split
                 names = datasets.get_dataset_split_names(str(source))
                 data = datasets.load_dataset(str(source), split=_choose_split(split, names))
-        rows: list[Any] = data.with_format("arrow")[:].to_pylist()  # pictures stay bytes
+        rows: list[Any] = data.with_format("arrow")[:].to_pylist()  # keeps pictures as bytes
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from None
-    except Exception as error:  # whatever its readers and the network raise
+    except Exception as error:  # its readers and the network raise all kinds of errors
         fault = "cannot be read as a data set" if path.exists() else "neither here nor read from the hub"
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UsageError(f"{source}: {fault}: {reason}") from None
@@ -226,7 +229,7 @@ def read_dataset(source: str | Path, split: str = "train") -> list[Any]:
 
 
 def _choose_split(wanted: str, names: Iterable[str]) -> str:
-    """The name among a data set's splits that means the one that is wanted."""
+    """Find the wanted split among the names that a data set has."""
     names = list(names)
     found = [name for name in names if canonical_split(name) == canonical_split(wanted)]
     if not found:

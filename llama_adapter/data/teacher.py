@@ -1,11 +1,12 @@
-"""A classifier of a question's words, together with its picture, that answers it as other rows were answered.
+"""A teacher: a classifier that answers a row's question, with its picture, as the other rows were answered.
 
 People answer a question about a photo in many ways: "what is on the desk?" has nearly as many answers as
-desks. What such a classifier holds most likely after all other rows is an answer without that noise, to learn
-from (knowledge distillation, Hinton et al. 2015, arXiv 1503.02531, with the most likely answer alone, as in
-Kim and Rush 2016, arXiv 1606.07947, section 3.2). It is a baseline of visual question answering besides.
+there are desks. The answer that a classifier finds most likely, given all other rows, is free of that noise,
+and a better one to learn from (knowledge distillation, Hinton et al. 2015, arXiv 1503.02531; with only the
+most likely answer, as in Kim and Rush 2016, arXiv 1606.07947, section 3.2). The teacher is also a baseline of
+visual question answering.
 
-Shapes: N rows fitted to, M rows asked, V phrases, A answers, F features of a picture.
+Shapes: N rows it is fitted to, M rows to answer, V phrases, A answers, F features of a picture.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from llama_adapter.data.records import PictureFile
 
 _WORD = re.compile(r"\w+")
 _LONGEST_PHRASE = 3
-MOST_ROWS = 10_000  # to fit to at once
+MOST_ROWS = 10_000  # to fit at once
 _MOST_ANSWERS = 3000  # as is usual for VQA v2
 _RIDGE = 2.0
-_AT_ONCE = 1000  # rows, whose phrases are held as a dense matrix
+_AT_ONCE = 1000  # rows whose phrases are held as a dense matrix
 
 
 @dataclass(frozen=True)
 class QuestionRow:
-    """A question with its answer; `picture` is None where it has none."""
+    """A question with its answer. `picture` is None if it has none."""
 
     question: str
     answer: str
     picture: Path | None = None
 
-    @cached_property  # each is asked for in every fit
+    @cached_property  # every fit needs it
     def phrases(self) -> tuple[str, ...]:
-        """The question's distinct words, and runs of two and three of them, its beginning and end marked."""
+        """The question's different words, and its runs of two and three, with its start and end marked."""
         words = ["<", *_WORD.findall(self.question.lower()), ">"]
         runs = (
             " ".join(words[start : start + length])
@@ -55,22 +56,23 @@ class QuestionRow:
 
 
 class Teacher:
-    """Kernel ridge regression (Saunders et al. 1998) to answers as one-hot vectors, the ridge 2.
+    """Kernel ridge regression (Saunders et al. 1998) to answers as one-hot vectors, with a ridge of 2.
 
-    Two rows are as similar as k = (words · words') (1 + picture · picture'): `words` marks a question's
-    phrases of up to three words and has length 1, `picture` is of `directions` and has length 1, or 0 where a
-    row has none. So a row about a picture like this one counts more, and what a picture tells may differ by
-    what is asked.
+    The similarity of two rows is k = (words · words') (1 + picture · picture'). `words` marks which phrases
+    of up to three words a question has, and has length 1. `picture` comes from `directions`; it has length 1,
+    or 0 if a row has no picture. So rows with a similar picture count more, and what a picture tells may
+    depend on the question.
 
-    It gives one of the 3,000 most frequent answers; a question of which it knows no word gets the most
-    frequent of all. It takes memory as N^2 and time as N^3: for `MOST_ROWS` some gigabytes and minutes.
+    The teacher answers with one of the 3,000 most frequent answers. For a question without a known word this
+    is the most frequent one. Memory grows with N^2 and time with N^3: some gigabytes and minutes for
+    `MOST_ROWS` rows.
 
     Args:
-        rows: what to fit to.
-        pictures: (F,) of each picture that rows here or in `answers` name (`directions`); may be empty, and a
-            picture that is not in it counts as none.
+        rows: the rows to fit.
+        pictures: (F,) for each picture that rows name, here or in `answers` (see `directions`). It may be
+            empty; a row whose picture is not in it counts as one without a picture.
 
-    Raises UsageError when there are no rows.
+    Raises UsageError if there are no rows.
     """
 
     def __init__(self, rows: Sequence[QuestionRow], pictures: Mapping[PictureFile, Tensor]) -> None:
@@ -95,7 +97,7 @@ class Teacher:
         self._weights = self._inverse @ wanted  # (N, A)
 
     def answers(self, rows: Sequence[QuestionRow]) -> list[str]:
-        """The most likely answer to each row's question; its own is not looked at."""
+        """The most likely answer to each row's question. The row's own answer is not used."""
         found: list[str] = []
         for part in _parts(rows):
             found += self._most_likely(self._similarity(part) @ self._weights)
@@ -104,16 +106,18 @@ class Teacher:
     def answers_without(
         self, rows: Sequence[QuestionRow], left_out: Sequence[Sequence[int]]
     ) -> Iterator[str]:
-        """What fitting to all rows but those of some numbers, `left_out` of each row, would answer to it.
+        """The answers of teachers fitted to all rows except some: for each row, `left_out` lists their
+        numbers.
 
-        That follows from the fit to all: with H the inverse of the similarity with its ridge, W = H y the
-        weights and g the rows left out, theirs are W - H_g (H_gg)^-1 W_g (the inverse of a block matrix).
+        They follow from the fit to all rows. Let H be the inverse of the similarity matrix with its ridge,
+        W = H y the weights, and g the rows left out. The new weights are W - H_g (H_gg)^-1 W_g (the inverse
+        of a block matrix).
         """
         groups = iter(left_out)
         for part in _parts(rows):
             similarity = self._similarity(part)
             scores = similarity @ self._weights
-            for similar, score, group in zip(similarity, scores, groups, strict=False):  # groups go on
+            for similar, score, group in zip(similarity, scores, groups, strict=False):  # groups has more
                 gone = torch.tensor(group)
                 inverse = self._inverse[gone]
                 weights = torch.linalg.solve(inverse[:, gone], self._weights[gone])
@@ -121,11 +125,11 @@ class Teacher:
             yield from self._most_likely(scores)
 
     def _most_likely(self, scores: Tensor) -> list[str]:
-        # Rounded, so that of answers that are as likely the most frequent is taken, which stands first.
+        # Rounded, so that among equally likely answers the most frequent wins: it comes first.
         return [self._answers[place] for place in scores.round(decimals=6).argmax(1).tolist()]
 
     def _vectors(self, rows: Sequence[QuestionRow]) -> tuple[Tensor, Tensor]:
-        """Of M rows: (M, V) words, sparse, phrases that are not known left out; (M, F) pictures."""
+        """Vectors of M rows: words (M, V), sparse, unknown phrases left out, and pictures (M, F)."""
         places = [[self._places[phrase] for phrase in row.phrases if phrase in self._places] for row in rows]
         numbers = [number for number, known in enumerate(places) for _ in known]
         values = torch.tensor([len(places[number]) ** -0.5 for number in numbers], dtype=torch.double)
@@ -138,7 +142,7 @@ class Teacher:
         return words, torch.stack(pictures)
 
     def _similarity(self, rows: Sequence[QuestionRow]) -> Tensor:
-        """(M, N) of M rows to those fitted to."""
+        """Similarity (M, N) of M rows to the rows of the fit."""
         words, pictures = self._vectors(rows)
         alike = torch.sparse.mm(self._words, words.to_dense().t()).t()
         return alike * (1 + pictures @ self._seen.t())
@@ -157,14 +161,17 @@ def answer_from_other_rows(
     more_pictures: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[QuestionRow], list[QuestionRow], list[QuestionRow]]:
-    """`rows` with answers of a `Teacher` that has seen neither the row nor its picture; each question about a
-    picture asked of `more_pictures` others of `rows`, drawn at random, answered by one that has seen neither
-    picture; and `kept_back`, answered by one that has seen none of these.
+    """Answer rows with a `Teacher` that has not seen them: returns three lists.
 
-    A row without a picture is answered by those of other questions. Of many rows, some `MOST_ROWS` at
-    a time are answered by each other, and the first of them answer those kept back.
+    - `rows`, answered by a teacher that has seen neither the row nor its picture;
+    - each question about a picture, asked about `more_pictures` other pictures of `rows`, chosen at random,
+      and answered by a teacher that has seen neither picture;
+    - `kept_back`, answered by a teacher that has seen none of them.
 
-    Raises UsageError for fewer than two pictures or questions, or than two more than `more_pictures`.
+    For a row without a picture, the teacher has not seen its question. With many rows, groups of about
+    `MOST_ROWS` are fitted separately, and the first group answers `kept_back`.
+
+    Raises UsageError for fewer than two pictures or questions, or fewer than `more_pictures` + 2 pictures.
     """
     groups: dict[str | Path, list[int]] = {}
     for number, row in enumerate(rows):
@@ -191,7 +198,7 @@ def answer_from_other_rows(
             answers = teacher.answers(kept_back)
             theirs = [replace(row, answer=answer) for row, answer in zip(kept_back, answers, strict=True)]
 
-        # Each row to ask, with the pictures or question whose rows are left out for it.
+        # Each row to answer, with the pictures or questions whose rows are left out of the fit.
         asked = [(row, [_subject(row)]) for row in own]
         if more_pictures:
             asked += _of_other_pictures(own, more_pictures, draw)
@@ -211,14 +218,17 @@ def answer_from_other_rows(
 
 
 def _subject(row: QuestionRow) -> str | Path:
-    """What a row is about: no row about the same answers it."""
+    """What a row is about: its picture, else its question.
+
+    Rows about the same thing never answer each other.
+    """
     return row.question if row.picture is None else row.picture
 
 
 def _of_other_pictures(
     rows: Sequence[QuestionRow], count: int, draw: random.Random
 ) -> list[tuple[QuestionRow, list[str | Path]]]:
-    """Each row about a picture asked of `count` others, with both pictures."""
+    """Each row about a picture, asked about `count` other pictures; with both pictures."""
     seen = list(dict.fromkeys(row.picture for row in rows if row.picture is not None))
     if len(seen) < count + 2:
         raise UsageError(
@@ -228,15 +238,17 @@ def _of_other_pictures(
     more: list[tuple[QuestionRow, list[str | Path]]] = []
     for row in rows:
         if row.picture is not None:
-            # One more is drawn, as the row's own may be among them.
+            # One more is drawn, since the row's own picture may be among them.
             others = [picture for picture in draw.sample(seen, count + 1) if picture != row.picture]
             more += [(replace(row, picture=other), [row.picture, other]) for other in others[:count]]
     return more
 
 
 def directions(features: Mapping[PictureFile, Tensor]) -> dict[PictureFile, Tensor]:
-    """(F,) of each picture's (F,) features, less their mean over the pictures, in standard deviations, at
-    length 1; of zeros where all pictures are the same.
+    """Standardise each picture's features and scale them to length 1: (F,) -> (F,).
+
+    The mean over the pictures is subtracted, and the result is divided by the standard deviation. All zeros
+    if all pictures are the same.
     """
     if not features:
         return {}

@@ -1,15 +1,16 @@
-"""Every text format in one place: turns of a conversation -> the token ids a decoder reads.
+"""All text formats: turns of a conversation -> the token ids that a decoder reads.
 
-A dialogue is written as stretches of text with the answers between them:
+A dialogue is written as pieces of text with the answers between them:
 
     text, answer, end token, text, answer, end token, ... text | answer, end token
 
-What stands before the bar is the question (`encode_question`, what generation feeds). With the last answer it
-is a training row (`encode_dialogues`). Both are made by the same code, so that training sees exactly the
-tokens that generation will. This is also why no token of an answer reaches into the text before it.
+The part before the bar is the question (`encode_question`): generation starts from it. Together with the last
+answer it is a training row (`encode_dialogues`). The same code makes both, so training sees exactly the
+tokens that generation will. For the same reason no token spans the border between a text and an answer.
 
-Nothing a person types becomes a control token: where a text spells one out (`<|im_end|>`, `</s>`), it is cut
-inside the spelling and tokenised as ordinary characters. All other text goes through the tokenizer as it is.
+Nothing that a person types becomes a control token. If a text spells one out (`<|im_end|>`, `</s>`), it is
+cut inside the spelling and tokenised as ordinary characters. All other text is given to the tokenizer
+unchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from llama_adapter.data.turns import check_unicode as check_unicode
 from llama_adapter.data.turns import in_order as in_order
 from llama_adapter.data.turns import question_turn as question_turn
 
-if TYPE_CHECKING:  # slow to import, and a question is checked before that
+if TYPE_CHECKING:  # slow to import, and a question is checked before it is needed
     from transformers import PreTrainedTokenizerBase
 
 # --- the formats --------------------------------------------------------------------------------------------
@@ -52,8 +53,8 @@ _ALPACA_OPENING_WITH_INPUT = (
 
 
 def _alpaca_stretches(turns: Sequence[Turn]) -> list[str]:
-    """The official format. A system turn takes the place of the opening sentence; later exchanges follow as
-    further instruction and response blocks."""
+    """The official format. A system turn replaces the opening sentence. Later exchanges follow as further
+    instruction and response blocks."""
     first, users = turns[0], [turn for turn in turns if turn.role == "user"]
     opening = _ALPACA_OPENING_WITH_INPUT if users[0].input else _ALPACA_OPENING
     if first.role == "system" and first.text:
@@ -67,19 +68,19 @@ def _alpaca_stretches(turns: Sequence[Turn]) -> list[str]:
 
 
 def _brief_stretches(turns: Sequence[Turn]) -> list[str]:
-    """A few tokens where Alpaca's opening has forty: for short questions, such as those about pictures."""
+    """A few tokens, where Alpaca's opening has forty: for short questions, such as those about pictures."""
     opening = f"{turns[0].text}\n\n" if turns[0].role == "system" and turns[0].text else ""
     stretches = []
     for user in turns:
         if user.role == "user":
             stretches.append(f"Question: {_with_input(user)}\nAnswer:")
-    # A line break ends the answer before it, whatever its end token looks like to the decoder.
+    # A line break ends the previous answer, whatever its end token looks like to the decoder.
     return [opening + stretches[0], *(f"\n{text}" for text in stretches[1:])]
 
 
 def _scienceqa_stretches(turns: Sequence[Turn]) -> list[str]:
-    """The official layout: a question with its context and options as one text, then "Answer:". Examples
-    before it stand apart by an empty line."""
+    """The official layout: a question with its context and options as one text, then "Answer:". Earlier
+    examples are separated by an empty line."""
     opening = f"{turns[0].text}\n\n" if turns[0].role == "system" and turns[0].text else ""
     texts = [f"{_with_input(turn)}\nAnswer:" for turn in turns if turn.role == "user"]
     return [opening + texts[0], *(f"\n\n{text}" for text in texts[1:])]
@@ -91,12 +92,13 @@ def _with_input(turn: Turn) -> str:
 
 @dataclass(frozen=True)
 class _Template:
-    """A text format of our own; its answers end with the tokenizer's eos.
+    """A text format of this library. Its answers end with the tokenizer's eos.
 
     Attributes:
-        stretches: a question's text before, between and after its earlier answers.
-        stop_strings: what a decoder never trained on it may write in place of the end token.
-        before_answer: tokenised with the answer, so that " lamp" is a word and not "l", "amp".
+        stretches: gives a question's text before, between and after its earlier answers.
+        stop_strings: texts that a decoder never trained on this format may write instead of the end token.
+        before_answer: text tokenised together with the answer, so that " lamp" is one word and not "l",
+        "amp".
     """
 
     stretches: Callable[[Sequence[Turn]], list[str]]
@@ -104,7 +106,7 @@ class _Template:
     before_answer: str = ""
 
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
-        """Question, answer, question ... Nothing in front of them decides how they are tokenised."""
+        """Question, answer, question ... The text before them does not affect how they are tokenised."""
         training = turns[-1].role == "assistant"
         answers = [turn for turn in turns if turn.role == "assistant"]
         segments: list[Segment] = []
@@ -116,7 +118,7 @@ class _Template:
         return segments
 
 
-_CHAT = "chat"  # the tokenizer's own
+_CHAT = "chat"  # the tokenizer's own chat template
 _TEMPLATES = {
     "alpaca": _Template(_alpaca_stretches, ("### Instruction:",)),
     "brief": _Template(_brief_stretches, ("\nQuestion:",), before_answer=" "),
@@ -139,9 +141,9 @@ class EncodedDialogue:
     """A dialogue as tokens.
 
     Attributes:
-        is_learnt: for each token whether it is of an answer to learn, or its end token.
-        untaught: places of the turns that are to be learnt and cannot be here, because the chat template
-            writes them otherwise than they are asked for. Each can be learnt where it is the last turn.
+        is_learnt: for each token, whether it belongs to an answer to learn or is its end token.
+        untaught: indices of the turns that should be learnt and can't be here, because the chat template
+            writes them differently from a last answer. Each can be learnt where it is the last turn.
     """
 
     ids: list[int]
@@ -158,8 +160,8 @@ def encode_dialogues(
 ) -> list[tuple[list[int], list[bool]]]:
     """Token ids of whole dialogues, each with a mask that is True on its answers and their end tokens.
 
-    The mask is False on answers that are not to be learnt, and on those that `encode_whole_dialogues` calls
-    untaught. Arguments and errors are those of that function.
+    The mask is False on answers that are not to be learnt, and on the `untaught` ones of
+    `encode_whole_dialogues`. Arguments and errors are the same as there.
     """
     encoded = encode_whole_dialogues(dialogues, template, tokenizer, date=date)
     return [(dialogue.ids, dialogue.is_learnt) for dialogue in encoded]
@@ -172,15 +174,15 @@ def encode_whole_dialogues(
     *,
     date: str | None = None,
 ) -> list[EncodedDialogue]:
-    """Dialogues that end with an assistant's turn, as tokens to learn from.
+    """Encode dialogues that end with an assistant's turn, to learn from.
 
-    They are tokenised together, which is what makes 50,000 rows quick.
+    All are tokenised in one call, which makes 50,000 rows fast.
 
     Args:
-        date: as 2026-11-28, for chat templates that write it; None is today.
+        date: such as 2026-11-28, for chat templates that write it. None is today.
 
     Raises:
-        UsageError: turns out of order, or a tokenizer without what the template needs.
+        UsageError: turns out of order, or a tokenizer that lacks something the template needs.
     """
     for turns in dialogues:
         if not in_order(turns) or turns[-1].role != "assistant":
@@ -201,13 +203,13 @@ def encode_question(
 
 
 def end_token_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the one it was trained to end with first, then the tokenizer's eos."""
+    """The tokens that end an answer: first the one that training uses, then the tokenizer's eos."""
     tokens = dict.fromkeys([_end_token(template, tokenizer), tokenizer.eos_token])
     return [_token_id(token, tokenizer) for token in tokens if token is not None]
 
 
 def stop_strings(template: str) -> tuple[str, ...]:
-    """Texts that a decoder never trained on this template may write in place of an end token."""
+    """Texts that a decoder never trained on this template may write instead of an end token."""
     return () if template == _CHAT else _own_template(template).stop_strings
 
 
@@ -225,12 +227,12 @@ def _roles(turns: Sequence[Turn]) -> str:
 def _encode(
     dialogues: Sequence[Sequence[Turn]], template: str, tokenizer: PreTrainedTokenizerBase, date: str | None
 ) -> list[EncodedDialogue]:
-    """Dialogues that end with a user's or with an assistant's turn, as tokens."""
+    """Encode dialogues that end with a user's or an assistant's turn."""
     if not dialogues:
         return []
     form: _Template | ChatTemplate
     leading: list[int] = []
-    if template == _CHAT:  # it writes BOS itself
+    if template == _CHAT:  # a chat template writes BOS itself
         form = chat = ChatTemplate(tokenizer, date)
         end_token = chat.end_token
     else:
@@ -259,7 +261,7 @@ def _encode(
 
 
 def _encode_segments(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of each segment, the pieces between its cuts tokenised apart."""
+    """The ids of each segment. The pieces between its cuts are tokenised separately."""
     pieces: list[tuple[str, str]] = []
     counts = []
     for segment in segments:
@@ -271,11 +273,12 @@ def _encode_segments(segments: Sequence[Segment], tokenizer: PreTrainedTokenizer
 
 
 def _encode_behind(pieces: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of texts, each given with the text in front of it ("": it starts a sequence).
+    """Token ids of texts, each given with the text before it ("": it starts a sequence).
 
-    The text in front is tokenised with it and taken off again, so that the ids are those of running text.
-    Where the two melt into one token, a newline takes its place: SentencePiece tokenizers put a space before
-    whatever they are given, but not behind a newline. Where that melts too, the text is encoded as it stands.
+    Both are tokenised together, and the tokens of the text before are removed, so the ids are those of
+    running text. If the two merge into one token at the border, a newline is used instead: SentencePiece
+    tokenizers put a space before any text, but not after a newline. If that merges too, the text is encoded
+    by itself.
     """
     contexts = list(dict.fromkeys(context for context, _ in pieces))
     taken_off = dict(zip(contexts, _encode_texts(contexts, tokenizer), strict=True))
@@ -303,7 +306,7 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The control tokens that the tokenizer itself puts in front of a text, such as LLaMA's BOS."""
+    """The control tokens that the tokenizer puts before every text, such as LLaMA's BOS."""
     sample = tokenizer("a", return_special_tokens_mask=True)
     pairs = zip(sample["input_ids"], sample["special_tokens_mask"], strict=True)
     return [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
@@ -311,13 +314,13 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _token_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
     token_id = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(token_id, int)  # a list for a list
+    assert isinstance(token_id, int)  # it gives a list only for a list
     return token_id
 
 
 def _cutter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """A function that marks, in a person's text, a place inside every spelled-out control token."""
-    # Only the first character is consumed, so that control tokens that overlap are all found.
+    """A function that marks a cut inside every control token that a person's text spells out."""
+    # Matches only the first character, so that overlapping control tokens are all found.
     spelled = [f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in control_tokens(tokenizer)]
     start = re.compile("|".join(spelled) or "(?!)")
     return lambda text: start.sub(rf"\g<0>{CUT}", without_marks(text))

@@ -1,4 +1,4 @@
-"""A turn of a conversation, and what makes turns a conversation."""
+"""A turn of a conversation, and the order that turns must have."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ROLES = ("system", "user", "assistant")
 class Turn:
     """One message of a conversation.
 
-    Raises UsageError for an unknown role and for text that is not Unicode.
+    Raises UsageError for an unknown role, and for text that is not valid Unicode.
 
     Attributes:
         role: "system", "user" or "assistant".
-        input: Alpaca's second field, what a user's instruction is about; empty for most turns.
-        learnt: whether training learns an assistant's turn. False makes it context only.
+        input: Alpaca's second field: what a user's instruction is about. Empty for most turns.
+        learnt: whether training learns an assistant's turn. If False, it is context only.
     """
 
     role: str
@@ -35,7 +35,7 @@ class Turn:
 
 
 def question_turn(text: str) -> Turn:
-    """A user's question as a turn. Raises UsageError where it says nothing or is no text."""
+    """A user's question as a turn. Raises UsageError if it is empty or not text."""
     if not text.strip():
         raise UsageError("the question is empty; type one")
     if "\0" in text:
@@ -45,7 +45,7 @@ def question_turn(text: str) -> Turn:
 
 
 def check_unicode(text: str) -> None:
-    """Raise UsageError for text that no tokenizer takes: JSON and command lines let such in."""
+    """Raise UsageError for text that no tokenizer accepts. JSON and command lines can contain such text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -54,14 +54,14 @@ def check_unicode(text: str) -> None:
 
 
 def in_order(turns: Sequence[Turn]) -> bool:
-    """True when `turns` are a conversation: perhaps a system turn, then user and assistant in alternation."""
+    """Whether `turns` are a conversation: perhaps a system turn, then user and assistant in alternation."""
     roles = [turn.role for turn in turns]
     if roles[:1] == ["system"]:
         roles = roles[1:]
     return bool(roles) and all(role == ("user", "assistant")[i % 2] for i, role in enumerate(roles))
 
 
-# What a picture's caption is the answer to, in training by turns; the first one is used for scoring.
+# Questions that a caption can answer. Training uses them in turn; scoring uses the first.
 CAPTION_QUESTIONS = (
     "Describe the picture.",
     "What is in this picture?",

@@ -1,4 +1,4 @@
-"""Single values of a row, told in JSON's words for a person who looks at their file."""
+"""Single values of a row, described in JSON's words for a person who looks at their file."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from llama_adapter.data.turns import check_unicode
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, NaN, empty text, an empty list or object."""
+    """Whether a value holds nothing: null, NaN, empty text, an empty list or object."""
     if isinstance(value, str | list | tuple | dict):
         return not value
     return value is None or value != value
 
 
 def is_empty_json(value: Any) -> bool:
-    """`is_empty`, also of JSON that is written as text: LLaMA-Factory's columns of tools are."""
+    """`is_empty`, also for JSON written as text, as in LLaMA-Factory's columns of tools."""
     return is_empty(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
 
 
 def read_text(row: Mapping[str, Any], field: str) -> str:
-    """A field's text. Raises UsageError where it is missing or no text."""
+    """The text of a field. Raises UsageError if it is missing or not text."""
     if field not in row:
         raise UsageError(f"field {field!r} is missing")
     value = row[field]
@@ -36,7 +36,7 @@ def read_text(row: Mapping[str, Any], field: str) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is."""
+    """A description of what a value is, such as "a number"."""
     if value is None:
         return "null"
     if value == "":
