@@ -1,11 +1,11 @@
-"""Products with frozen weights on a CPU while training: float32 by oneDNN, in place of torch's own choice.
+"""Faster products with frozen weights while training on a CPU: float32 by oneDNN instead of torch's choice.
 
-torch gives float32 products to MKL, which is fast on Intel's processors and does not use AVX-512 on others;
-oneDNN, which torch has too and takes for bfloat16, looks at what a processor can do, not at who made it.
-On a processor without AVX-512 MKL is the faster of the two (docs/engine.md), and its products stay. They stay
-too where torch has no MKL (ARM, macOS): another library makes them there, and none was measured.
-The products are the same but for rounding. That is why only training takes them: an adapter that adds
-nothing leaves the base's logits as they are bit for bit, and answers come from those.
+torch computes float32 products with MKL. MKL is fast on Intel's processors, and does not use AVX-512 on
+others. oneDNN, which torch has too and uses for bfloat16, looks at what a processor can do and not at who
+made it. On a processor without AVX-512, MKL is the faster of the two (docs/engine.md), so it is kept there.
+Where torch has no MKL (ARM, macOS), another library computes the products. That was not measured, so it is
+kept too. The results differ only by rounding. That is why this is used for training only: answers must come
+from exactly the base's own logits when an adapter adds nothing.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Multiplications of a product from which on oneDNN's longer call pays (SmolLM2's head: 28 million a token).
+# From this many multiplications on, oneDNN's longer call pays (SmolLM2's head has 28 million a token).
 WORTH_A_CALL = 1_000_000
 
 
-_LOCK = threading.Lock()  # of the classes of all modules, and of how many threads use them
+_LOCK = threading.Lock()  # guards the classes of all modules, and the count of threads that use each
 _USERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-_THREAD = threading.local()  # ``models``: the ids of those for which this thread is in a context
+_THREAD = threading.local()  # ``models``: the ids of the models for which this thread is in a context
 
 
 @contextmanager
 def frozen_products(model: nn.Module) -> Iterator[None]:
     """A context in which this thread computes a model's frozen ``nn.Linear`` modules by oneDNN where it pays.
 
-    Other threads go on with torch's own products. A backward pass that recomputes activations belongs inside
-    it too. Contexts of one model may be nested: the outermost counts, so that a training enters once.
-    ``torch.backends.mkldnn.flags(False)`` around it leaves the products to torch.
+    Other threads keep torch's own products. A backward pass that recomputes activations must run inside the
+    context too. Contexts of one model may be nested: only the outermost does anything, so a training enters
+    it once. Inside ``torch.backends.mkldnn.flags(False)`` the products are left to torch.
     """
     models: set[int] = _THREAD.__dict__.setdefault("models", set())
     backends = torch.backends
@@ -63,7 +63,7 @@ def frozen_products(model: nn.Module) -> Iterator[None]:
 
 
 class _FrozenLinear(nn.Linear):
-    """The class of an nn.Linear in the meantime."""
+    """The class that an nn.Linear has inside the context."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
@@ -84,7 +84,10 @@ class _FrozenLinear(nn.Linear):
 
 
 def _is_frozen(weight: Tensor) -> bool:
-    plain = type(weight) in (Tensor, nn.Parameter)  # not what a quantisation or a sharding puts in its place
+    plain = type(weight) in (
+        Tensor,
+        nn.Parameter,
+    )  # not the kind of weight that quantization or sharding makes
     return plain and weight.dtype == torch.float32 and not weight.requires_grad
 
 

@@ -1,11 +1,11 @@
-"""Rows of different lengths in one sequence, without padding and without seeing each other.
+"""Packs rows of different lengths into one sequence, without padding and without rows seeing each other.
 
-Rows that open with the same tokens (the template's first sentences) share them: the opening is computed once,
-and each row's rest sees it as its context. The result is exact, since no row's opening depends on its rest,
-and the opening's gradient is the sum over its rows. Rows with pictures share theirs with rows of the same
-pictures only, whose prompts are the same.
+Rows that start with the same tokens (the first sentences of the template) share them. This opening is
+computed once, and the rest of each row sees it as its context. The result is exact: no row's opening depends
+on its rest, and the opening's gradient is the sum over its rows. A row with pictures shares its opening only
+with rows of the same pictures, which have the same prompts.
 
-Shapes: T tokens of the pack, N labelled ones, V vocabulary, I pictures, F features of one.
+Shapes: T tokens of the pack, N labelled tokens, V vocabulary, I pictures, F features of one picture.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llama_adapter.data.records import IGNORED, Example, PictureFile
 from llama_adapter.methods.packed_attention import Segment
 from llama_adapter.packing.frozen_products import frozen_products
 
-SHORTEST_OPENING = 16  # tokens; a shorter one is not worth a stretch of its own
+SHORTEST_OPENING = 16  # tokens; it does not pay to share a shorter one
 ALONE = Processes()
 
 
@@ -34,13 +34,14 @@ class Pack:
     """Several rows in one sequence.
 
     Attributes:
-        input_ids, position_ids: (1, T).
-        segments: what each stretch of the sequence sees.
-        predicting: (N,) indices of the tokens whose successor is labelled.
-        targets: (N,) those successors.
-        answers: (N,) the place of the example that each belongs to, among those that were packed.
-        pictures: (I,) those of the rows, each as often as there are sets of prompts that it belongs to.
-        owners: (I,) the set of prompts that each belongs to; the segments say who reads which.
+        input_ids: (1, T).
+        position_ids: (1, T).
+        segments: which tokens each part of the sequence sees.
+        predicting: (N,) indices of the tokens whose next token is labelled.
+        targets: (N,) these next tokens.
+        answers: (N,) for each target, the index of its example among the packed ones.
+        pictures: (I,) the rows' pictures. A picture appears once for each prompt set that it belongs to.
+        owners: (I,) the prompt set that each picture belongs to. The segments say which set each row reads.
     """
 
     input_ids: Tensor
@@ -60,7 +61,7 @@ class Pack:
 
 
 def pack(examples: Sequence[Example]) -> Pack:
-    """Put rows into one sequence, rows with the same opening behind it."""
+    """Put rows into one sequence, each group of rows after the opening that it shares."""
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
@@ -108,9 +109,9 @@ def pack(examples: Sequence[Example]) -> Pack:
 
 
 def _by_opening(examples: Sequence[Example]) -> list[list[int]]:
-    """Places of rows that share their opening, side by side; those of the same pictures next to each other.
+    """Indices of rows, grouped by the opening that they share. Rows with the same pictures are neighbours.
 
-    Rows with the same question share all of it, others what the first sentences of their template are.
+    Rows with the same question share all of it. Others share the first sentences of their template.
     """
     questions = [(e.images, tuple(e.input_ids[: _unlabelled(e)])) for e in examples]
     several = Counter(questions)
@@ -122,22 +123,25 @@ def _by_opening(examples: Sequence[Example]) -> list[list[int]]:
 
 
 def _unlabelled(example: Example) -> int:
-    """How many tokens there are before the first answer."""
+    """The number of tokens before the first answer."""
     return sum(1 for _ in takewhile(lambda label: label == IGNORED, example.labels))
 
 
 def _read(example: Example) -> int:
-    """How many tokens its predictions are made from: nothing reads the last labelled one."""
+    """The number of tokens that predictions are made from. The last labelled token is never read."""
     return max(index for index, label in enumerate(example.labels) if label != IGNORED)
 
 
 def _tokens(example: Example) -> int:
-    """How many a row takes in a pack: of its rivals the answers alone, since they share its question."""
+    """The number of tokens that a row takes in a pack.
+
+    Its rivals share its question: only their answers count.
+    """
     return _read(example) + sum(_read(rival) + 1 - _unlabelled(rival) for rival in example.rivals)
 
 
 def _shared_opening(group: Sequence[Example]) -> int:
-    """How many leading tokens all rows share, each row's first prediction left to itself."""
+    """How many leading tokens all rows share. Each row keeps its first prediction to itself."""
     if len(group) == 1:
         return 0
     columns = zip(*(example.input_ids for example in group), strict=False)
@@ -147,7 +151,7 @@ def _shared_opening(group: Sequence[Example]) -> int:
 
 
 def split_by_tokens(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """Consecutive runs of rows of at most ``max_tokens`` tokens (a longer single row stands alone)."""
+    """Split rows into consecutive groups of at most ``max_tokens`` tokens; a longer row stands alone."""
     run: list[Example] = []
     tokens = 0
     for example in examples:
@@ -164,15 +168,15 @@ def split_by_tokens(examples: Sequence[Example], max_tokens: int) -> Iterator[li
 class CrossEntropy(torch.autograd.Function):
     """Cross-entropy in nats, (N,), of targets, (N,), by logits, (N, V), which are overwritten.
 
-    Tokens by vocabulary is the largest array of a step, and torch's own loss makes three more of it. Here
-    the logits become likelihoods, and those their gradient: it can be had once.
+    The logits are the largest array of a step, and torch's own loss makes three more of its size. Here the
+    logits are turned into likelihoods, and these into the gradient, in place. So backward works only once.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         targets = targets[:, None]
         highest = logits.amax(1, keepdim=True)
-        below = highest - logits.gather(1, targets)  # first, or small losses would drown in rounding
+        below = highest - logits.gather(1, targets)  # before the rest: small losses would be lost in rounding
         likelihoods = logits.sub_(highest).exp_()  # not yet divided by their sum
         total = likelihoods.sum(1, keepdim=True)
         ctx.save_for_backward(likelihoods, total, targets)
@@ -193,11 +197,11 @@ def answer_loss(
     features: Mapping[PictureFile, Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Cross-entropy of each labelled token in nats, float32, (N,); logits exist at those places only.
+    """Cross-entropy in nats of each labelled token, (N,), float32. Logits are computed for these tokens only.
 
     Args:
-        model: takes the arguments of `LlamaAdapter.forward`, ``kwargs`` among them.
-        features: (F,) of each picture of the pack; None for rows without.
+        model: takes the arguments of `LlamaAdapter.forward`, including ``kwargs``.
+        features: (F,) for each picture of the pack; None for rows without pictures.
     """
     if packed.pictures:
         assert features is not None
@@ -217,9 +221,10 @@ def answer_loss(
 
 
 def deal(examples: Sequence[Example], processes: int) -> list[list[Example]]:
-    """Share rows out to processes, about as many tokens to each: the longest first, each to who has least.
+    """Share rows out to processes so that all get about equally many tokens.
 
-    Every process works out the same shares, so nothing has to be sent around.
+    The longest row is dealt first, each to the process that has the fewest tokens. Every process computes the
+    same shares, so nothing has to be sent.
     """
     if processes == 1:
         return [list(examples)]
@@ -239,9 +244,9 @@ def answer_losses(
     device: torch.device,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Each row's cross-entropy in nats, summed over its answer, (B,), and its tokens, (B,), in one pass.
+    """The cross-entropy of each row's answer in nats, (B,), summed over its tokens, and their number, (B,).
 
-    ``kwargs`` as in `answer_loss`.
+    All rows are computed in one pass. ``kwargs`` are those of `answer_loss`.
     """
     packed = pack(examples).to(device)
     each = answer_loss(model, packed, **kwargs)
@@ -252,9 +257,9 @@ def answer_losses(
 def _two_losses(
     model: Callable[..., Any], examples: Sequence[Example], *, by_rows: bool, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """The sums over rows of the loss of their answers and of that of telling them from their rivals.
+    """Two losses, each summed over rows: that of the answers, and that of telling them from their rivals.
 
-    The second is the cross-entropy, in nats a row, of choosing by the answers' likelihoods.
+    The second is the cross-entropy, in nats for each row, of choosing an answer by its likelihood.
     """
     everything = [answer for example in examples for answer in (example, *example.rivals)]
     losses, tokens = answer_losses(model, everything, **kwargs)
@@ -282,15 +287,15 @@ def accumulate_gradient(
     processes: Processes = ALONE,
     **kwargs: Any,
 ) -> float:
-    """Add the gradient of the batch's loss to the trainable parameters; returns that loss.
+    """Add the gradient of the batch's loss to the trainable parameters, and return the loss.
 
-    It is the mean over labelled tokens; ``by_rows`` the mean over rows of theirs, so that short answers count
-    as much as long ones. Rows with rivals add the mean loss of telling them apart. Of several processes each
-    computes the part of its rows, in the gradient and in the loss: both are to be summed.
+    The loss is the mean over labelled tokens. With ``by_rows`` it is the mean over rows of each row's mean,
+    so short answers count as much as long ones. Rows with rivals add the mean loss of telling them apart.
+    With several processes each computes the part of its own rows: gradients and losses have to be added up.
     """
     answers = len(examples) if by_rows else _count_answers(examples)
     contested = _count_contested(examples)
-    # Rows with the same opening side by side, so that they share it within a pack.
+    # Sorted by opening, so that rows with the same one come into the same pack and share it.
     shares = [
         list(split_by_tokens([share[place] for group in _by_opening(share) for place in group], max_tokens))
         for share in deal(examples, processes.count)
@@ -308,10 +313,10 @@ def accumulate_gradient(
 def _in_step(
     shares: Sequence[Sequence[list[Example]]], filler: Example, processes: Processes
 ) -> list[tuple[list[Example], int]]:
-    """This process's runs of rows, each with weight 1.
+    """This process's groups of rows, each with the weight 1.
 
-    A sharded decoder's layers are gathered by all processes together, so there all make as many passes: who
-    has fewer runs adds some of one row, with weight 0.
+    All processes gather a sharded decoder's layers together, so all have to make equally many passes. A
+    process with fewer groups adds groups of one row, with the weight 0.
     """
     own = [(run, 1) for run in shares[processes.index]]
     if not processes.sharded:
@@ -330,10 +335,10 @@ def mean_answer_loss(
     processes: Processes = ALONE,
     **kwargs: Any,
 ) -> tuple[float, int]:
-    """Mean cross-entropy in nats over all labelled tokens of all rows, and how many tokens they are.
+    """Mean cross-entropy in nats over all labelled tokens of all rows, and the number of these tokens.
 
-    Rows with rivals add the mean loss of telling them apart. Of several processes each computes a part; all
-    get the whole.
+    Rows with rivals add the mean loss of telling them apart. With several processes each computes a part, and
+    all get the total.
     """
     answers, chosen, rows = 0.0, 0.0, 0
     examples = sorted(examples, key=lambda e: len(e.input_ids))

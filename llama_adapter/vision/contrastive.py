@@ -1,7 +1,8 @@
-"""A small CLIP of our own: pictures with texts -> an open_clip model whose picture side is a vision tower.
+"""A small CLIP of our own, trained on pictures with texts. Its picture side is a vision tower of open_clip.
 
-The picture side starts from a tower that already knows pictures (ImageNet's), the text side from nothing.
-Both are trained to find each other within a batch by open_clip's own loss (Radford et al., arXiv 2103.00020).
+The picture side starts from a tower that was trained on ImageNet; the text side starts from random weights.
+Both learn to find each other's matching half within a batch, with open_clip's own loss (Radford et al., arXiv
+2103.00020).
 
 Shapes: B pairs of a batch, S side of a picture in pixels, C tokens of a text, E width of the embeddings.
 """
@@ -33,7 +34,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and the texts that describe it, one of which is drawn each time."""
+    """A picture and the texts that describe it. Training chooses one of them at random each time."""
 
     picture: PictureFile
     texts: tuple[str, ...]
@@ -47,9 +48,9 @@ def read_pairs(
 ) -> list[Pair]:
     """The pairs of a source: rows of {"image", "captions"}, or easy-vqa.
 
-    Rows that name another split are left out. `tell` gets the summary of what was read.
+    Rows of another split are left out. `tell` gets a summary of what was read.
 
-    Raises UsageError where a row has no captions, or none is left.
+    Raises UsageError if a row has no captions, or no row is left.
     """
     if source == EASY_VQA:
         return _shape_pairs([row for _, row in read_rows(source).rows if row["split"] == split])
@@ -64,9 +65,9 @@ def read_pairs(
 
 
 def read_names(folder: str | Path) -> list[Pair]:
-    """Pictures with one name each: names.json (file to name) beside images/; of a name the first picture.
+    """Pictures with one name each, from names.json (file to name) beside images/; one picture for each name.
 
-    Raises UsageError for a file that is missing, damaged, or holds something else.
+    Raises UsageError for a file that is missing, damaged or of another form.
     """
     path = Path(folder) / "names.json"
     try:
@@ -82,14 +83,14 @@ def read_names(folder: str | Path) -> list[Pair]:
 
 
 def split_names(names: Sequence[Pair], kept: int) -> tuple[list[Pair], list[Pair]]:
-    """So many names for zero-shot scoring, drawn alike every time, and the rest to train on."""
+    """Split off `kept` names for zero-shot scoring, the same ones every time; the rest is to train on."""
     drawn = list(names)
     random.Random(0).shuffle(drawn)
     return drawn[:kept], drawn[kept:]
 
 
 def _shape_pairs(rows: Sequence[dict[str, str]]) -> list[Pair]:
-    """easy-VQA's pictures in words: the answers to "what ..." tell a picture's shape and its colour."""
+    """Describe easy-VQA's pictures: the answers to its questions "what ..." give the shape and the colour."""
     known: dict[str, dict[str, str]] = {}
     for row in rows:
         if row["question"].startswith("what"):
@@ -112,11 +113,11 @@ def _shape_pairs(rows: Sequence[dict[str, str]]) -> list[Pair]:
 
 
 def load_clip(folder: Path) -> open_clip.CLIP:
-    """The whole model of an open_clip folder, for scoring. Raises UsageError where it cannot be loaded."""
+    """Load the whole model of an open_clip folder, for scoring. Raises UsageError if it can't be loaded."""
     try:
         clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         clip.llama_adapter_config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except Exception as error:  # there is no end to what a config can make open_clip and timm raise
+    except Exception as error:  # open_clip and timm raise all kinds of errors for a wrong config
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"{folder}: no open_clip folder: {reason}") from None
     return clip
@@ -125,9 +126,9 @@ def load_clip(folder: Path) -> open_clip.CLIP:
 def build_clip(
     start: Path, *, embed_dim: int = 256, text_width: int = 96, text_layers: int = 3
 ) -> open_clip.CLIP:
-    """A CLIP whose picture side has the weights of the open_clip folder ``start``; the rest is random.
+    """A CLIP whose picture side has the weights of the open_clip folder ``start``. The rest is random.
 
-    Its text side reads 32 tokens and has heads of width 32.
+    The text side reads 32 tokens and has attention heads of width 32.
     """
     known = load_clip(start)
     if not hasattr(getattr(known.visual, "trunk", None), "conv_stem"):
@@ -167,12 +168,12 @@ def save_clip(clip: open_clip.CLIP, folder: Path) -> None:
 
 @torch.no_grad()
 def retrieval(clip: open_clip.CLIP, pairs: Sequence[Pair]) -> dict[str, float]:
-    """Share of texts with their picture among the first 1, 5, 10, and of pictures with a text of theirs."""
+    """How often a text's picture is among the first 1, 5, 10, and the reverse: shares from 0 to 1."""
     clip.eval()
     images = _encode_images(clip, [pair.picture for pair in pairs])
     owners = torch.tensor([number for number, pair in enumerate(pairs) for _ in pair.texts])
     texts = _encode_texts(clip, [text for pair in pairs for text in pair.texts])
-    scores = texts @ images.T  # a row for each text, a column for each picture
+    scores = texts @ images.T  # a line for each text, a column for each picture
     figures = {}
     for name, found in (
         ("text_to_image", owners[:, None] == torch.arange(len(pairs))[scores.argsort(1, descending=True)]),
@@ -185,7 +186,7 @@ def retrieval(clip: open_clip.CLIP, pairs: Sequence[Pair]) -> dict[str, float]:
 
 @torch.no_grad()
 def zero_shot(clip: open_clip.CLIP, pairs: Sequence[Pair]) -> float:
-    """How often a picture's own text is the nearest among the first texts of all pairs."""
+    """How often a picture's own text is the nearest of all pairs' first texts, as a share from 0 to 1."""
     clip.eval()
     images = _encode_images(clip, [pair.picture for pair in pairs])
     texts = _encode_texts(clip, [pair.texts[0] for pair in pairs])

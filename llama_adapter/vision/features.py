@@ -1,9 +1,9 @@
-"""The features of pictures, computed once and kept on disk.
+"""Features of pictures: computed once and kept on disk.
 
-A cache is one folder for one tower and its depths, with two files that only grow: ``features.f32``, a row of
-F numbers for each picture, and ``index.txt``, a line for each row: the SHA-256 of the picture's bytes. A
-picture is found by its content alone, so one that has changed is never served its old features; another tower
-has another folder.
+A cache is one folder for one tower and its depths. It has two files that only grow: ``features.f32`` has F
+numbers for each picture, and ``index.txt`` has a line for each picture, with the SHA-256 of its bytes. A
+picture is found by its content alone. So a changed picture never gets its old features, and another tower has
+another folder.
 
 Shapes: N pictures, F features of one picture.
 """
@@ -28,27 +28,27 @@ from llama_adapter.weights.locations import cache_folder
 
 FEATURES_FILE = "features.f32"
 INDEX_FILE = "index.txt"
-_ENCODED_AT_ONCE = 8  # pictures: more at once are no faster on a CPU
+_ENCODED_AT_ONCE = 8  # pictures; more at once is no faster on a CPU
 
 
 def default_cache_folder() -> Path:
-    """Where features are kept unless something else is asked for: the user's cache folder."""
+    """Where features are kept by default: a folder in the user's cache."""
     return cache_folder() / "features"
 
 
 def _name(picture: Path | bytes) -> str:
-    """What a picture goes by in the index."""
+    """The picture's name in the index."""
     return hashlib.sha256(read_picture(picture)).hexdigest()
 
 
 class FeatureCache:
-    """Looks features up, and lets a tower compute those that are not there yet."""
+    """Looks features up, and has a tower compute those that are missing."""
 
     def __init__(self, tower: VisionTower, folder: str | Path | None = None) -> None:
-        """Open the tower's cache below ``folder``, by default the user's own.
+        """Open the tower's cache below ``folder``, by default in the user's cache.
 
         Raises:
-            UsageError: a folder that cannot be written to.
+            UsageError: a folder that can't be written to.
         """
         self.tower = tower
         self.folder = Path(folder or default_cache_folder()) / tower.key
@@ -59,11 +59,11 @@ class FeatureCache:
         self._rows = self._read_index()
 
     def _read_index(self) -> dict[str, int]:
-        """Picture to row, of the rows that are whole: a killed run may have left half of one."""
+        """Picture to its place in the features file. A killed run may have left an incomplete last entry."""
         index, features = self.folder / INDEX_FILE, self.folder / FEATURES_FILE
         if not index.exists() or not features.exists():
             return {}
-        names = index.read_text(encoding="ascii").split("\n")[:-1]  # the last line may have been cut off
+        names = index.read_text(encoding="ascii").split("\n")[:-1]  # without a last line that was cut off
         whole = features.stat().st_size // self._row_bytes
         return {name: row for row, name in enumerate(names[:whole])}
 
@@ -74,13 +74,13 @@ class FeatureCache:
     def encode(
         self, pictures: Sequence[Path | bytes], *, progress: Callable[[int], None] = lambda done: None
     ) -> Tensor:
-        """The features of picture files (or of their contents), (N, F), float32.
+        """The features of picture files (or of their contents): (N, F), float32.
 
         Args:
-            progress: gets the number of pictures that are done.
+            progress: called with the number of pictures done.
 
         Raises:
-            UsageError: a file that is no picture or changes meanwhile, or no room on the disk.
+            UsageError: a file that is no picture or changes meanwhile, or a full disk.
         """
         names = []
         missing: dict[str, Path | bytes] = {}
@@ -96,7 +96,7 @@ class FeatureCache:
             some = waiting[start : start + _ENCODED_AT_ONCE]
             pixels = self.tower.prepare(open_picture(picture) for _, picture in some)
             for name, picture in some:
-                if _name(picture) != name:  # its features would be kept under what it was
+                if _name(picture) != name:  # or its features would be stored under its old content
                     raise UsageError(f"{picture!s}: changed while pictures were encoded; start again")
             self._append([name for name, _ in some], self.tower.encode(pixels).cpu())
         progress(len(pictures))
@@ -107,16 +107,16 @@ class FeatureCache:
         return torch.from_numpy(table[[self._rows[name] for name in names]])
 
     def _append(self, names: Sequence[str], features: Tensor) -> None:
-        """Add rows: first the numbers, then the index, so that what is in the index is whole."""
+        """Add entries: the features first, then the index, so that all entries of the index are complete."""
         try:
             with alone_in(self.folder):
-                self._rows = self._read_index()  # another process may have added some
+                self._rows = self._read_index()  # another process may have added entries
                 new = [place for place, name in enumerate(names) if name not in self._rows]
                 with open(self.folder / FEATURES_FILE, "ab") as file:
-                    file.truncate(len(self._rows) * self._row_bytes)  # what a killed run left behind
+                    file.truncate(len(self._rows) * self._row_bytes)  # remove what a killed run left behind
                     file.write(features[new].numpy().tobytes())
                 with open(self.folder / INDEX_FILE, "a", encoding="ascii") as file:
-                    file.truncate(len(self._rows) * 65)  # 64 digits and the line's end
+                    file.truncate(len(self._rows) * 65)  # 64 digits and the line break
                     file.write("".join(f"{names[place]}\n" for place in new))
                 for place in new:
                     self._rows[names[place]] = len(self._rows)
@@ -127,7 +127,7 @@ class FeatureCache:
 def picture_features(
     tower: VisionTower, cache: Path | None, images: Iterable[PictureFile]
 ) -> dict[PictureFile, Tensor]:
-    """(F,) features of each picture, read from the cache or computed, with progress."""
+    """The features of each picture, (F,), read from the cache or computed, with a progress line."""
     images = list(dict.fromkeys(images))
     encoded = FeatureCache(tower, cache).encode(images, progress=RowProgress("pictures", len(images)))
     return dict(zip(images, encoded, strict=True))

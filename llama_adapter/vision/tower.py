@@ -1,4 +1,4 @@
-"""A frozen open_clip tower -> multi-scale global features (paper, section 3.3, eq. 9).
+"""A frozen vision tower of open_clip: gives global features from several depths (paper, section 3.3, eq. 9).
 
 Shapes: N pictures, S side of a prepared picture in pixels, F features of one picture.
 """
@@ -27,25 +27,25 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.weights import locations
 from llama_adapter.weights.hub import gated_error
 
-MAX_DEPTHS = 4  # M, how many depths are taken where nothing else is asked for
-MAX_ASPECT = 20  # of a picture; thinner ones lose their ends, or resizing by the short side makes them huge
+MAX_DEPTHS = 4  # M: how many depths are used by default
+MAX_ASPECT = 20  # of a picture. A thinner one loses its ends: resized by its short side it would be huge.
 
-_EXTRACTION = 1  # raise it with each change to what `encode` gives: features on disk are then made anew
+_EXTRACTION = 1  # raise it with each change to what `encode` computes, so that cached features are not reused
 
 
 class VisionTower(nn.Module):
-    """The picture side of a CLIP model, frozen: one vector of features from each of M depths.
+    """The picture side of a CLIP model, frozen: gives one feature vector from each of M depths.
 
     A depth is a block of a transformer or a stage of a convolutional tower, counted from 1. Its vector is the
-    class token, else (or where timm does not show it) the mean over the patches. Where a convolutional tower
-    has layers of its own behind the last stage (EfficientNet), what its classifier would read is one depth
-    more. Each vector is scaled to a root mean square of 1, and all are concatenated.
+    class token, or the mean over the patches if there is none or timm does not give access to it. If a
+    convolutional tower has more layers after its last stage (EfficientNet), the input of its classifier is
+    one more depth. Each vector is scaled to a root mean square of 1, and all are concatenated.
 
     Attributes:
-        name: what it was asked for by.
-        depths: those that are taken, lowest first.
-        fingerprint: 16 hex digits that name the weights, the architecture and the preprocessing.
-        key: the fingerprint and the depths: what features belong to.
+        name: the name it was requested by.
+        depths: the depths that are used, lowest first.
+        fingerprint: 16 hexadecimal digits that identify the weights, the architecture and the preprocessing.
+        key: the fingerprint and the depths. Features belong to a key.
         feature_width: F.
     """
 
@@ -60,11 +60,12 @@ class VisionTower(nn.Module):
         """Freeze ``visual``, the picture side of an open_clip model.
 
         Args:
-            depths: None takes up to four, evenly spaced up to the last.
-            architecture: what it was built from; weights do not tell the number of heads, nor the activation.
+            depths: by default up to four, evenly spaced, the last one included.
+            architecture: the config it was built from. The weights alone tell neither the number of heads nor
+                the activation function.
 
         Raises:
-            UsageError: a tower that does not show its depths, or depths that it does not have.
+            UsageError: a tower whose depths can't be read, or depths that it does not have.
         """
         super().__init__()
         self.visual = visual.float().eval().requires_grad_(False)
@@ -85,11 +86,11 @@ class VisionTower(nn.Module):
         self.key = f"{self.fingerprint}-{'-'.join(map(str, self.depths))}"
 
     def train(self, mode: bool = True) -> VisionTower:
-        """Stays in evaluation mode: its batch norms and dropouts are frozen as well."""
+        """Stays in evaluation mode: batch norms and dropouts are frozen too."""
         return super().train(False)
 
     def prepare(self, images: Iterable[Image.Image]) -> Tensor:
-        """Upright RGB pictures -> pixels (N, 3, S, S), as the tower was trained with them, one by one."""
+        """Preprocess upright RGB pictures one by one, as in the tower's training, to pixels (N, 3, S, S)."""
         return torch.stack([self._prepare(_without_ends(image)) for image in images])
 
     @torch.no_grad()
@@ -103,7 +104,7 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def _vectors(self, pixels: Tensor, depths: Sequence[int] | None) -> list[Tensor]:
-        """The vectors of the depths that are asked for, of all where it is None."""
+        """The vectors of the requested depths; None for all."""
         if isinstance(self.visual, TimmModel):
             return _timm_vectors(self.visual.trunk, pixels, depths)
         indices = None if depths is None else [depth - 1 for depth in depths]
@@ -119,7 +120,7 @@ class VisionTower(nn.Module):
 
 
 def _without_ends(image: Image.Image) -> Image.Image:
-    """The middle of a picture that is very long or very tall."""
+    """The middle of a picture that is very wide or very tall."""
     width, height = image.size
     most = MAX_ASPECT * min(width, height)
     if max(width, height) <= most:
@@ -132,14 +133,14 @@ def _timm_vectors(trunk: Any, pixels: Tensor, depths: Sequence[int] | None) -> l
     shows_class = "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
     has_class = shows_class and getattr(trunk, "cls_token", None) is not None
     options = {"return_prefix_tokens": True} if has_class else {}
-    # All of them: a stage's place among the depths is then its index, and the last one is computed anyway.
+    # Always all stages: a stage's index is then its depth, and the last stage is computed anyway.
     last, found = trunk.forward_intermediates(pixels, **options)
     vectors = [level[1][:, 0] if has_class else level.mean((2, 3)) for level in found]
     if hasattr(trunk, "conv_head"):
         head = trunk.forward_head(last, pre_logits=True)
         vectors.append(
             head if head.ndim == 2 else head.mean((2, 3))
-        )  # where attention pools it, it comes whole
+        )  # where attention pools it, the vector is complete already
     return vectors if depths is None else [vectors[depth - 1] for depth in depths]
 
 
@@ -167,18 +168,18 @@ def load_tower(
     """Load the picture side of an open_clip model.
 
     Args:
-        name: a name in the weights folders (clip-mini), a folder, a hub id (owner/name), each with
-            open_clip_config.json, or one of open_clip's own with its pretrained tag (ViT-B-32:openai).
+        name: a name in the weights folders (clip-mini), a folder or a hub id (owner/name), each with
+            open_clip_config.json; or a model of open_clip with its pretrained tag (ViT-B-32:openai).
         depths: see `VisionTower`.
 
     Raises:
-        UsageError: not found, gated, damaged, or a tower that shows no depths.
+        UsageError: not found, gated, damaged, or a tower whose depths can't be read.
     """
     model, _, tag = name.removeprefix("local-dir:").partition(":")
     found: dict[str, Any]
     if tag and model in open_clip.list_models():
         found = {"model_name": model, "pretrained": tag}
-        # Of OpenAI's and some others' weights; the model's own config does not know.
+        # The preprocessing of OpenAI's weights and some others. The model's own config does not have it.
         if (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"):
             found["force_quick_gelu"] = True
     else:
@@ -194,7 +195,7 @@ def load_tower(
         name = locations.name_of(place, kind="tower", weights=weights)
     log = logging.getLogger()
     before = log.level
-    log.setLevel(logging.ERROR)  # open_clip reports each step of loading to the root logger
+    log.setLevel(logging.ERROR)  # open_clip logs each step of loading to the root logger
     try:
         clip: Any = open_clip.create_model(
             **found, device=device, pretrained_text=False, require_pretrained=True
@@ -202,7 +203,7 @@ def load_tower(
         built = open_clip.get_model_config(found["model_name"])
     except GatedRepoError:
         raise gated_error("tower", name) from None
-    except Exception as error:  # there is no end to what a config can make open_clip and timm raise
+    except Exception as error:  # open_clip and timm raise all kinds of errors for a wrong config
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"tower {name!r} cannot be loaded: {reason}") from None
     finally:
