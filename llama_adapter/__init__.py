@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversation", "LlamaAdapter", "Sampling", "TrainingSettings", "Turn", "__version__", "train"]
 
-# Imported when first asked for: torch and transformers take seconds, and `llama-adapter --help` has no use
-# for them.
+# Imported on first use: torch and transformers take seconds to import, and `llama-adapter --help` does not
+# need them.
 _MODULES = {
     "Conversation": "answering.conversation",
     "LlamaAdapter": "model",

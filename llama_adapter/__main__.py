@@ -1,4 +1,4 @@
-"""The console command llama-adapter; `python -m llama_adapter` is the same."""
+"""The console command llama-adapter. `python -m llama_adapter` is the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def main() -> int:
     """Run the command line and return its exit code."""
 
     def run() -> None:
-        from llama_adapter.commands import console  # Ctrl-C and a full disk are told in one line from here on
+        from llama_adapter.commands import console  # from here on Ctrl-C and a full disk print one line
 
         console.run()
 

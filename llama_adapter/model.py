@@ -31,24 +31,24 @@ _PROJECTED_WITH_PICTURES = (
 
 
 class LlamaAdapter(Folders, Answers, GenerationMixin):
-    """A frozen decoder with adapters that are added, chosen, switched off and dropped by name.
+    """A frozen decoder with adapters that can be added, chosen, switched off and deleted by name.
 
-    Every call takes ``adapter=NAME`` (``"none"`` is the bare base), so that several threads can use different
-    adapters at once; without it the one chosen by `set_adapter` answers. What this class does not define
-    is looked up on the decoder, or refused in a line (see `surface.passing`).
+    Every call takes ``adapter=NAME`` (``"none"`` is the bare base), so several threads can use different
+    adapters at once. Without it, the adapter chosen by `set_adapter` is used. Attributes that this class does
+    not define are looked up on the decoder, or refused with a reason (see `surface.passing`).
 
     Attributes:
         decoder: the frozen transformers model.
-        tokenizer: the base's, or None where there is none.
-        adapters: the loaded ones by name.
-        active_adapter: name of the one that answers by default.
-        base: name, folder or hub id of the decoder, as adapters saved from here will call it.
+        tokenizer: the base's tokenizer, or None.
+        adapters: the loaded adapters by name.
+        active_adapter: the name of the adapter that is used by default.
+        base: name, folder or hub id of the decoder. Saved adapters name their base so.
     """
 
     main_input_name = "input_ids"
     get_compiled_call = (
         PreTrainedModel.get_compiled_call
-    )  # compiles our forward; the decoder's would be its own
+    )  # compiles our forward; the decoder's method would compile its own
     _is_stateful = False
 
     def __init__(
@@ -62,11 +62,11 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         """Wrap a decoder that is already loaded.
 
         Args:
-            base: what adapters saved from here shall call it.
-            weights: where the names of vision towers are looked for (see `locations.weights_folders`).
+            base: the name of the base in adapters that are saved from here.
+            weights: where names of vision towers are looked for (see `locations.weights_folders`).
 
         Raises:
-            UsageError: the decoder's family cannot be adapted, with the reason.
+            UsageError: a decoder whose family can't be adapted, with the reason.
         """
         super().__init__()
         self.decoder = prepare_decoder(decoder)
@@ -97,22 +97,23 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         part: nn.Module | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """The decoder's own forward, with the prompts of an adapter in its attention.
+        """The decoder's own forward, with an adapter's prompts in its attention.
 
         Args:
-            input_ids: (B, T). attention_mask: (B, T), padding on either side; holes elsewhere are hidden and
-                keep their positions.
-            position_ids: (B, T); by default counted from the end of the padding in front (or by the
-                segments), since the prompts' term depends on the position that a query was rotated to.
-            labels: (B, T), -100 where there is no loss; the output then has ``loss``.
-            adapter: the adapter's name, or what `project` made of one; None takes the active one.
-            image_features: (I, F) from `encode_images`, of the pictures of all rows; None: there are none.
-            image_owners: (I,) the row (in a packed sequence the set of prompts) that each belongs to; None
-                gives every row one.
-            segments: the rows of a packed sequence (B = 1), which see each other no more than apart.
-            part: the part of the decoder that computes, with the same prompts (see `surface.carried`);
-                None is the whole decoder. One without the head takes no ``labels``.
-            **kwargs: whatever the decoder's forward takes.
+            input_ids: (B, T).
+            attention_mask: (B, T), with padding on either side. Zeros elsewhere hide a token, which keeps its
+                position.
+            position_ids: (B, T). By default positions are counted from the end of the padding on the left (or
+                as the segments say): the prompts' term depends on the position that a query is rotated to.
+            labels: (B, T), -100 where there is no loss. The output then has ``loss``.
+            adapter: the adapter's name, or the result of `project`. None uses the active one.
+            image_features: (I, F) from `encode_images`, for the pictures of all rows. None: no pictures.
+            image_owners: (I,) for each picture the row that it belongs to (in a packed sequence the prompt
+                set). None gives each row one picture.
+            segments: the rows of a packed sequence (B = 1). Rows do not see each other.
+            part: the part of the decoder to run, with the same prompts (see `surface.carried`). None is the
+                whole decoder. A part without the head takes no ``labels``.
+            **kwargs: all else that the decoder's forward takes.
         """
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             tokens = input_ids if input_ids is not None else inputs_embeds
@@ -120,7 +121,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
             cached = attention_mask.shape[1] > tokens.shape[1]
             position_ids = _positions(attention_mask, cached=cached)[:, -tokens.shape[1] :]
         if labels is not None and attention_mask is not None and attention_mask.ndim == 2:
-            # Padding predicts nothing: on the left it would be made to guess a row's first token.
+            # Padding predicts nothing. On the left it would have to guess a row's first token.
             behind_padding = F.pad(_padding(attention_mask)[:, :-1], (1, 0))
             labels = labels.masked_fill(behind_padding, -100)
         if segments is not None and position_ids is None:
@@ -184,14 +185,14 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         image_owners: Tensor | None = None,
         rows: int = 1,
     ) -> AdapterState:
-        """What an adapter adds to forward passes, computed once for many of them; `forward` takes it as
+        """What an adapter adds to forward passes, computed once for many of them. Give it to `forward` as
         ``adapter``.
 
-        It carries no gradient and lives with the caller, so it cannot leak into a later training step.
+        It carries no gradient and the caller keeps it, so it can't leak into a later training step.
 
         Args:
             image_features, image_owners: as in `forward`.
-            rows: B, of the forward passes; it counts only where there are pictures.
+            rows: B of the forward passes. It matters only with pictures.
         """
         live = self._state(adapter, image_features, image_owners, rows)
         attentions = attention_layers(self.decoder)
@@ -206,15 +207,15 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         image_owners: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' ``generate`` with every decoding it knows, answered by ``adapter``.
+        """transformers' ``generate`` with ``adapter``; all decoding methods work.
 
         ``image_features`` and ``image_owners`` are those of `forward`.
-        An answer ends where `chat` ends it, at the end tokens of the adapter's template, unless
-        ``eos_token_id`` is given, here or in a ``generation_config``.
-        On a sharded decoder every process calls it, and computes until the last one's rows end.
+        An answer ends at the end tokens of the adapter's template, as in `chat`, unless ``eos_token_id`` is
+        given here or in a ``generation_config``.
+        On a sharded decoder every process must call this. All compute until the last row of any is complete.
         """
         if kwargs.get("synced_gpus") is None and is_sharded(self.decoder):
-            kwargs["synced_gpus"] = True  # transformers knows of the decoders alone that it sharded itself
+            kwargs["synced_gpus"] = True  # transformers sets this only for decoders that it sharded itself
         if not isinstance(adapter, AdapterState):
             name = self._name(adapter)
             if name != NO_ADAPTER and not _ends_given(*args, **kwargs) and self.tokenizer is not None:
@@ -230,7 +231,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, *args: Any, adapter: AdapterState | None = None, **kwargs: Any
     ) -> Any:
-        # transformers does so with tensors alone.
+        # transformers does this for tensors only.
         if adapter is not None:
             kwargs["adapter"] = adapter.repeat(expand_size)
         return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]
@@ -238,20 +239,22 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
     def _get_candidate_generator(  # type: ignore[override]
         self, *, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
-        # An assistant model guesses ahead without our prompts: it has another shape, or does not know them.
+        # An assistant model makes its guesses without our prompts: they would not fit its shape.
         theirs = {name: value for name, value in model_kwargs.items() if name != "adapter"}
         return super()._get_candidate_generator(model_kwargs=theirs, **kwargs)  # type: ignore[misc]
 
 
 def _ends_given(generation_config: Any = None, *_: Any, **options: Any) -> bool:
-    """Whether a user of ``generate`` chose the end tokens."""
+    """Whether the caller of ``generate`` chose the end tokens."""
     return "eos_token_id" in options or getattr(generation_config, "eos_token_id", None) is not None
 
 
 def _positions(mask: Tensor, *, cached: bool) -> Tensor:
-    """Each token's position, (B, T): its place behind the padding in front; a hole counts, as in the base.
+    """Each token's position, (B, T), counted from the end of the padding on the left. A hidden token counts
+    too.
 
-    Behind a cache a hole is padding at the end of what was read before, and does not count, as in `generate`.
+    With a cache, a hidden token is padding at the end of what was read before, and does not count, as in
+    `generate`.
     """
     real = mask != 0
     if not cached:
@@ -261,10 +264,10 @@ def _positions(mask: Tensor, *, cached: bool) -> Tensor:
 
 
 def _padding(mask: Tensor) -> Tensor:
-    """(B, T), True for padding at either end; a hole within a row is none."""
+    """(B, T), True for padding at either end. A hidden token inside a row is not padding."""
     real = mask != 0
     return (real.cumsum(-1) == 0) | (real.flip(-1).cumsum(-1).flip(-1) == 0)
 
 
-# A pipeline looks up the name of a model's class, and complains at length where it does not know it.
+# A pipeline looks up the name of a model's class, and prints a long warning if it does not know it.
 SUPPORTED_PEFT_TASKS["text-generation"].append(LlamaAdapter.__name__)

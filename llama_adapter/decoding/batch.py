@@ -1,10 +1,12 @@
-"""Answers that are made together, a token of each at a time; rows join and leave between tokens.
+"""A batch of answers that advance together, one token each at a time. Rows join and leave between tokens.
 
-Newcomers' questions are read by themselves, then their cache stands beside the others'. The shorter ones are
-padded on the left, which the mask hides, so that every row ends at the batch's last place. A decoder's
-weights are read from memory once for a token of all rows, which is what takes the time with one row as well.
+The questions of new rows are read separately, and their cache is then put beside that of the others. Shorter
+rows are padded on the left, and the mask hides the padding, so every row ends at the batch's last position. A
+decoder's weights are then read from memory once for the next token of all rows, and reading them takes most
+of the time.
 
-Shapes: B rows, T tokens of a question, G key-value heads, S places of the cache, d head width, V vocabulary.
+Shapes: B rows, T tokens of a question, G key-value heads, S positions of the cache, d head width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ class Row:
     """One answer of a batch.
 
     Attributes:
-        choose: its tokens' chooser.
-        adapter: what `LlamaAdapter.project` gives, of one row.
+        choose: chooses its tokens.
+        adapter: the result of `LlamaAdapter.project` for this row.
         length: how many tokens the cache holds: all but the latest.
-        token: (1, 1), the latest.
+        token: (1, 1), the latest token.
     """
 
     choose: TokenChooser
@@ -41,10 +43,10 @@ class Row:
 
 
 class Batch:
-    """Rows with different adapters, samplings and lengths, each answered as if it were alone.
+    """Rows with different adapters, sampling settings and lengths. Each is answered as if it were alone.
 
     Args:
-        forward: that of a `LlamaAdapter`.
+        forward: the forward of a `LlamaAdapter`.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
@@ -54,15 +56,15 @@ class Batch:
         self._adapter: AdapterState | None = None
 
     def join(self, question: Tensor, adapter: AdapterState, sampling: Sampling) -> Row:
-        """Read a question, (1, T), and add its row, whose first token is chosen."""
+        """Read a question, (1, T), choose the first token of its answer, and add its row."""
         return self.join_together([(question, adapter, sampling)])[0]
 
     @torch.inference_mode()
     def join_together(self, asked: Sequence[tuple[Tensor, AdapterState, Sampling]]) -> list[Row]:
-        """As `join`, for several questions that are read at once, best of about the same length."""
+        """As `join`, for several questions that are read at once. They should be about equally long."""
         lengths = [question.shape[1] for question, _, _ in asked]
-        # One without a config keeps all places in every layer, so that rows of any length can be lined up;
-        # a sliding window is then a matter of the mask.
+        # A cache without a config keeps all positions in every layer, so rows of any length can be aligned. A
+        # sliding window is then applied by the mask.
         cache = DynamicCache()
         output = self._forward(
             input_ids=torch.cat([F.pad(q, (max(lengths) - q.shape[1], 0)) for q, _, _ in asked]),
@@ -80,7 +82,7 @@ class Batch:
             cache = _beside(self._cache, cache)
         together = [*self.rows, *newcomers]
         merged = merge_states([row.adapter for row in together])
-        # Only now, so that the others go on as they were where something failed.
+        # Only now, so that the other rows can go on as before if something above fails.
         self.rows, self._cache, self._adapter = together, cache, merged
         return newcomers
 
@@ -101,7 +103,7 @@ class Batch:
 
     @torch.inference_mode()
     def leave(self, *gone: Row) -> None:
-        """Take rows out, and the places that they alone needed."""
+        """Remove rows, and the positions of the cache that only they needed."""
         kept = [number for number, row in enumerate(self.rows) if row not in gone]
         self.rows = [self.rows[number] for number in kept]
         if not self.rows:
@@ -117,11 +119,11 @@ class Batch:
 
 
 def _padding(lengths: Sequence[int], read: int, *, like: Tensor) -> dict[str, Tensor]:
-    """What tells the decoder of rows' padding on the left; nothing where there is none.
+    """The arguments that tell the decoder of padding on the left; empty if there is none.
 
     Args:
-        lengths: tokens of each row, those in the cache counted.
-        read: how many of them, padding counted, are read now.
+        lengths: the number of tokens of each row, including those in the cache.
+        read: how many of them, padding included, are read now.
     """
     longest = max(lengths)
     if min(lengths) == longest:
@@ -135,7 +137,7 @@ def _padding(lengths: Sequence[int], read: int, *, like: Tensor) -> dict[str, Te
 
 
 def _beside(ours: DynamicCache, theirs: DynamicCache) -> DynamicCache:
-    """The rows of two caches in one, the shorter cache padded in front."""
+    """Join two caches' rows in one cache. The shorter cache is padded on the left."""
     places = max(ours.get_seq_length(), theirs.get_seq_length())
 
     def joined(*several: Tensor) -> Tensor:  # (B, G, S, d) each

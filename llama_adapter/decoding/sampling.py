@@ -9,17 +9,17 @@ from llama_adapter.common.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; the paper decodes at temperature 0.1 and top-p 0.75.
+    """How tokens are chosen. The default is the paper's: temperature 0.1 and top-p 0.75.
 
     Raises:
-        UsageError: a value out of its range, named.
+        UsageError: a value out of its range, with its name.
     """
 
     max_new_tokens: int = 256
-    temperature: float = 0.1  # 0 takes the likeliest token
-    top_p: float = 0.75  # 1 keeps all
-    top_k: int = 0  # 0 keeps all
-    repetition_penalty: float = 1.0  # 1 is none
+    temperature: float = 0.1  # 0 always takes the most likely token
+    top_p: float = 0.75  # 1 keeps all tokens
+    top_k: int = 0  # 0 keeps all tokens
+    repetition_penalty: float = 1.0  # 1 is no penalty
     seed: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
-"""A stream of tokens for one question, and of text from tokens. Closing the stream stops the work.
+"""Answers to one question as a stream: of tokens, and of text made from tokens. Closing a stream stops its
+work.
 
-Python users have ``LlamaAdapter.generate`` with every decoding of transformers; this short loop serves the
-command line and the page, and a test holds the two equal.
+From Python, ``LlamaAdapter.generate`` offers every decoding method of transformers. The short loop here
+serves the command line and the page; a test checks that both give the same tokens.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -29,11 +30,11 @@ from transformers import (
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.methods.state import AdapterState
 
-_COLD = 1e-5  # a temperature below it gives all to the likeliest token, where dividing by it would overflow
+_COLD = 1e-5  # a lower temperature means the most likely token: dividing by it would overflow
 
 
 def build_processors(sampling: Sampling) -> LogitsProcessorList:
-    """What is done to the logits before a token is drawn, in the order of transformers' generate."""
+    """What changes the logits before a token is drawn, in the order of transformers' generate."""
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
@@ -53,8 +54,8 @@ class Request:
 
     Attributes:
         question: (1, T) token ids.
-        project: gives what the adapter adds, as `LlamaAdapter.project`; called when the answer starts.
-        sampling: how tokens are chosen, and how many there may be.
+        project: computes what the adapter adds, as `LlamaAdapter.project`. Called when the answer starts.
+        sampling: how tokens are chosen, and how many at most.
         end_ids: tokens that end the answer.
         stop_strings: texts that end it.
     """
@@ -70,7 +71,7 @@ class TokenChooser:
     """Chooses the tokens of one answer, one after the other, and remembers them.
 
     Args:
-        question: (1, T) token ids, which a repetition penalty counts as said.
+        question: (1, T) token ids. A repetition penalty applies to these too.
     """
 
     def __init__(self, sampling: Sampling, question: Tensor) -> None:
@@ -82,7 +83,7 @@ class TokenChooser:
         self._seen = question
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The next token, (1, 1), by its logits, (1, V)."""
+        """The next token, (1, 1), chosen by its logits, (1, V)."""
         scores = self._processors(self._seen, logits.float())  # type: ignore[arg-type]
         if self._greedy:
             token = scores.argmax(-1, keepdim=True)
@@ -93,13 +94,13 @@ class TokenChooser:
 
 
 class Said:
-    """The tokens of an answer, and where it ends: the one rule for all who make answers.
+    """The tokens of an answer, and the rule for where it ends. Everything that makes answers uses this rule.
 
-    An end token ends an answer and is not part of it; so does the last token that there may be.
+    An answer ends before an end token, which is not part of it, or after `max_new_tokens` tokens.
 
     Attributes:
-        tokens: those of the answer so far.
-        ended: whether it is whole.
+        tokens: the tokens of the answer so far.
+        ended: whether the answer is complete.
     """
 
     def __init__(self, max_new_tokens: int, end_ids: Collection[int]) -> None:
@@ -108,7 +109,7 @@ class Said:
         self._limit, self._end_ids = max_new_tokens, end_ids
 
     def take(self, token: int) -> bool:
-        """Take the next token; returns whether it is part of the answer."""
+        """Add the next token. Returns whether it is part of the answer."""
         if self.ended or token in self._end_ids:
             self.ended = True
             return False
@@ -121,10 +122,11 @@ class Said:
 def stream_tokens(
     forward: Callable[..., Any], question: Tensor, sampling: Sampling, end_ids: Collection[int]
 ) -> Iterator[int]:
-    """Tokens of the answer, one by one, without the end token.
+    """The tokens of an answer, one by one, without the end token.
 
     Args:
-        forward: takes ``input_ids`` (1, T), ``past_key_values``, ``use_cache`` and ``logits_to_keep``, gives
+        forward: takes ``input_ids`` (1, T), ``past_key_values``, ``use_cache`` and ``logits_to_keep``, and
+        gives
             ``logits`` and ``past_key_values``, as a decoder of transformers does.
         question: (1, T) token ids.
         end_ids: tokens that end the answer.
@@ -141,17 +143,18 @@ def stream_tokens(
 
 
 class Answer:
-    """An answer as it is made: iterate for the pieces of its text. Closing it stops the work.
+    """An answer while it is made. Iterate over it for the pieces of its text; close it to stop the work.
 
     Attributes:
-        text: what was said so far, without space around it.
-        tokens: how many tokens were made so far; the end token does not count.
-        seconds: the time that making them took, the reading of the question included, the caller's not.
-        finish_reason: why the answer ended: "stop" (it was complete), "length" (it reached its limit of
-            tokens), "closed" (somebody stopped it); None while it may still grow.
+        text: the text so far, without white space around it.
+        tokens: the number of tokens so far, without the end token.
+        seconds: the time spent on making them. It includes reading the question, but not what the caller does
+            in between.
+        finish_reason: why the answer ended: "stop" (it is complete), "length" (it reached its limit of
+            tokens) or "closed" (it was stopped). None while it may still grow.
 
     Args:
-        max_new_tokens: the limit on ``tokens``, at which they end by themselves.
+        max_new_tokens: the limit on ``tokens``, at which the stream of tokens ends by itself.
     """
 
     def __init__(
@@ -177,7 +180,7 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens by `seconds`; 0 before the first."""
+        """`tokens` divided by `seconds`; 0 before the first token."""
         return self.tokens / self.seconds if self.tokens else 0.0
 
     def __iter__(self) -> Answer:
@@ -197,11 +200,11 @@ class Answer:
         return piece
 
     def close(self) -> None:
-        """Stop; what was said so far stays. Any thread may call it."""
+        """Stop. The text so far stays. Any thread may call this."""
         self._closed = True
         if self.finish_reason is None:
             self.finish_reason = "closed"
-        with suppress(ValueError):  # another thread is at a token: it ends after that one
+        with suppress(ValueError):  # another thread is computing a token, and stops after it
             self._pieces.close()
 
     def _counted(self, tokens: Iterable[int]) -> Iterator[int]:
@@ -210,18 +213,18 @@ class Answer:
             yield token
             if self._closed:
                 return
-        # Not reached where a stop string ended the text.
+        # Not reached if a stop string ended the text.
         self._at_limit = self.tokens == self._max_new_tokens
 
 
 def stream_text(
     tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()
 ) -> Generator[str, None, None]:
-    """The text that each token adds; nothing is sent that a later token could still change or take back.
+    """The text that each token adds. Text that a later token could still change is held back.
 
-    The space before an answer's first word is left out. A character of several tokens comes when it is whole.
-    A stop string ends the text before it, and the beginning of one is held back until it is clear that it is
-    none.
+    White space before the first word is left out. A character of several tokens is sent when it is complete.
+    The text ends before a stop string. What may be the start of a stop string is held back until that is
+    clear.
     """
     sent = ""
     text = ""
@@ -240,15 +243,15 @@ def stream_text(
 
 
 def _texts(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The whole text after each token, and once more when they end, with what was still half a character."""
+    """The whole text after each token, and once more at the end, perhaps with an incomplete character."""
     ids: list[int] = []
 
     def decode() -> str:
-        # Cleaning up would take back spaces that were sent.
+        # Clean-up would remove spaces that were already sent.
         return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     stream = DecodeStream(skip_special_tokens=True)
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers in pure Python have none
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # None for tokenizers in pure Python
     text = ""
     for token in tokens:
         ids.append(token)
@@ -258,11 +261,11 @@ def _texts(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterato
 
 
 def _settled(text: str, stop_strings: Sequence[str]) -> str:
-    """``text`` without what may still change at its end: half a character, or the start of a stop string."""
+    """``text`` without an end that may change: an incomplete character, or the start of a stop string."""
     whole = text.rstrip("\ufffd")
     starts = [whole]
     for stop in stop_strings:
         lengths = range(1, min(len(stop), len(whole) + 1))
         starts += [whole[:-length] for length in lengths if whole.endswith(stop[:length])]
     settled = min(starts, key=len)
-    return settled.rstrip() if stop_strings else settled  # the space before a stop string goes with it
+    return settled.rstrip() if stop_strings else settled  # white space before a stop string is left out too

@@ -1,4 +1,4 @@
-"""Questions answered in the text format of an adapter, whole or as a stream."""
+"""Answers to questions, asked in the text format of an adapter: complete or as a stream."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llama_adapter.methods.state import AdapterState
 from llama_adapter.surface.named_adapters import NO_ADAPTER
 from llama_adapter.surface.seeing import Seeing
 
-# One turn or several; a dictionary is a turn with "role" and "content", as chat templates take it.
+# One turn or several. A dictionary is a turn with "role" and "content", as in chat templates.
 Question: TypeAlias = "str | Turn | Mapping[str, Any] | Sequence[Turn | Mapping[str, Any]]"
 
 
@@ -43,22 +43,23 @@ class Answers(Seeing):
         question_ids: list[int] | None = None,
         **settings: Any,
     ) -> Answer:
-        """The answer to a question, or to a conversation that ends with one, as a stream of text.
+        """Answer a question, or a conversation that ends with one, as a stream of text.
 
-        No token is computed until it is iterated; closing it stops the work. An answer that reaches the end
-        of the decoder's context ends there.
+        Tokens are computed only while the stream is iterated; closing it stops the work. An answer also ends
+        where the decoder's context is full.
 
         Args:
-            turns: a question, or turns of which the last asks one: `Turn`, or dictionaries with ``role`` and
-                ``content``.
-            image: a picture or several: files, their contents, opened ones, or features of `encode_images`.
-            question_ids: what `encode_question` gives for ``turns``, where the caller has it already.
-            sampling: how tokens are chosen; None takes the paper's settings.
-            **settings: single ones of `Sampling`, as ``max_new_tokens=8, temperature=0`` (greedy).
+            turns: a question, or turns of which the last is a question. A turn is a `Turn`, or a dictionary
+                with ``role`` and ``content``.
+            image: one or more pictures: files, contents of files, opened images, or features from
+                `encode_images`.
+            question_ids: the result of `encode_question` for ``turns``, if the caller already has it.
+            sampling: how tokens are chosen. None uses the paper's settings.
+            **settings: single fields of `Sampling`, such as ``max_new_tokens=8, temperature=0`` (greedy).
 
         Raises:
-            UsageError: an empty question, one longer than the decoder's context, what is no picture, or a
-                setting that is not known.
+            UsageError: a question that is empty or longer than the decoder's context, a file that is no
+                picture, or an unknown setting.
         """
         request = self.prepare_request(
             turns, image=image, adapter=adapter, sampling=sampling, question_ids=question_ids, **settings
@@ -81,7 +82,7 @@ class Answers(Seeing):
         question_ids: list[int] | None = None,
         **settings: Any,
     ) -> Request:
-        """All that it takes to answer, whoever does it. Arguments and errors are those of `stream_chat`."""
+        """Everything needed to compute the answer. Arguments and errors are those of `stream_chat`."""
         name = self._name(adapter)
         features: dict[str, Any] = {}
         if image is not None:
@@ -114,14 +115,14 @@ class Answers(Seeing):
         sampling: Sampling | None = None,
         **settings: Any,
     ) -> str:
-        """The whole answer to a question, or to a conversation that ends with one. See `stream_chat`."""
+        """Answer a question, or a conversation that ends with one, and return the text. See `stream_chat`."""
         answer = self.stream_chat(turns, image=image, adapter=adapter, sampling=sampling, **settings)
         for _ in answer:
             pass
         return answer.text
 
     def encode_question(self, turns: Question, *, adapter: str | None = None) -> list[int]:
-        """Token ids of a question in the text format of an adapter; the bare base has its own chat template.
+        """Token ids of a question in the text format of an adapter. The bare base uses its own chat template.
 
         Raises:
             UsageError: an empty question, or a model without a tokenizer.
@@ -135,20 +136,20 @@ class Answers(Seeing):
         return encode_question(asked, self.template(adapter), self._tokenizer(), date=date)
 
     def end_ids(self, adapter: str | None = None) -> list[int]:
-        """Tokens that end an answer of an adapter (the active one), or of the bare base."""
+        """The tokens that end an answer of an adapter (by default the active one) or of the bare base."""
         ids = end_token_ids(self.template(adapter), self._tokenizer())
         own = self.generation_config.eos_token_id
         own = [] if own is None else own if isinstance(own, list) else [own]
         return [*dict.fromkeys([*ids, *map(int, own)])]
 
     def template_date(self, adapter: str | None = None) -> str | None:
-        """The day that the chat template writes for an adapter (the active one); None is today's."""
+        """The day that the chat template writes for an adapter (by default the active one); None is today."""
         name = self._name(adapter)
         return None if name == NO_ADAPTER else self.get_adapter(name).config.template_date
 
     @property
     def context_length(self) -> int | None:
-        """How many tokens the decoder reads, question and answer together; None where it sets no limit."""
+        """How many tokens the decoder can read, question and answer together. None: no limit is known."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None) or None
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -157,7 +158,7 @@ class Answers(Seeing):
         return self.tokenizer
 
     def template(self, adapter: str | None = None) -> str:
-        """Name of the text format in which an adapter (the active one) is asked."""
+        """The name of the text format of an adapter (by default the active one)."""
         name = self._name(adapter)
         if name != NO_ADAPTER:
             return self.get_adapter(name).config.template
@@ -173,7 +174,7 @@ def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
 
 
 def _turn(turn: Turn | Mapping[str, Any]) -> Turn:
-    """A turn; of a dictionary whose content is a list, its texts."""
+    """Make a turn. If a dictionary's content is a list, its texts are used."""
     if isinstance(turn, Turn):
         return turn
     if not isinstance(turn, Mapping) or set(turn) != {"role", "content"}:

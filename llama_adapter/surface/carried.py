@@ -1,7 +1,7 @@
-"""Parts of the decoder that carry the active adapter: what `model.model` and `get_decoder()` hand out.
+"""Parts of the decoder that carry the active adapter: `model.model` and `get_decoder()` return such parts.
 
-Some trainers (TRL's) compute the loss from the decoder's backbone and its head. Called by itself, the
-backbone knows of no adapter: the loss would be the bare base's, and nothing would be trained.
+Some trainers (TRL's) compute the loss from the decoder's backbone and its head. The backbone alone has no
+adapter: the loss would be the bare base's, and nothing would be trained.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from transformers import PreTrainedModel
 
 
 def carry(owner: nn.Module, part: nn.Module) -> nn.Module:
-    """The same module, whose forward reads the prompts of the owner's active adapter.
+    """The module ``part``, with a forward that reads the prompts of the owner's active adapter.
 
-    Parameters, buffers, submodules and hooks are those of ``part`` itself, so that whatever is done to the
-    one is done to the other.
+    Parameters, buffers, submodules and hooks are shared with ``part``: a change to one is a change to both.
 
     Args:
         owner: a `LlamaAdapter`.
-        part: its decoder, or a module in it that has the decoder's attention layers.
+        part: its decoder, or a module inside it that contains the decoder's attention layers.
     """
     kind = _carrying(type(part))  # type: ignore[arg-type]
     carried: nn.Module = kind.__new__(kind)
     object.__setattr__(carried, "__dict__", part.__dict__)
-    object.__setattr__(carried, "_owner", owner)  # not as a submodule, which would be a circle
+    object.__setattr__(carried, "_owner", owner)  # not as a submodule: that would be a cycle
     object.__setattr__(carried, "_part", part)
     return carried
 
 
 @functools.cache
 def _carrying(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a module's own class, so that it stays an instance of that."""
+    """A subclass of a module's own class, so that isinstance still holds."""
     body = {
         "__slots__": ("_owner", "_part"),
         "forward": property(_forward),
@@ -46,7 +45,7 @@ def _carrying(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _forward(carried: Any) -> Callable[..., Any]:
-    # A property, since an instance may have a forward of its own that hides the class's (accelerate's hooks).
+    # A property: an instance may have a forward of its own that hides the class's (accelerate's hooks).
     owner, part = carried._owner, carried._part
 
     @functools.wraps(part.forward)
@@ -59,7 +58,7 @@ def _forward(carried: Any) -> Callable[..., Any]:
 
 def _attribute(carried: Any, name: str) -> Any:
     value = getattr(carried._part, name)
-    # Composite models have their text decoder inside the backbone.
+    # Multimodal models have their text decoder inside the backbone.
     return carry(carried._owner, value) if isinstance(value, PreTrainedModel) else value
 
 

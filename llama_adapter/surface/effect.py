@@ -1,4 +1,4 @@
-"""What is done to a decoder so that its adapters would be left out, or not be trained, without a word."""
+"""Finds changes to a decoder that would silently leave its adapters out, or keep them from being trained."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from llama_adapter.methods.state import AdapterState
 
 
 def check_settings(decoder: PreTrainedModel) -> None:
-    """Raise UsageError where no layer would read the prompts, or none would give them a gradient.
+    """Raise UsageError if no layer would read the prompts, or if they would get no gradient.
 
-    `LlamaAdapter` refuses both when it is asked for them; this finds what was set on the decoder itself.
+    `LlamaAdapter` refuses both settings itself. This finds settings that were made on the decoder directly.
     """
     attention = str(decoder.config.get_text_config()._attn_implementation)
     if not attention.startswith(PREFIX):
@@ -41,14 +41,14 @@ def check_settings(decoder: PreTrainedModel) -> None:
 
 
 def check_gradient(state: AdapterState, output: Any) -> None:
-    """Raise UsageError where an adapter that is trained got no gradient from a forward pass.
+    """Raise UsageError if an adapter in training got no gradient from a forward pass.
 
-    Reentrant checkpointing around all layers does so: its first pass runs without gradients.
+    This happens with reentrant checkpointing around all layers: its first pass runs without gradients.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     trained = any(tensor.requires_grad for part in state.parts.values() for tensor in part.values())
-    first = output[0]  # the loss, the logits or the hidden states
+    first = output[0]  # loss, logits or hidden states
     if trained and isinstance(first, Tensor) and not first.requires_grad:
         raise UsageError(
             "this forward pass gives the adapter no gradients: its layers ran without them, as in reentrant "
@@ -58,10 +58,11 @@ def check_gradient(state: AdapterState, output: Any) -> None:
 
 
 def check_offloading(decoder: PreTrainedModel, adapters: nn.Module) -> None:
-    """Raise UsageError where accelerate offloaded the adapters too, or looks for the base among them.
+    """Raise UsageError if accelerate has offloaded the adapters too, or looks for the base among them.
 
-    It looks an offloaded tensor up in the state dict of what it was given, and ours has the adapters alone.
-    It brings a module's tensors back for that module's forward, and an adapter's are read outside of one.
+    accelerate looks up an offloaded tensor in the state dict of the module it was given, and the state dict
+    of a `LlamaAdapter` holds adapters only. It brings a module's tensors back for that module's forward, but
+    an adapter's tensors are read outside of a forward.
     """
     if computing_device(decoder).type == "meta":
         return
@@ -85,7 +86,7 @@ def _finds_its_tensors(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Step:
-    """One step on the way from the decoder to an attention, and the code that runs there."""
+    """A module on the way from the decoder to an attention layer, and the code that runs there."""
 
     parent: nn.Module
     name: str
@@ -97,16 +98,16 @@ class _Step:
 
 
 def _code(module: nn.Module) -> tuple[Any, Any]:
-    """The forward of its class, and one that was put on the module itself."""
+    """The forward of the module's class, and the one set on the module itself."""
     return type(module).forward, vars(module).get("forward")
 
 
 class Readers:
-    """Sees to it that every layer of a decoder still reads the prompts, as the probe found at construction.
+    """Makes sure that every layer of a decoder still reads the prompts, as the probe found at construction.
 
-    Counting what is read in every forward pass would be a side effect, which torch.compile does not take
-    within recomputed layers. So each pass looks only, in some microseconds, whether the code on the way to
-    the layers is the same as before. If it is not, one token is run to see who reads.
+    Counting the reads in every forward pass would be a side effect, which torch.compile does not allow in
+    recomputed layers. So each pass only checks, in some microseconds, that the code on the way to the layers
+    is unchanged. If it is not, one token is run to see which layers read.
     """
 
     def __init__(self, decoder: PreTrainedModel) -> None:
@@ -114,7 +115,7 @@ class Readers:
         self.steps = _steps(decoder)
 
     def check(self, decoder: PreTrainedModel) -> None:
-        """Raise UsageError, naming the layer, where one reads no prompts any more."""
+        """Raise UsageError, naming the layer, if a layer no longer reads its prompts."""
         if torch.compiler.is_compiling():
             return
         code = _code(decoder)
@@ -139,7 +140,7 @@ class Readers:
 
 
 def _steps(decoder: PreTrainedModel) -> list[_Step]:
-    """From the decoder downwards, each module once."""
+    """All modules from the decoder downwards, each once."""
     attentions = set(attention_layers(decoder))
     steps: dict[str, _Step] = {}
     for path, attention in decoder.named_modules():
@@ -157,7 +158,7 @@ def _steps(decoder: PreTrainedModel) -> list[_Step]:
 
 @dataclass(frozen=True)
 class _Reading:
-    """Stands in for an adapter's state, and notes which layers ask for their prompts."""
+    """Stands in for an adapter's state, and records which layers ask for their prompts."""
 
     layers: set[int]
 

@@ -1,4 +1,4 @@
-"""A model from a folder or the hub, and its adapters back to one."""
+"""Loading a model from a folder or the hub, and saving its adapters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from llama_adapter.weights import locations
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# What transformers' from_pretrained takes and is handed on to it, beside `HUB_OPTIONS`.
+# Options of transformers' from_pretrained that are passed on to it, beside `HUB_OPTIONS`.
 _DECODER_OPTIONS = frozenset(
     {"attn_implementation", "device_map", "gguf_file", "key_mapping", "low_cpu_mem_usage", "max_memory"}
     | {"offload_buffers", "offload_folder", "quantization_config", "tp_plan", "use_safetensors", "variant"}
@@ -51,9 +51,9 @@ _ADAPTER_OPTIONS = frozenset(
 
 
 class Folders(NamedAdapters):
-    """Loading and saving of `LlamaAdapter`."""
+    """The part of `LlamaAdapter` that loads and saves."""
 
-    model_tags: Sequence[str] = ()  # what `push_to_hub` writes on the card
+    model_tags: Sequence[str] = ()  # for the card that `push_to_hub` writes
 
     @classmethod
     def from_base(
@@ -66,19 +66,20 @@ class Folders(NamedAdapters):
         quantize: str | None = None,
         **options: Any,
     ) -> Self:
-        """Load a decoder, with no adapter yet.
+        """Load a decoder, without an adapter.
 
         Args:
             base: a name in the weights folders, a folder, or a hub id of a decoder of transformers.
             weights: where names are looked for (see `locations.weights_folders`).
-            device: cpu, cuda, mps; None takes the fastest there is.
-            dtype: float32, bfloat16, float16, by name or torch's own; None takes what is fast on the device.
-            quantize: int8 or int4, the format that the decoder's weights are kept in; None: as they are.
+            device: cpu, cuda or mps. None takes the fastest one available.
+            dtype: float32, bfloat16 or float16, by name or as a torch dtype. None takes what is fast on the
+                device.
+            quantize: the format of the decoder's weights: int8 or int4. None keeps them as they are.
             **options: those of transformers' ``from_pretrained``: ``device_map``, ``quantization_config``,
                 ``revision``, ``token``, ``cache_dir``, ``trust_remote_code`` and others.
 
         Raises:
-            UsageError: not found, gated, or of a family that cannot be adapted; an option that is not known.
+            UsageError: not found, gated, of a family that can't be adapted, or an unknown option.
         """
         if "torch_dtype" in options:  # its name before transformers 5
             dtype = options.pop("torch_dtype") if dtype is None else dtype
@@ -108,18 +109,18 @@ class Folders(NamedAdapters):
         is_trainable: bool = True,
         **options: Any,
     ) -> Self:
-        """Load an adapter and the base that it was trained for (or ``base``, which must have its shape).
+        """Load an adapter and the base that it was trained for (or ``base``, which must have the same shape).
 
         Args:
-            adapter: a name in the weights folders, a folder, or a hub id. What transformers' and TRL's
-                trainers save is such a folder, too; of several adapters in it all are loaded. So are
-                PEFT's folders of LoRA, IA3 and AdaptionPrompt.
+            adapter: a name in the weights folders, a folder, or a hub id. A folder saved by the trainers of
+                transformers or TRL works too; if it has several adapters, all are loaded. So do PEFT's
+                folders of LoRA, IA3 and AdaptionPrompt.
             adapter_name: what to call it; None takes the folder's name.
             is_trainable: False freezes it.
-            **options: as in `from_base`; ``revision`` and ``subfolder`` are the adapter's.
+            **options: as in `from_base`; ``revision`` and ``subfolder`` are those of the adapter.
 
         Raises:
-            UsageError: as `from_base`, and whatever keeps the adapter from fitting.
+            UsageError: as `from_base`, or an adapter that does not fit the base.
         """
         if isinstance(adapter, nn.Module):
             raise UsageError(
@@ -133,7 +134,7 @@ class Folders(NamedAdapters):
         own = {n: v for n, v in options.items() if n not in ("revision", "subfolder")}
         model = cls.from_base(named, weights=weights, device=device, dtype=dtype, quantize=quantize, **own)
         model.load_adapter(folder, adapter_name or default_name(adapter), is_trainable=is_trainable)
-        if not (folder / WEIGHTS_FILE).is_file():  # what a trainer saved
+        if not (folder / WEIGHTS_FILE).is_file():  # a folder that a trainer saved
             others = list(load_state_file(folder / STATE_FILE).items())[1:]
             for name, other in others:
                 model.add_adapter(name, other.requires_grad_(is_trainable))
@@ -151,18 +152,18 @@ class Folders(NamedAdapters):
         is_trainable: bool = True,
         **options: Any,
     ) -> str:
-        """Load one more adapter onto this base and choose it; returns its name (by default the folder's).
+        """Load one more adapter onto this base and choose it. Returns its name (by default the folder's).
 
         Args:
             name, adapter_name: what to call it.
-            dtype: of its weights; None leaves them in float32, in which they are trained.
+            dtype: of its weights; None keeps them in float32, in which they are trained.
             is_trainable: False freezes it.
-            **options: ``revision``, ``subfolder``, ``token``, ``cache_dir`` and others of the hub.
-                ``device_map`` and ``trust_remote_code`` have no effect: an adapter goes where its base is,
-                and has no code.
+            **options: ``revision``, ``subfolder``, ``token``, ``cache_dir`` and other options of the hub.
+                ``device_map`` and ``trust_remote_code`` have no effect: an adapter is loaded to the base's
+                device, and has no code.
 
         Raises:
-            UsageError: not found, or whatever keeps it from fitting.
+            UsageError: not found, or an adapter that does not fit the base.
         """
         if options.get("quantization_config") is not None:
             raise UsageError("quantization_config is the base's: give it to from_base or from_pretrained")
@@ -195,13 +196,15 @@ class Folders(NamedAdapters):
         max_shard_size: int | str | None = None,
         **options: Any,
     ) -> None:
-        """Write an adapter (the active one) to a folder: two files, a few MB. The base is not written.
+        """Write an adapter (by default the active one) to a folder: two files, a few MB. The base is not
+        saved.
 
         Args:
-            selected_adapters: PEFT's: one as ``adapter``, several each into a folder of its own in this one.
-            state_dict: the model's, where this process has only a part of the tensors.
+            selected_adapters: as in PEFT: one name is the same as ``adapter``; several are each saved to a
+                folder of their own inside this one.
+            state_dict: the model's state dict, if this process holds only a part of the tensors.
             is_main_process: False writes nothing.
-            max_shard_size: of no effect; an adapter is one file.
+            max_shard_size: has no effect: an adapter is one file.
             **options: for `push_to_hub`, with ``repo_id``.
         """
         if not safe_serialization:
@@ -221,7 +224,7 @@ class Folders(NamedAdapters):
         if name == NO_ADAPTER:
             raise UsageError("there is no adapter to save; add one, or choose one with set_adapter")
         saved = self.get_adapter(name)
-        saved.config = replace(saved.config, shape=self.shape)  # a vocabulary may have been resized
+        saved.config = replace(saved.config, shape=self.shape)  # the vocabulary may have been resized
         tensors = None if state_dict is None else _tensors_of(name, saved, state_dict)
         if is_main_process:
             save_adapter(saved, save_directory, tensors)
@@ -243,9 +246,9 @@ class Folders(NamedAdapters):
         max_shard_size: int | str | None = None,
         safe_serialization: bool = True,
     ) -> str:
-        """Upload an adapter (the active one) to the hub; returns the address of the commit.
+        """Upload an adapter (by default the active one) to the hub. Returns the address of the commit.
 
-        It gets a card, unless the repository has one. Arguments are those of transformers.
+        A card is added unless the repository has one. Arguments are those of transformers.
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -266,14 +269,14 @@ class Folders(NamedAdapters):
             )
 
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
-        """Tags for the card that `push_to_hub` writes."""
+        """Add tags to the card that `push_to_hub` writes."""
         given = [tags] if isinstance(tags, str) else tags
         self.model_tags = [*dict.fromkeys([*self.model_tags, *given])]
 
     # --- the state dict -------------------------------------------------------------------------------------
 
     def _keep_base_out_of_state(self) -> None:
-        """Trainer and accelerate save and load the adapters; the base stays where it is."""
+        """Make Trainer and accelerate save and load only the adapters, not the base."""
         self._keys_to_ignore_on_save = {f"decoder.{name}" for name in self.decoder.state_dict()}
         self.register_state_dict_post_hook(_write_state)
         self.register_load_state_dict_pre_hook(_expect_configs)
@@ -290,7 +293,7 @@ def _write_state(model: Any, state: dict[str, Any], prefix: str, _: Any) -> None
 
 
 def _expect_configs(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name in model.adapters:  # each has its config; whether the tensors fit, torch says
+    for name in model.adapters:  # each must have its config; torch checks whether the tensors fit
         state.pop(f"{prefix}{STATE_PREFIX}{name}.config", None)
 
 
@@ -300,7 +303,7 @@ def _expect_no_decoder(module: nn.Module, incompatible: Any) -> None:
 
 
 def _tensors_of(name: str, adapter: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors in a model's state; a wrapper's ``module.`` may stand in front of their names."""
+    """An adapter's tensors in a model's state dict. Their names may start with a wrapper's ``module.``."""
     found = {}
     for own in adapter.state_dict():
         key = f"{STATE_PREFIX}{name}.{own}"

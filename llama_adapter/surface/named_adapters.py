@@ -1,4 +1,4 @@
-"""Adapters by name on one decoder: added, chosen, switched off, dropped. PEFT's names for it work too.
+"""Adapters by name on one decoder: add, choose, switch off, delete. PEFT's names for this work too.
 
 Shapes: L adapted layers, N layers of the decoder.
 """
@@ -37,23 +37,23 @@ from llama_adapter.surface.passing import PassedOn
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-NO_ADAPTER = "none"  # the name that stands for the bare base
-_NOT_NAMES = {NO_ADAPTER, "", *dir(nn.ModuleDict())}  # what torch's container of modules calls its own
+NO_ADAPTER = "none"  # the name of the bare base
+_NOT_NAMES = {NO_ADAPTER, "", *dir(nn.ModuleDict())}  # names that torch's container of modules uses itself
 
 
 class NamedAdapters(PassedOn):
-    """The adapters of `LlamaAdapter`; its docstring describes the attributes."""
+    """The adapters of `LlamaAdapter`. Its docstring describes the attributes."""
 
     tokenizer: PreTrainedTokenizerBase | None
     adapters: nn.ModuleDict
     active_adapter: str
     base: str
     weights: str | Path | None
-    _switched_off: str | None = None  # what `enable_adapters` brings back; None: nothing is switched off
+    _switched_off: str | None = None  # the adapter that `enable_adapters` switches on again, if any
 
     @property
     def shape(self) -> DecoderShape:
-        """The decoder's sizes as they are now: a vocabulary may have been resized."""
+        """The decoder's sizes now: the vocabulary may have been resized."""
         return decoder_shape(self.decoder.config)
 
     @property
@@ -75,22 +75,23 @@ class NamedAdapters(PassedOn):
         template_date: str | None = None,
         **options: Any,
     ) -> Adapter:
-        """Add an untrained adapter, which leaves the base's answers as they are, and choose it.
+        """Add an untrained adapter and choose it. It leaves the base's answers unchanged.
 
         Its prompts start as noise of the size that each layer's attention reads from tokens. The paper's
-        N(0, 1) is larger where norms make that small (three times in SmolLM2), and the softmax over such keys
-        settles on one prompt, which leaves the others with little gradient. Image tokens start so, too.
+        N(0, 1) is larger where norms make that size small (three times in SmolLM2). The softmax over such
+        large keys settles on one prompt, and the others get little gradient. The projection of pictures
+        starts at the same size.
 
         Args:
-            method: the parts that it is made of, joined by + ("prompts+scales");
-                `llama_adapter.methods.table` has those there are.
-            adapted_layers: L, the topmost ones; None takes N - N // 16 of N.
-            template: how turns are written for it.
-            vision: how it sees; None makes an adapter for text alone.
-            seed: makes what is random the same every time, on one device in one dtype.
-            template_date: the day that the tokenizer's chat template writes in training and in answering, as
-                2026-11-28; None takes today's for a template that writes one.
-            **options: the settings of its parts by name, such as ``prompt_length``.
+            method: the parts of the adapter, joined by + ("prompts+scales"). `llama_adapter.methods.table`
+                lists them.
+            adapted_layers: L, how many layers are adapted, counted from the top. None takes N - N // 16 of N.
+            template: the text format of its turns.
+            vision: how it sees pictures; None makes an adapter for text only.
+            seed: makes the random start reproducible, on one device in one dtype.
+            template_date: the day that the tokenizer's chat template writes in training and in answering,
+                such as 2026-11-28. None takes today if the template writes a date.
+            **options: settings of its parts by name, such as ``prompt_length``.
 
         Raises:
             UsageError: an unknown method or option, or a value out of its range.
@@ -134,7 +135,7 @@ class NamedAdapters(PassedOn):
         """Add an adapter under a name and choose it.
 
         Raises:
-            UsageError: a name that is taken or cannot be one, or an adapter of another base.
+            UsageError: a name that is taken or not allowed, or an adapter of another base.
         """
         given: tuple[Any, Any] = (name, adapter)
         if not isinstance(given[0], str) or not isinstance(given[1], Adapter):
@@ -145,7 +146,7 @@ class NamedAdapters(PassedOn):
             )
         self._check_name(name)
         shape = self.shape
-        # No tensor of an adapter depends on the vocabulary, and adding a token is no reason to train again.
+        # No tensor of an adapter depends on the vocabulary, so added tokens do not make an adapter useless.
         if replace(adapter.config.shape, vocab_size=shape.vocab_size) != shape:
             raise UsageError(
                 f"adapter {name!r} was trained for base {adapter.config.base!r} ({adapter.config.shape}); "
@@ -184,7 +185,7 @@ class NamedAdapters(PassedOn):
             raise UsageError(f"adapter name {name!r} cannot be used; choose another, without dots")
 
     def delete_adapter(self, name: str) -> None:
-        """Drop an adapter; where it was the active one, the bare base answers."""
+        """Delete an adapter. If it was the active one, the bare base answers from then on."""
         self.get_adapter(name)
         del self.adapters[name]
         if self.active_adapter == name:
@@ -193,18 +194,18 @@ class NamedAdapters(PassedOn):
             self._switched_off = None
 
     def unload(self) -> PreTrainedModel:
-        """Drop all adapters; returns the bare decoder."""
+        """Delete all adapters. Returns the bare decoder."""
         for name in list(self.adapters):
             self.delete_adapter(name)
         return self.decoder
 
     def merge(self, adapter: str | None = None) -> PreTrainedModel:
-        """A plain decoder with an adapter (the active one) folded into its weights.
+        """A plain decoder with an adapter (by default the active one) folded into its weights.
 
-        This model stays as it is, and shares with it all weights that do not change.
+        This model does not change. The two share all weights that are the same.
 
         Raises:
-            UsageError: an adapter that cannot be folded into weights, with the reason.
+            UsageError: an adapter that can't be folded into weights, with the reason.
         """
         name = self._name(adapter)
         if name == NO_ADAPTER:
@@ -214,10 +215,10 @@ class NamedAdapters(PassedOn):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> PreTrainedModel:
-        """As `merge`, and then drop all adapters here; returns the merged decoder, as in PEFT.
+        """As `merge`, and then delete all adapters of this model. Returns the merged decoder, as in PEFT.
 
         Args:
-            adapter_names: one, to be merged in place of the active one.
+            adapter_names: one name, to merge that adapter instead of the active one.
         """
         if adapter_names is not None and len(adapter_names) != 1:
             raise UsageError(f"{len(adapter_names)} adapters given; one is merged, so give one name")
@@ -228,9 +229,9 @@ class NamedAdapters(PassedOn):
     # --- choosing -------------------------------------------------------------------------------------------
 
     def set_adapter(self, name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose the adapter that answers by default; ``"none"`` is the bare base.
+        """Choose the adapter that answers by default. ``"none"`` is the bare base.
 
-        This ends a `disable_adapters`, and stays when a ``with`` block of one ends.
+        This ends a `disable_adapters`. The choice also stays when the ``with`` block of one ends.
         ``inference_mode`` freezes the adapter.
         """
         if not isinstance(name, str):
@@ -248,19 +249,22 @@ class NamedAdapters(PassedOn):
         self._switched_off = None
 
     def disable_adapters(self) -> SwitchedOff:
-        """The bare base answers from now on: within a ``with`` block, else until `enable_adapters`."""
+        """Let the bare base answer: inside a ``with`` block, or else until `enable_adapters`."""
         return SwitchedOff(self)
 
     disable_adapter = disable_adapters  # PEFT's name
 
     def enable_adapters(self) -> None:
-        """The adapter that `disable_adapters` switched off answers again."""
+        """Let the adapter that `disable_adapters` switched off answer again."""
         if self._switched_off is not None:
             self._choose(self._switched_off)
 
     @property
     def active_adapters(self) -> ActiveAdapters:
-        """Names of those that answer by default: one or none. PEFT reads it, transformers calls it."""
+        """The names of the adapters that answer by default: one or none.
+
+        PEFT uses this as an attribute, transformers as a method; both work.
+        """
         return ActiveAdapters([] if self.active_adapter == NO_ADAPTER else [self.active_adapter])
 
     def _name(self, name: str | None) -> str:
@@ -270,7 +274,7 @@ class NamedAdapters(PassedOn):
         return name
 
     def get_adapter(self, name: str) -> Adapter:
-        """A loaded adapter by name. Raises UsageError, naming what there is, for any other."""
+        """A loaded adapter by name. For an unknown name, raises a UsageError that lists those loaded."""
         if name not in self.adapters:
             there = ", ".join([*self.adapters, NO_ADAPTER])
             raise UsageError(f"no adapter {name!r} is loaded; there are {there}")
@@ -279,9 +283,10 @@ class NamedAdapters(PassedOn):
         return adapter
 
     def reference_model(self, adapter: str | None = None) -> Self:
-        """A model on the same decoder, of a frozen copy of an adapter (the active one) as it is now.
+        """A model on the same decoder, with a frozen copy of an adapter (by default the active one) as it is
+        now.
 
-        It is the reference of preference training, and takes no memory for a second base:
+        It serves as the reference in preference training, without a second base in memory:
         ``DPOTrainer(model, ref_model=model.reference_model(), ...)``. ``"none"`` gives the bare base.
         """
         name = self._name(adapter)
@@ -293,7 +298,7 @@ class NamedAdapters(PassedOn):
     # --- names of PEFT and transformers ---------------------------------------------------------------------
 
     def get_base_model(self) -> nn.Module:
-        """The decoder, with the active adapter in its forward as in PEFT; ``decoder`` is the bare one."""
+        """The decoder, with the active adapter in its forward as in PEFT. ``decoder`` is the bare one."""
         return carry(self, self.decoder)
 
     def get_decoder(self) -> nn.Module:
@@ -301,13 +306,13 @@ class NamedAdapters(PassedOn):
         return carry(self, self.decoder.get_decoder())
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Freeze adapters, or let them be trained. The base stays frozen."""
+        """Freeze adapters or make them trainable. The base stays frozen."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for adapter in [self.get_adapter(name) for name in names]:
             adapter.requires_grad_(requires_grad)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many parameters base and adapters have together, shared ones counted once."""
+        """How many parameters the base and the adapters have together. Shared ones are counted once."""
         embeddings = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
         left_out = {id(weight) for weight in embeddings} if exclude_embeddings else set()
         return sum(
@@ -317,7 +322,7 @@ class NamedAdapters(PassedOn):
         )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable parameters, and all."""
+        """The number of trainable parameters, and of all parameters."""
         return self.num_parameters(only_trainable=True), self.num_parameters()
 
     def print_trainable_parameters(self) -> None:
@@ -327,15 +332,15 @@ class NamedAdapters(PassedOn):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of base and adapters."""
+        """Bytes of the base and the adapters."""
         tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
         return sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], **_: Any) -> None:
-        """Change the attention that the prompts are added to: ``"sdpa"`` or ``"eager"``.
+        """Change the attention implementation that the prompts are added to: ``"sdpa"`` or ``"eager"``.
 
         Raises:
-            UsageError: an implementation that cannot carry prompts.
+            UsageError: an implementation that the prompts can't be added to.
         """
         given = attn_implementation
         if isinstance(given, dict):
@@ -350,17 +355,17 @@ class NamedAdapters(PassedOn):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Let the backward pass compute each layer again instead of keeping what is within it.
+        """Recompute each layer in the backward pass, instead of keeping its intermediate results.
 
         Raises:
-            UsageError: reentrant checkpointing, whose first pass has no gradients for an adapter.
+            UsageError: reentrant checkpointing. Its first pass gives an adapter no gradients.
         """
         if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise UsageError(
                 "use_reentrant=True gives an adapter no gradients; leave it out, or give use_reentrant=False"
             )
         settings = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
-        # transformers renames it.
+        # transformers has renamed this method.
         name = "activation_checkpointing_enable"
         enable = getattr(self.decoder, name, None) or self.decoder.gradient_checkpointing_enable
         enable(settings, **options)
@@ -368,12 +373,12 @@ class NamedAdapters(PassedOn):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """As `activation_checkpointing_enable`, under the name it had before transformers 5.2x."""
+        """As `activation_checkpointing_enable`, under its name in older versions of transformers."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
 
 class SwitchedOff:
-    """Adapters that are switched off, from its making to the end of its ``with`` block."""
+    """Adapters that are switched off, from the creation of this object to the end of its ``with`` block."""
 
     def __init__(self, model: NamedAdapters) -> None:
         self._model = model
@@ -390,19 +395,19 @@ class SwitchedOff:
 
 
 class ActiveAdapters(list[str]):
-    """A list of names; called, it gives them too."""
+    """A list of names that can also be called, and then returns itself."""
 
     def __call__(self) -> list[str]:
         return list(self)
 
 
 def _count(parameter: nn.Parameter) -> int:
-    # bitsandbytes packs two numbers of 4 bits in a byte.
+    # bitsandbytes packs two 4-bit numbers into a byte.
     packed = type(parameter).__name__ == "Params4bit"
     return parameter.numel() * 2 * parameter.element_size() if packed else parameter.numel()
 
 
 def default_name(adapter: str | Path) -> str:
-    """The name that an adapter gets by default: its folder's, made fit for one."""
+    """An adapter's default name: that of its folder, with characters that are not allowed replaced."""
     name = Path(str(adapter)).resolve().name.replace(".", "_")
     return f"{name}_" if name in _NOT_NAMES else name

@@ -1,7 +1,7 @@
-"""Which names of its decoder a model passes on, and which names of transformers and PEFT it refuses, and why.
+"""Which attributes of its decoder a model passes on, and which names of transformers and PEFT it refuses.
 
-Nothing falls through by accident: data and submodules are passed on, a method only where it is listed here. A
-method that acts on the decoder alone could leave the adapters out without a word.
+Nothing is passed on by accident. Data and submodules are; a method is only if it is listed here. A method
+that acts on the decoder alone could silently leave the adapters out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from llama_adapter.common.errors import UsageError
 from llama_adapter.surface.carried import carry
 
-# The decoder's methods that mean the same for the whole model.
+# Methods of the decoder that mean the same for the whole model.
 PASSED_METHODS = frozenset(
     {"can_generate", "get_correct_attn_implementation", "get_experts_implementation", "is_backend_compatible"}
     | {"is_custom_code", "is_remote_code", "loss_function", "warn_if_padding_and_no_attention_mask"}
@@ -29,7 +29,7 @@ PASSED_METHODS = frozenset(
         "resize_token_embeddings",
     }
     | {"tie_weights", "get_expanded_tied_weights_keys"}
-    | {"_default_compile_config"}  # transformers' get_compiled_call, which compiles our forward, asks for it
+    | {"_default_compile_config"}  # needed by transformers' get_compiled_call, which compiles our forward
 )
 
 _MERGING = "the base stays as it is here; merge() gives a decoder of its own with the adapter folded in"
@@ -37,7 +37,7 @@ _SETTINGS = "an adapter's settings are in model.get_adapter(name).config"
 _MIXING = "adapters cannot be added up; give each row its own with adapter=, or train one adapter on all data"
 _NEW_BASE = "this would change the frozen base; change model.decoder before an adapter is made"
 
-# Names that users of transformers and PEFT call, and that have no right answer here.
+# Names that users of transformers and PEFT call, and that make no sense here.
 REFUSED = {
     "merge_adapter": _MERGING,
     "unmerge_adapter": _MERGING,
@@ -66,11 +66,11 @@ REFUSED = {
 
 
 class NameRefused(UsageError, AttributeError):
-    """A name that is refused, in a line. To `hasattr` it is not there."""
+    """A name that is refused with a reason. `hasattr` gives False for it."""
 
 
 class PassedOn(nn.Module):
-    """What `LlamaAdapter` does not define itself, looked up on its decoder."""
+    """Looks up on the decoder what `LlamaAdapter` does not define itself."""
 
     decoder: PreTrainedModel
 

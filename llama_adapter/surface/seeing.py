@@ -1,4 +1,4 @@
-"""What the adapters of a model know of pictures: their vision towers, and the features of a picture.
+"""How the adapters of a model see: their vision towers, and the features of pictures.
 
 Shapes: I pictures, F features of one.
 """
@@ -19,16 +19,16 @@ from llama_adapter.data.pictures import Picture, opened_picture
 from llama_adapter.methods.projection import VisionConfig
 from llama_adapter.surface.named_adapters import NO_ADAPTER, NamedAdapters
 
-if TYPE_CHECKING:  # slow to import, and text alone does without
+if TYPE_CHECKING:  # slow to import, and not needed for text
     from llama_adapter.vision.tower import VisionTower
 
-_LOADING_A_TOWER = threading.Lock()  # no model's own: a model can be copied and pickled
+_LOADING_A_TOWER = threading.Lock()  # not part of the model, which can be copied and pickled
 
 
 class Seeing(NamedAdapters):
-    """The pictures of `LlamaAdapter`."""
+    """The part of `LlamaAdapter` that handles pictures."""
 
-    _towers: dict[Any, VisionTower]  # a plain dict: a tower is no part of the model's state
+    _towers: dict[Any, VisionTower]  # in a plain dict, since a tower is not part of the model's state
 
     def _vision(self, name: str) -> VisionConfig:
         if name == NO_ADAPTER:
@@ -41,15 +41,15 @@ class Seeing(NamedAdapters):
         return vision
 
     def sees(self, adapter: str | None = None) -> bool:
-        """Whether an adapter (the active one) was trained on pictures."""
+        """Whether an adapter (by default the active one) was trained on pictures."""
         name = self._name(adapter)
         return name != NO_ADAPTER and self.get_adapter(name).config.vision is not None
 
     def tower(self, adapter: str | None = None) -> VisionTower:
-        """The vision tower of an adapter (the active one), loaded when it is first asked for.
+        """The vision tower of an adapter (by default the active one). It is loaded at the first call.
 
         Raises:
-            UsageError: an adapter without one, or a tower that is not the one it was trained with.
+            UsageError: an adapter without a tower, or a tower that differs from the one of its training.
         """
         from llama_adapter.vision.tower import load_tower
 
@@ -72,10 +72,10 @@ class Seeing(NamedAdapters):
     def encode_images(
         self, images: Picture | Sequence[Picture], *, adapter: str | None = None, allow_urls: bool = False
     ) -> Tensor:
-        """The features of pictures for an adapter, (I, F): of files, their contents, or opened pictures.
+        """The features of pictures for an adapter, (I, F). Pictures are files, contents of files or images.
 
         Raises:
-            UsageError: what is no picture, or an adapter that knows nothing of them.
+            UsageError: a file that is no picture, or an adapter that was not trained on pictures.
         """
         single = isinstance(images, (str, Path, bytes, Image.Image))
         several = cast("Sequence[Picture]", [images] if single else images)
