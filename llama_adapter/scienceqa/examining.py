@@ -1,6 +1,6 @@
-"""A model answers ScienceQA's problems: in its own words, or by the likelihood of each choice.
+"""Let a model answer ScienceQA's problems: by generating text, or by the likelihood of each choice.
 
-Results can be kept in a file as they come, in the official layout, and taken up again from there.
+Results can be written to a file as they come, in the official layout. A later call continues from that file.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from llama_adapter.scienceqa.grading import UNREAD, official_results, read_answe
 from llama_adapter.scienceqa.problems import DEFAULT_FORMAT, Problem, answer_text, problem_records
 
 WAYS = ("generate", "letter", "option")
-_KEPT_EVERY = 64  # problems: between two writes of the results
+_KEPT_EVERY = 64  # problems between two writes of the results
 
 
 def trained_on_scienceqa(model: LlamaAdapter, adapter: str) -> bool:
-    """Whether train.scienceqa made the adapter; the bare base it did not."""
+    """Whether train.scienceqa made the adapter. False for the bare base."""
     return adapter != NO_ADAPTER and model.get_adapter(adapter).config.scienceqa is not None
 
 
 @dataclass(frozen=True)
 class Examination:
-    """How problems are put to a model and its answers are read.
+    """How problems are asked and answers are read.
 
     Attributes:
-        way: "generate" reads the model's own words by the official expression; "letter" takes the letter
-            whose "The answer is X." is likeliest, "option" the choice whose own text is.
-        format: an official name, such as QCM-A; what follows its "-" counts for "generate" alone.
-        caption: put a machine's caption of the picture into the context.
+        way: "generate" generates text and finds the answer in it with the official regular expression.
+            "letter" takes the letter whose "The answer is X." is most likely, "option" the choice whose own
+            text is most likely.
+        format: an official name, such as QCM-A. The part after "-" matters only for "generate".
+        caption: add a machine's caption of the picture to the context.
     """
 
     way: str = "letter"
@@ -51,9 +52,9 @@ class Examination:
 
     @classmethod
     def best_for(cls, model: LlamaAdapter, adapter: str | None = None) -> Examination:
-        """The way and the prompt that train.scienceqa recorded with an adapter as its best on validation.
+        """The way and format that train.scienceqa recorded with an adapter, as the best on validation.
 
-        For an adapter that was trained on something else, and for the bare base, the defaults.
+        The defaults for the bare base, and for an adapter that was trained on something else.
         """
         name = adapter or model.active_adapter
         learnt = None if name == NO_ADAPTER else model.get_adapter(name).config.scienceqa
@@ -68,19 +69,19 @@ class Examination:
         adapter: str | None = None,
         batch_size: int = 16,
     ) -> dict[str, tuple[int, str]]:
-        """The index of the choice for each pid (or `UNREAD`), and what was said.
+        """The index of the chosen choice (or `UNREAD`) for each pid, and the text of each answer.
 
-        Pictures without ``features`` are left out.
+        A picture that has no entry in ``features`` is left out.
 
         Args:
-            features: (F,) of each picture; None: nothing is seen.
-            batch_size: problems answered at once; it does not change the answers.
+            features: (F,) for each picture. None leaves out all pictures.
+            batch_size: how many problems are answered at once. It does not change the answers.
         """
         if self.way == "generate":
             records = problem_records(
                 problems, self.format, caption=self.caption, images=features is not None
             )
-            # A letter that comes first is soon said; an option takes its time, a lecture before it more.
+            # Enough tokens: few for a letter, more for an option, most for a lecture before the answer.
             wanted = self.format.partition("-")[2]
             longest = 16 if wanted.startswith("A") else 64 if wanted == "O" else 512
             said = answer_records(
@@ -108,7 +109,7 @@ class Examination:
         adapter: str | None = None,
         batch_size: int = 16,
     ) -> list[list[float]]:
-        """The log-probability of each choice of each problem, by its letter or its text; see `answer`."""
+        """The log-probability of each choice of each problem, by its letter or its text. See `answer`."""
         records = problem_records(problems, self.format, caption=self.caption, images=features is not None)
         texts = [self._texts(problem) for problem in problems]
         return answer_likelihoods(
@@ -116,14 +117,14 @@ class Examination:
         )
 
     def _texts(self, problem: Problem) -> list[str]:
-        """The answers whose likelihoods are compared, one a choice."""
+        """The answers whose likelihoods are compared, one for each choice."""
         wanted = f"{self.format.partition('-')[0]}-{'O' if self.way == 'option' else 'A'}"
         return [answer_text(problem, wanted, choice=number) for number in range(len(problem.choices))]
 
 
 def _read(text: str, problem: Problem) -> int:
     found = read_answer(text, len(problem.choices))
-    if found == UNREAD and text.strip() in problem.choices:  # of an adapter that learnt to say the option
+    if found == UNREAD and text.strip() in problem.choices:  # an adapter may have learnt to answer so
         return problem.choices.index(text.strip())
     return found
 
@@ -140,21 +141,22 @@ def examine(
     made_from: dict[str, Any] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Predictions and outputs for each pid, going on from what ``output`` holds already.
+    """Predictions and generated texts for each pid, continuing from what ``output`` already holds.
 
     Args:
-        output: a results file, kept up to date; None keeps none.
-        made_from: what results must have been made from to be gone on with (adapter, data, settings).
+        output: a results file, updated as results come. None writes no file.
+        made_from: identifies adapter, data and settings. A file is continued only if it was made from the
+        same.
 
     Raises:
-        UsageError: a file there that is no results file, or has results of something else.
+        UsageError: ``output`` is no results file, or was made from something else.
     """
     made_from = dict(
         made_from or {}, way=examination.way, format=examination.format, caption=examination.caption
     )
     results, outputs = _take_up(output, made_from, problems)
     left = [problem for problem in problems if problem.pid not in results]
-    # Equal lengths together, within what is written at once.
+    # Problems of about equal length together, among those written at once.
     for start in range(0, len(left), _KEPT_EVERY):
         progress(len(results))
         some = left[start : start + _KEPT_EVERY]

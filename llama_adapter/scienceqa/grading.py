@@ -1,4 +1,4 @@
-"""Answers to ScienceQA's problems -> the paper's table, as exactly as the official evaluate_acc.py has it."""
+"""Grades answers to ScienceQA's problems: the paper's table, computed as by the official evaluate_acc.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llama_adapter.answering.scoring import accuracy_interval
 from llama_adapter.common.errors import UsageError
 from llama_adapter.scienceqa.problems import GROUPS, LETTERS, Problem, groups_of
 
-UNREAD = -1  # the prediction where an answer cannot be read; it counts as wrong
+UNREAD = -1  # the prediction for an answer that can't be read. It counts as wrong.
 
-# Accuracy on the official test split in per cent, in the order of GROUPS; of some only AVG is at hand.
+# Accuracy on the official test split in per cent, in the order of GROUPS. For some only AVG is known.
 # From the papers of ScienceQA (arXiv 2209.09513, table 4) and LLaMA-Adapter (arXiv 2303.16199, table 1).
 PUBLISHED: Mapping[str, tuple[float, ...]] = {
     "chance": (40.28, 46.13, 29.25, 47.45, 40.08, 33.66, 39.35, 40.67, 39.83),
@@ -38,16 +38,16 @@ _LLAVA = re.compile(r"([A-E])(?:\Z|\. )")
 def read_answer(text: str, choices: int) -> int:
     """The index of the choice that a generated answer names, by the official expression, or `UNREAD`.
 
-    As in the official run_gpt3.py the expression has to match exactly once.
+    As in the official run_gpt3.py, the expression has to match exactly once.
     """
     found = _OFFICIAL.findall(text)
     return _index(found[0], choices) if len(found) == 1 else UNREAD
 
 
 def _read_llava(text: str, choices: int) -> int:
-    """As LLaVA's eval_science_qa.py: "B", or "B. ..." from the start, else by the official expression.
+    """As LLaVA's eval_science_qa.py: "B", or a text that starts with "B. ", else by the official expression.
 
-    Nothing else is read: not " B", not a letter before a line break, and no more than there.
+    Nothing more is accepted: not " B", and not a letter before a line break.
     """
     if found := _LLAVA.match(text):
         return _index(found[1], choices)
@@ -59,7 +59,7 @@ def _index(letter: str, choices: int) -> int:
 
 
 def guess_unread(predictions: Mapping[str, int], problems: Sequence[Problem], *, seed: int) -> dict[str, int]:
-    """The predictions with a choice drawn where none could be read, as the official script does it."""
+    """The predictions, with a random choice where none could be read, as in the official script."""
     _check(problems, predictions)
     draw = random.Random(seed)
     guessed = dict(predictions)
@@ -74,7 +74,7 @@ def guess_unread(predictions: Mapping[str, int], problems: Sequence[Problem], *,
 
 @dataclass(frozen=True)
 class Share:
-    """Right answers among the problems of a column."""
+    """The number of right answers among the problems of a column."""
 
     right: int
     rows: int
@@ -92,12 +92,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Grades:
-    """The table's row for some predictions.
+    """The table's line for some predictions.
 
     Attributes:
-        shares: by column, those of `GROUPS` that have problems.
-        unread: predictions that are `UNREAD`.
-        subject_unknown, grade_unknown: problems that therefore count in fewer columns.
+        shares: by column, for those columns of `GROUPS` that have problems.
+        unread: how many predictions are `UNREAD`.
+        subject_unknown, grade_unknown: how many problems therefore count in fewer columns.
     """
 
     shares: dict[str, Share]
@@ -107,10 +107,11 @@ class Grades:
 
 
 def grade(problems: Sequence[Problem], predictions: Mapping[str, int]) -> Grades:
-    """Compare predictions, a choice's index for each pid, with the right choices.
+    """Compare predictions (for each pid the index of a choice) with the right answers.
 
     Raises:
-        UsageError: a problem without a prediction, a prediction for no problem, or one that is no choice.
+        UsageError: a problem without a prediction, a prediction for an unknown problem, or an index that is
+            no choice.
     """
     _check(problems, predictions)
     rows: Counter[str] = Counter()
@@ -128,7 +129,7 @@ def grade(problems: Sequence[Problem], predictions: Mapping[str, int]) -> Grades
 
 
 def _check(problems: Sequence[Problem], predictions: Mapping[str, int]) -> None:
-    """Raise UsageError where predictions and problems are not of the same pids, or name no choice."""
+    """Raise UsageError if predictions and problems have different pids, or a prediction is no choice."""
     known = {problem.pid: problem for problem in problems}
     wrong = [pid for pid in predictions if pid not in known]
     if wrong:
@@ -153,13 +154,13 @@ def _some(pids: Sequence[str]) -> str:
 
 
 def read_predictions(path: str | Path, problems: Sequence[Problem]) -> dict[str, int]:
-    """Predictions from a file of any model's: the official results.json, or LLaVA's answers as JSONL.
+    """Read predictions of any model from a file: the official results.json, or LLaVA's answers as JSONL.
 
-    The official layout is an object whose "results" has an index for each pid; LLaVA's has a line for each
-    with "question_id" and "text". A bare object of pid and index or letter is taken as well.
+    The official layout is an object whose "results" has an index for each pid. LLaVA's has a line for each
+    answer, with "question_id" and "text". A plain object of pids and indices (or letters) is accepted too.
 
     Raises:
-        UsageError: a file of neither layout, or an entry that is damaged or there twice.
+        UsageError: a file of neither layout, or an entry that is damaged or occurs twice.
     """
     path = Path(path)
     try:
@@ -174,7 +175,7 @@ def read_predictions(path: str | Path, problems: Sequence[Problem]) -> dict[str,
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     if isinstance(content, dict) and "question_id" in content:
-        content = [content]  # JSONL of one line
+        content = [content]  # JSONL with a single line
     if isinstance(content, list) and content:
         return _from_llava(content, choices, path)
     if isinstance(content, dict):
@@ -222,7 +223,7 @@ def _official_prediction(pid: str, value: Any, path: Path) -> int:
     if isinstance(value, str) and value in LETTERS and value:
         return LETTERS.index(value)
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,3}", value):
-        value = int(value)  # the official script takes int() of it
+        value = int(value)  # as in the official script
     if not isinstance(value, int) or isinstance(value, bool):
         raise UsageError(f"{path}: problem {pid}: expected the number of a choice, found {value!r:.60}")
     return value
@@ -231,7 +232,7 @@ def _official_prediction(pid: str, value: Any, path: Path) -> int:
 def official_results(
     problems: Sequence[Problem], predictions: Mapping[str, int], outputs: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What the official script writes, so that its evaluate_acc.py comes to the same figures."""
+    """The content of the official results.json, so that evaluate_acc.py computes the same figures."""
     right = sum(predictions[p.pid] == p.answer for p in problems if p.pid in predictions)
     return {
         "acc": 100 * right / max(1, len(predictions)),

@@ -1,11 +1,12 @@
-"""ScienceQA (Lu et al., arXiv 2209.09513): files -> problems, and problems -> prompts by the official names.
+"""ScienceQA (Lu et al., arXiv 2209.09513): reads its files as problems, and writes problems as text.
 
 The official release is a folder with problems.json, pid_splits.json, captions.json and pictures at
-images/SPLIT/PID/. The hub's copy is a data set with the pictures' bytes in its rows, which are numbered from
-1 within their split. Both give the same problems. A text field that is null is unknown.
+images/SPLIT/PID/. The hub's copy is a data set whose rows contain the pictures' bytes; its problems are
+numbered from 1 within their split. Both give the same problems. A text field that is null is unknown.
 
-Whether a problem has a picture is a fact of the problem, read from its row. Whether the file of that picture
-is here is another matter: it decides what a model can be shown, never in which column a problem counts.
+Whether a problem has a picture is a fact about the problem, read from its row. Whether the file of that
+picture is here is another matter: it decides what a model can be shown, but never in which column a problem
+counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from llama_adapter.data.records import Example, PictureFile, Record, encode_reco
 from llama_adapter.data.sources import read_dataset, read_rows
 from llama_adapter.data.templates import Turn, check_unicode
 
-LETTERS = "ABCDE"  # the official script's, and the most choices there are
+LETTERS = "ABCDE"  # as in the official script. No problem has more choices.
 DEFAULT_FORMAT = "QCM-A"
 SPLITS = ("train", "val", "test")
 
@@ -37,7 +38,8 @@ _INPUTS = {
     "QCEM": "Question: {question}\nContext: {context}\nBECAUSE: {solution}\nOptions: {choices}\n",
     "QCLEM": "Question: {question}\nContext: {context}\nBECAUSE: {lecture} {solution}\nOptions: {choices}\n",
 }
-# "AL" has the solution and "AE" the lecture: so it is in the official script. "O" is ours: the option's text.
+# In "AL" follows the solution, in "AE" the lecture, as in the official script. "O" is ours: the option's
+# text.
 _OUTPUTS = {
     "A": "The answer is {letter}.",
     "AL": "The answer is {letter}. BECAUSE: {solution}",
@@ -57,14 +59,14 @@ class Problem:
     """One question of ScienceQA.
 
     Attributes:
-        pid: its id; in the hub's copy its number within the split, from 1.
+        pid: its id. In the hub's copy, its number within the split, from 1.
         answer: index of the right choice.
-        hint: its context in words; "" where it has none, None where that is unknown.
-        image: its picture as it can be shown, or None: it has none, or its file is not here. A picture that
-            several problems have is the same everywhere.
-        has_image: whether it has a picture, here or not; None where its row does not say.
-        caption: a machine's words for its picture, or "".
-        subject, grade: as in the files, such as "natural science" and "grade2"; None where unknown.
+        hint: its context in words; "" if it has none, None if that is unknown.
+        image: its picture, or None if it has none or the file is not here. Problems that share a picture have
+            the same value.
+        has_image: whether it has a picture, here or not; None if its row does not say.
+        caption: a machine's caption of its picture, or "".
+        subject, grade: as in the files, such as "natural science" and "grade2"; None if unknown.
     """
 
     pid: str
@@ -78,8 +80,8 @@ class Problem:
     grade: str | None = None
     lecture: str = ""
     solution: str = ""
-    # Not in the repr, from which the fingerprint of the data is made: that has to stay the same for runs that
-    # are resumed and results that are continued.
+    # Left out of the repr. The fingerprint of the data is made from it, and has to stay the same for runs
+    # that are resumed and results that are continued.
     has_image: bool | None = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,15 +91,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class ProblemsSummary:
-    """What was found.
+    """A summary of the problems that were read.
 
     Attributes:
         with_picture: problems that have a picture, here or not.
         pictures: different pictures that are here.
         without_file: problems whose picture is not here.
-        by_caption: problems of `with_picture` of which only a caption says that they have one.
+        by_caption: those of `with_picture` for which only a caption shows that they have a picture.
         unknown_picture, unknown_hint, unknown_subject, unknown_grade: problems whose row does not say.
-        fingerprint: tells changed data from the same.
+        fingerprint: shows whether data have changed.
     """
 
     source: str
@@ -131,14 +133,14 @@ class ProblemsSummary:
 
 
 def read_problems(source: str | Path, split: str) -> tuple[list[Problem], ProblemsSummary]:
-    """The problems of a split, in the order of the files.
+    """Read the problems of a split, in the order of the files.
 
     Args:
-        source: the official folder, a folder or file of the hub's layout, or a hub id.
+        source: the official folder, a folder or file in the hub's layout, or a hub id.
         split: "train", "val" or "test".
 
     Raises:
-        UsageError: a source that is neither, a split that it lacks, or a row at fault, which is named.
+        UsageError: a source of neither layout, a split that it does not have, or a wrong row, which is named.
     """
     folder = Path(source)
     official = (folder / "problems.json").is_file()
@@ -165,7 +167,7 @@ def read_problems(source: str | Path, split: str) -> tuple[list[Problem], Proble
             if not isinstance(row, dict):
                 raise UsageError(f"expected an object, found {type(row).__name__}")
             has_image = _has_image(row)
-            # Of a picture that was taken out of the data its caption may be all that is left.
+            # If the pictures were removed from the data, a caption may be the only sign of one.
             only_caption = bool(caption) and not has_image and row.get("has_image") is None
             splits = (str(row.get("split") or split), split)
             folders = [root / name / pid for name in splits] if official else [root]
@@ -199,7 +201,7 @@ def _official_rows(folder: Path, split: str) -> tuple[list[tuple[str, Any]], Pat
     splits_file = folder / "pid_splits.json"
     if splits_file.is_file():
         splits = _read_object(splits_file)
-    else:  # a folder with one split may come without
+    else:  # a folder with a single split may have no such file
         splits = {}
         for pid, row in problems.items():
             splits.setdefault(str(row.get("split") if isinstance(row, dict) else None), []).append(pid)
@@ -212,7 +214,7 @@ def _official_rows(folder: Path, split: str) -> tuple[list[tuple[str, Any]], Pat
             f"{splits_file}: problem {missing[0]} ({len(missing):,} in all) is not in problems.json"
         )
     captions: dict[str, str] = {}
-    # The official repository has it one folder up.
+    # In the official repository captions.json is one folder up.
     for path in (folder / "captions.json", folder.parent / "captions.json"):
         if path.is_file() and isinstance(found := _read_object(path).get("captions"), dict):
             captions = {str(pid): text for pid, text in found.items() if isinstance(text, str)}
@@ -232,13 +234,13 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _has_image(row: dict[str, Any]) -> bool | None:
-    """Whether a row says that its problem has a picture; None where it says neither.
+    """Whether a row says that its problem has a picture; None if it does not say.
 
-    `image` names or holds the picture; null means none, as in the official release. Data from which the
-    pictures were taken out may say it in `has_image` instead.
+    `image` names or holds the picture; null means none, as in the official release. Data whose pictures were
+    removed may say it in `has_image` instead.
     """
     named, said = row.get("image"), row.get("has_image")
-    if isinstance(named, dict):  # the hub's layout: bytes, path or both
+    if isinstance(named, dict):  # the hub's layout: bytes, a path or both
         named = named.get("bytes") or named.get("path")
     if said is not None and not isinstance(said, bool):
         raise UsageError(f"field 'has_image': expected true, false or null, found {said!r:.60}")
@@ -252,15 +254,16 @@ def _has_image(row: dict[str, Any]) -> bool | None:
 def _picture(
     row: dict[str, Any], folders: Sequence[Path], same: dict[str, PictureFile]
 ) -> PictureFile | None:
-    """The row's picture where it is here.
+    """The row's picture, if it is here.
 
     Args:
         folders: where a file of its name may be.
-        same: the pictures so far by their SHA-256, each of which is given again; grows.
+        same: the pictures so far by their SHA-256, so that equal pictures become the same. New ones are
+        added.
     """
     named = row.get("image")
     plain = not isinstance(named, dict)
-    if isinstance(named, dict):  # the hub's layout: bytes, or where they are
+    if isinstance(named, dict):  # the hub's layout: bytes, or the path of a file
         if content := named.get("bytes"):
             if not isinstance(content, bytes):
                 raise UsageError("field 'image': expected the bytes of a picture, as in the hub's layout")
@@ -317,13 +320,13 @@ def _problem(
 def split_problems(
     problems: Sequence[Problem], *, validation_rows: int, seed: int = 0
 ) -> tuple[list[Problem], list[Problem]]:
-    """Problems to train on and some to validate on, with pictures as often as there; in their old order.
+    """Split off problems to validate on, with and without pictures in proportion. Both keep their order.
 
-    Problems with the same picture fall on the same side. Those with the same question need not: the official
-    splits were drawn at random, so a test problem's question is often among those trained on.
+    Problems with the same picture stay together. Those with the same question need not: the official splits
+    were drawn at random, so a test problem's question often occurs in training.
 
     Raises:
-        UsageError: nothing would be left to train on, or nothing to validate on.
+        UsageError: one of the two parts would be empty.
     """
     kept = _kept_back(problems, validation_rows, seed)
     if not 0 < len(kept) < len(problems):
@@ -360,7 +363,7 @@ def _kept_back(problems: Sequence[Problem], validation_rows: int, seed: int) -> 
 
 
 def shuffle_choices(problem: Problem, *, seed: int) -> Problem:
-    """The problem with its choices in another order, drawn by the seed and its id; the answer follows."""
+    """The problem with its choices in another order, given by the seed and its id. The answer is adjusted."""
     order = list(range(len(problem.choices)))
     random.Random(f"{seed}/{problem.pid}").shuffle(order)
     return replace(
@@ -371,9 +374,9 @@ def shuffle_choices(problem: Problem, *, seed: int) -> Problem:
 
 
 def shuffle_pictures(problems: Sequence[Problem], *, seed: int) -> list[Problem]:
-    """The problems with other problems' pictures; those without one stay so.
+    """The problems with each other's pictures. Those without a picture still have none.
 
-    Raises UsageError where there are not two different pictures.
+    Raises UsageError unless there are two different pictures.
     """
     other = exchange_pictures((p.image for p in problems if p.image is not None), seed=seed)
     return [p if p.image is None else replace(p, image=other[p.image]) for p in problems]
@@ -383,7 +386,7 @@ def shuffle_pictures(problems: Sequence[Problem], *, seed: int) -> list[Problem]
 
 
 def check_format(name: str) -> None:
-    """Raise UsageError for a format that is none of the official names (nor ends in our own "-O")."""
+    """Raise UsageError unless the format has an official name, or ends in "-O", which is ours."""
     given, _, wanted = name.partition("-")
     if given not in _INPUTS or wanted not in _OUTPUTS:
         raise UsageError(
@@ -393,32 +396,32 @@ def check_format(name: str) -> None:
 
 
 def question_text(problem: Problem, format: str = DEFAULT_FORMAT, *, caption: bool = False) -> str:
-    """What comes before "Answer:", as the official create_one_example writes it.
+    """The text before "Answer:", as the official create_one_example writes it.
 
     Args:
-        caption: put the machine's caption of the picture behind the hint.
+        caption: add the machine's caption of the picture after the hint.
     """
     check_format(format)
     context = " ".join([problem.hint or "", problem.caption if caption else ""]).strip() or "N/A"
     text = _INPUTS[format.partition("-")[0]].format(
         context=context, choices=_lettered(problem.choices), question=problem.question, **_reasons(problem)
     )
-    return text.replace("  ", " ").removesuffix("\n")  # the official script's spaces
+    return text.replace("  ", " ").removesuffix("\n")  # single spaces, as in the official script
 
 
 def answer_text(problem: Problem, format: str = DEFAULT_FORMAT, *, choice: int | None = None) -> str:
-    """What follows "Answer: "; ``choice``: as if that were the right one."""
+    """The text after "Answer: ". With ``choice``, as if that were the right one."""
     check_format(format)
     choice = problem.answer if choice is None else choice
     text = _OUTPUTS[format.partition("-")[2]].format(
         letter=LETTERS[choice], option=problem.choices[choice], **_reasons(problem)
     )
-    whole = f"Answer: {text}".replace("  ", " ").strip()  # the official script's spaces
+    whole = f"Answer: {text}".replace("  ", " ").strip()  # single spaces, as in the official script
     return whole.removesuffix("BECAUSE:").rstrip().removeprefix("Answer:").removeprefix(" ")
 
 
 def _reasons(problem: Problem) -> dict[str, str]:
-    # As in the official script, a line break becomes the two characters of its escape: it would end the text.
+    # As in the official script, a line break is written as backslash and n: a real one would end the text.
     return {name: getattr(problem, name).replace("\n", "\\n") for name in ("lecture", "solution")}
 
 
@@ -429,7 +432,7 @@ def _lettered(choices: Sequence[str]) -> str:
 def problem_records(
     problems: Sequence[Problem], format: str = DEFAULT_FORMAT, *, caption: bool = False, images: bool = True
 ) -> list[Record]:
-    """The problems as training rows for the template "scienceqa", with their pictures or without."""
+    """The problems as training rows for the template "scienceqa", with or without their pictures."""
     return [
         Record(
             turns=(
@@ -452,9 +455,9 @@ def encode_problems(
     rivals: bool = False,
     **encoding: Any,
 ) -> list[Example]:
-    """`problem_records` as tokens, ``rivals``: with the answers that the other choices would make.
+    """`problem_records` as tokens. With ``rivals``, each has the answers of its other choices as rivals.
 
-    ``encoding`` and what is dropped: see `data.encode_records`.
+    ``encoding``, and what is dropped: see `data.encode_records`.
     """
     how: dict[str, Any] = {"format": format, "caption": caption, "images": images}
     examples = encode_records(problem_records(problems, **how), **encoding)
@@ -485,10 +488,10 @@ GROUPS = (*SUBJECTS, "TXT", "IMG", "NO", "G1-6", "G7-12", "AVG")  # the paper's 
 
 
 def groups_of(problem: Problem) -> set[str]:
-    """The columns of the table that a problem counts in; one with unknown fields may count in AVG alone.
+    """The columns of the table in which a problem counts. If fields are unknown, it may be AVG only.
 
-    As in the official evaluate_acc.py: TXT has a hint, IMG a picture (both may hold), NO neither. Whether the
-    picture's file is here plays no part.
+    As in the official evaluate_acc.py: TXT for a hint, IMG for a picture (both may apply), NO for neither.
+    Whether the picture's file is here does not matter.
     """
     found = {"AVG"}
     found |= {name for name, subject in SUBJECTS.items() if problem.subject == subject}

@@ -1,4 +1,4 @@
-"""The training of a small CLIP on pictures with texts.
+"""Training a small CLIP on pictures with texts.
 
 Shapes: B pairs of a batch, S side of a picture in pixels, E width of the embeddings.
 """
@@ -31,7 +31,7 @@ from llama_adapter.training.trainer import stop_request
 from llama_adapter.vision.contrastive import Pair, save_clip
 
 CROPS_FILE = "crops.f16"
-_CROPS_AT_ONCE = 16  # through the frozen blocks
+_CROPS_AT_ONCE = 16  # that go through the frozen blocks together
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,14 @@ class ClipSettings:
     """How a CLIP is trained.
 
     Attributes:
-        learning_rate: the peak of what starts from nothing: the text side and the picture side's head.
-        trunk_learning_rate: the peak of the pretrained rest of the picture side.
-        frozen_blocks: the lowest blocks of the picture side that stay as they are, with all before them:
-            they know edges and textures already. What they give is computed once for each crop and kept,
-            since most of a step's work is theirs.
+        learning_rate: the peak for everything with a random start: the text side and the picture side's head.
+        trunk_learning_rate: the peak for the rest of the picture side, which is pretrained.
+        frozen_blocks: how many of the lowest blocks of the picture side are not trained, with all layers
+            before them. They already know edges and textures. They also take most of a step's time, so their
+            output is computed once for each crop and kept.
         crop: the smallest share of a picture that a random crop keeps.
-        crops: how many crops of each picture there are, where blocks are frozen; without, each is a new one.
+        crops: how many crops are made of each picture if blocks are frozen. Without frozen blocks every crop
+            is a new one.
     """
 
     epochs: int = 10
@@ -91,11 +92,11 @@ def train_clip(
     """Train, and write the model to ``output`` at every checkpoint and at the end.
 
     Args:
-        data: what tells these pairs from others; a resume must find it again.
-        validate: figures that are kept with the metrics after each epoch.
+        data: identifies these pairs. A run can only be resumed with the same data.
+        validate: computes figures after each epoch, which are kept with the metrics.
 
     Raises:
-        UsageError: a folder with another run, fewer pairs than a batch, a file that is no picture.
+        UsageError: a folder with another run, fewer pairs than a batch, or a file that is no picture.
     """
     device = next(clip.parameters()).device
     if len(pairs) < settings.batch_size:
@@ -105,7 +106,7 @@ def train_clip(
         )
     tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
     frozen = _freeze(clip, settings.frozen_blocks)
-    clip.visual.to(memory_format=torch.channels_last)  # which its convolutions are faster with
+    clip.visual.to(memory_format=torch.channels_last)  # makes its convolutions faster
     trunk = [parameter for parameter in clip.visual.trunk.parameters() if parameter.requires_grad]
     known = {id(parameter) for parameter in clip.visual.trunk.parameters()}
     rest = [parameter for parameter in clip.parameters() if id(parameter) not in known]
@@ -146,7 +147,7 @@ def train_clip(
                 group["lr"] = group["peak"] * rate
             clip.train()
             for module in frozen:
-                module.eval()  # its statistics stay too
+                module.eval()  # so that the statistics of batch norms stay too
             image_features = F.normalize(crops.encode(pixels), dim=-1)
             text_features = clip.encode_text(texts, normalize=True)
             loss = loss_of(image_features, text_features, clip.logit_scale.exp())
@@ -179,7 +180,7 @@ def train_clip(
 
 
 def _freeze(clip: open_clip.CLIP, blocks: int) -> list[torch.nn.Module]:
-    """Take the lowest blocks of the picture side, and what comes before them, out of the training."""
+    """Freeze the lowest blocks of the picture side, and all layers before them."""
     trunk = clip.visual.trunk
     if blocks > len(trunk.blocks):
         raise UsageError(f"--frozen-blocks is {blocks}; the picture side has {len(trunk.blocks)} blocks")
@@ -190,9 +191,9 @@ def _freeze(clip: open_clip.CLIP, blocks: int) -> list[torch.nn.Module]:
 
 
 class _Crops:
-    """What the trained part of the picture side reads: crops, or what the frozen blocks make of them.
+    """The input of the trained part of the picture side: crops, or the frozen blocks' output for them.
 
-    Those are kept in a file in the run's folder for as long as the training lasts.
+    That output is kept in a file in the run's folder until the training ends.
     """
 
     def __init__(
@@ -216,7 +217,10 @@ class _Crops:
         (self.folder / CROPS_FILE).unlink(missing_ok=True)
 
     def of_step(self, numbers: Sequence[int], step: int) -> Tensor:
-        """A crop of each pair's picture, mirrored half of the time. A resumed run gets the same."""
+        """A random crop of each pair's picture, mirrored half of the time.
+
+        A resumed run gets the same crops.
+        """
         draw = random.Random(f"{self.settings.seed}/{step}/crops")
         crops = []
         for number in numbers:
@@ -228,22 +232,22 @@ class _Crops:
         return torch.stack(crops).contiguous(memory_format=torch.channels_last)
 
     def encode(self, crops: Tensor) -> Tensor:
-        """Embeddings of what `of_step` gives, not normalised."""
+        """Embeddings, not normalised, of what `of_step` returned."""
         if not self.settings.frozen_blocks:
             return self.clip.encode_image(crops)
-        trunk = self.clip.visual.trunk  # as in timm's EfficientNet.forward, from the first block that learns
+        trunk = self.clip.visual.trunk  # as in timm's EfficientNet.forward, from the first trained block on
         states = trunk.bn2(trunk.conv_head(trunk.blocks[self.settings.frozen_blocks :](crops)))
         return self.clip.visual.head(trunk.forward_head(states))
 
     def _cut(self, number: int, seed: int) -> Tensor:
-        torch.manual_seed(seed)  # what torchvision draws from
+        torch.manual_seed(seed)  # torchvision draws from torch's generator
         return self.transform(open_picture(self.pairs[number].picture))
 
     @torch.no_grad()
     def _states(self, number: int, crop: int) -> Tensor:
-        """What the frozen blocks make of a crop: from the file, once that has it."""
+        """The frozen blocks' output for a crop, from the file if it is there."""
         start = number - number % _CROPS_AT_ONCE
-        # Always the same ones together, so that rounding does not depend on which came first.
+        # Always the same crops together, so that rounding does not depend on the order of computation.
         numbers = range(start, min(start + _CROPS_AT_ONCE, len(self.pairs)))
         places = [n * self.settings.crops + crop for n in numbers]
         if self._kept is None or places[0] not in self._known:
@@ -261,9 +265,10 @@ class _Crops:
 
 
 def _draw(pairs: Sequence[Pair], step: int, settings: ClipSettings) -> list[tuple[int, str]]:
-    """The numbers of a step's pairs, a text drawn for each; an epoch shows as many pictures as there are.
+    """The numbers of a step's pairs, each with one of its texts. An epoch shows as many pictures as there
+    are.
 
-    No two of a batch have the same texts where that can be: each would have to be told from the other.
+    No two pairs of a batch have the same texts, if that is possible: the loss would tell them apart.
     """
     draw = random.Random(f"{settings.seed}/{step}")
     order = draw.sample(range(len(pairs)), len(pairs))

@@ -1,12 +1,12 @@
-"""Training in one call, from rows to an adapter: what a training script does once its options are read.
+"""Training in one call, from rows to an adapter. The training scripts read their options and call this.
 
     from llama_adapter import train
 
     model = train("rows.json", output="runs/mine", epochs=3, learning_rate=0.01)
     print(model.chat("Give three tips for staying healthy."))
 
-`train` reads the rows (`read_source`), loads the decoder with the adapter (`load_to_train`), turns rows into
-tokens (`encode_rows`) and runs the `Trainer`.
+`train` reads the rows (`read_source`), loads the decoder with the adapter (`load_to_train`), encodes the rows
+(`encode_rows`) and runs the `Trainer`.
 
 Shapes: F features of a picture.
 """
@@ -47,23 +47,24 @@ from llama_adapter.vision.features import picture_features
 from llama_adapter.vision.tower import VisionTower, load_tower
 from llama_adapter.weights.catalogue import DEFAULT_BASE, DEFAULT_TOWER
 
-TRAINED = "trained"  # what the adapter in training is called
+TRAINED = "trained"  # the name of the adapter in training
 
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """Which adapter is trained, and on what. The options of the scripts are made from its fields.
+    """Which adapter is trained, and from what. The scripts make their options from these fields.
 
     Attributes:
-        options: settings of the method's parts by name, such as ``prompt_length`` or ``rank``; texts are read
-            as what each setting is.
+        options: settings of the method's parts by name, such as ``prompt_length`` or ``rank``. A setting
+        given
+            as text is converted to its type.
     """
 
     base: str | None = None
     start_from: str | None = field(
         default=None,
         metadata={
-            "help": "train this one on: name, folder or hub id (default: a new one)",
+            "help": "continue from this adapter: name, folder or hub id (default: a new one)",
             "metavar": "ADAPTER",
         },
     )
@@ -75,7 +76,7 @@ class AdapterPlan:
         },
     )
     adapted_layers: int | None = field(
-        default=None, metadata={"help": "topmost layers (default: N - N // 16)", "metavar": "L"}
+        default=None, metadata={"help": "adapt the topmost L layers (default: N - N // 16)", "metavar": "L"}
     )
     template: str | None = field(
         default=None,
@@ -103,7 +104,7 @@ class AdapterPlan:
     )
     gradient_checkpointing: bool = field(
         default=False,
-        metadata={"help": "compute each layer again in the backward pass: less memory, a third more time"},
+        metadata={"help": "recompute each layer in the backward pass: less memory, a third more time"},
     )
     weights: str | Path | None = None
     device: str | None = None
@@ -111,7 +112,7 @@ class AdapterPlan:
     quantize: str | None = None
 
     def given(self, *names: str) -> dict[str, Any]:
-        """Those of these fields that were chosen."""
+        """Those of these fields that have a value."""
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -121,10 +122,10 @@ class Source:
     """Rows of one source, read and split.
 
     Attributes:
-        name: the last part of where they come from.
+        name: the last part of the source's path or id.
         train, validation: the rows to train on, and those kept back.
-        facts: what is kept of their reading with the run.
-        weight: how often each row comes up in an epoch, on average.
+        facts: facts about the reading that are saved with the run.
+        weight: how often each row is used in an epoch, on average.
         images: whether pictures are shown.
         pictured: whether the rows have pictures, shown or not.
     """
@@ -149,20 +150,20 @@ def read_source(
     images: bool = True,
     text_only: bool = False,
 ) -> Source:
-    """Read rows and keep some back; says on standard error what was found.
+    """Read rows and keep some back for validation. Reports on standard error what was found.
 
     Args:
-        data: whatever `read_records` reads: a file, a folder, a data set of the hub.
-        validation_rows: how many are kept back; rows about the same pictures, or with the same question, stay
-            on one side.
-        split: only rows of this split; a row that names none belongs to every one.
-        limit: use the first so many rows only.
-        image_root: where relative names of pictures start; by default the folder of the file.
+        data: anything that `read_records` reads: a file, a folder, a data set on the hub.
+        validation_rows: how many rows are kept back. Rows with the same pictures or the same question stay
+            together.
+        split: read only rows of this split, and rows that name none.
+        limit: use at most this many rows, the first ones.
+        image_root: the folder that relative names of pictures start from; by default the file's folder.
         weight, images: see `Source`.
         text_only: refuse rows with pictures.
 
     Raises:
-        UsageError: data that cannot be read or split, with what to do about it.
+        UsageError: data that can't be read or split, and what to do about it.
     """
     records, summary = read_records(data, image_root=image_root, split=split)
     running_processes().say(summary, file=sys.stderr)
@@ -170,7 +171,7 @@ def read_source(
         expect_text(records, data)
     train, validation = split_records(records[:limit], validation_rows=validation_rows)
     pictured = any(record.images for record in validation)
-    if not images:  # left out after the split, which is by pictures
+    if not images:  # removed after the split, which keeps rows of the same picture together
         train = [dataclasses.replace(record, images=()) for record in train]
         validation = [dataclasses.replace(record, images=()) for record in validation]
     return Source(
@@ -201,31 +202,31 @@ def train(
     resume: bool = False,
     **options: Any,
 ) -> LlamaAdapter:
-    """Train an adapter on rows; the folder ``output`` becomes its folder.
+    """Train an adapter on rows. The folder ``output`` becomes the adapter's folder.
 
     Args:
-        data: where rows are, or what `read_source` gives; or several of these, of which the best adapter is
-            that of the least mean over the sources.
+        data: where the rows are, or the result of `read_source`; or a list of these. With several sources,
+        the
+            best adapter has the lowest validation loss on average over the sources.
         output: folder of the run and of the best adapter.
         base: name, folder or hub id of a decoder; None takes the default, or that of ``start_from``.
-        method: what is trained, as "prompts+lora"; None is prompts, or that of ``start_from``.
-        validation_rows, split, limit, image_root: of each source that is still to be read, as in
-            `read_source`.
-        balance_answers: show a question's rows with yes as often as those with no.
-        max_length: tokens of a row, which is cut there.
-        settings: how to train, in place of single ``options``.
-        plan: which adapter, in place of ``base``, ``method`` and single ``options``.
-        resume: go on with the run in ``output``, exactly.
+        method: what is trained, such as "prompts+lora"; None takes prompts, or that of ``start_from``.
+        validation_rows, split, limit, image_root: as in `read_source`, for each source that is not read yet.
+        balance_answers: let each question be answered with yes as often as with no.
+        max_length: tokens of a row; longer rows are cut.
+        settings: how to train. Use this or single ``options``.
+        plan: which adapter. Use this or ``base``, ``method`` and single ``options``.
+        resume: continue the run in ``output`` exactly.
         **options: fields of `TrainingSettings` (``epochs``, ``learning_rate`` ...), of `AdapterPlan`
             (``template``, ``start_from``, ``device``, ``tower`` ...), and settings of the method's parts
             (``rank``, ``prompt_length`` ...).
 
     Returns:
-        the model, with the best adapter on the validation rows loaded and active.
+        the model. The adapter that was best on the validation rows is loaded and active.
 
     Raises:
-        UsageError: whatever is wrong with the data, the settings or the folder, in one line.
-        KeyboardInterrupt: after a Ctrl-C, which leaves a checkpoint to resume from.
+        UsageError: anything wrong with the data, the settings or the folder, in one line.
+        KeyboardInterrupt: after Ctrl-C, which first saves a checkpoint to resume from.
     """
     of_settings = {own.name for own in dataclasses.fields(TrainingSettings)} & set(options)
     of_plan = {name: value for name, value in options.items() if name not in of_settings}
@@ -300,19 +301,19 @@ def train(
 
 
 def load_best(model: LlamaAdapter, output: Path) -> None:
-    """Put the best adapter of a run in the place of that of its last step, and choose it."""
+    """Replace the adapter of a run's last step by the best one, and choose it."""
     best = load_adapter(output)
     model.delete_adapter(TRAINED)
     model.add_adapter(TRAINED, best)
 
 
 def validation_loss(model: LlamaAdapter) -> float:
-    """That of the active adapter, which `train` gave, in nats a token, to four digits."""
+    """The validation loss of the active adapter, which `train` has made, in nats a token to four digits."""
     return float(model.get_adapter(model.active_adapter).config.training["validation_loss"])
 
 
 def _plan(options: Mapping[str, Any]) -> AdapterPlan:
-    """The plan that keywords give; what is no field of it is a setting of the method's parts."""
+    """The plan made from keywords. One that is not a field of the plan is a setting of the method's parts."""
     fields = {own.name for own in dataclasses.fields(AdapterPlan)}
     theirs = {name for kind in METHODS for name in option_names(PARTS[kind].Config)}
     unknown = sorted(set(options) - fields - theirs)
@@ -335,22 +336,24 @@ def load_to_train(
     output: Path,
     resume: bool = False,
 ) -> tuple[LlamaAdapter, dict[PictureFile, Tensor]]:
-    """The model with the adapter that is to be trained.
+    """Load the model with the adapter that is to be trained.
 
-    Joins the other processes of the run, where there are any.
+    Joins the other processes of the run, if there are any.
 
     Args:
-        images: the pictures of all rows; where there are none, a new adapter is one for text alone.
-        output, resume: the run's folder; a resumed one keeps the day that its chat template wrote.
+        images: the pictures of all rows. Without any, a new adapter is for text only.
+        output, resume: the run's folder, and whether to resume it. A resumed run keeps the date that its chat
+            template wrote.
 
     Returns:
-        the model, its active adapter named "trained"; and (F,) features of each picture.
+        the model, whose active adapter is named "trained", and the features (F,) of each picture.
 
     Raises:
-        UsageError: options that do not go together, or do not fit ``start_from``; what cannot be loaded.
+        UsageError: options that contradict each other or ``start_from``, or something that can't be loaded.
     """
     processes = running_processes()
-    # Sharded, the whole of it may fit no accelerator: it goes there by shards, when the training begins.
+    # A decoder to be sharded may not fit one accelerator as a whole: it is moved in shards when training
+    # begins.
     device = "cpu" if processes.sharded and plan.device is None else plan.device
     where: dict[str, Any] = {
         "weights": plan.weights,
@@ -396,18 +399,18 @@ def load_to_train(
         else:
             tower = model.tower()
     if start is not None:
-        model.delete_adapter(model.active_adapter)  # its name may be the same
+        model.delete_adapter(model.active_adapter)  # the new one may have the same name
     adapter = model.new_adapter(TRAINED, seed=settings.seed, **chosen)
-    parameter_groups(adapter, settings)  # a mistyped rate is told before long work
+    parameter_groups(adapter, settings)  # finds a mistyped rate before the long work starts
     features: dict[PictureFile, Tensor] = {}
     if tower is not None:
-        with processes.main_first():  # the others find them in the cache
+        with processes.main_first():  # the others then find the features in the cache
             features = picture_features(tower, plan.cache, images)
         projection = adapter.find(Projection)
         assert projection is not None
         projection.fit(features.values())
     if start is not None:
-        adapter.load_state_dict(start.state_dict(), strict=False)  # new parts stay as they are
+        adapter.load_state_dict(start.state_dict(), strict=False)  # parts that are new keep their values
     if plan.gradient_checkpointing:
         checkpoint_activations(model.decoder)
     return model, features
@@ -416,7 +419,7 @@ def load_to_train(
 def encode_rows(
     records: Sequence[Record], model: LlamaAdapter, name: str, *, max_length: int
 ) -> tuple[list[Example], EncodeSummary]:
-    """Records as tokens for the model's active adapter; says what became of them, under a name."""
+    """Encode records for the model's active adapter. Reports what became of them, under a name."""
     assert model.tokenizer is not None
     examples, summary = encode_and_count(
         records,
@@ -430,18 +433,18 @@ def encode_rows(
 
 
 def say_encoded(name: str, summary: EncodeSummary) -> None:
-    """Say what became of rows as tokens, on standard error; warn where most are lost."""
+    """Report on standard error what became of the rows, and warn if most of them are lost."""
     running_processes().say(f"{name}: {summary}", file=sys.stderr)
     if summary.warning is not None:
         running_processes().say(f"{name}: {summary.warning}", file=sys.stderr)
 
 
 def _date_of_run(output: Path) -> str | None:
-    """The day that the chat template wrote when a run was started, where it writes one."""
+    """The date that the chat template wrote when a run was started, or None."""
     try:
         adapter = json.loads((output / "run.json").read_text(encoding="utf-8"))["adapter"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # the run's folder says what is wrong with it when it is opened
+        return None  # opening the run's folder will report what is wrong
     return adapter.get("template_date") if isinstance(adapter, dict) else None
 
 

@@ -1,7 +1,7 @@
-"""A training run's folder: how the run was made, what was measured, and checkpoints to go on from.
+"""The folder of a training run: how it was started, what was measured, and checkpoints to resume from.
 
-run.json        settings, data and adapter that a resume must find again, and what made it
-metrics.jsonl   one line a measurement; tensorboard/ has the same
+run.json        settings, data and adapter, which a resume must repeat; versions, machine and command
+metrics.jsonl   one line for each measurement; tensorboard/ has the same values
 checkpoints/    the last two, each with a checksum
 """
 
@@ -29,22 +29,22 @@ KEPT_CHECKPOINTS = 2
 
 
 class RunFolder:
-    """Opens or resumes the run in a folder.
+    """Starts a run in a folder, or resumes the one that is there.
 
     Args:
-        folder: made where it is not there.
-        description: values by part and name (settings, data, adapter) that make this run this one.
-        resume: go on with the run that is there.
+        folder: created if needed.
+        description: values by part and name (settings, data, adapter) that identify this run.
+        resume: continue the run that is there.
 
     Raises:
-        UsageError: another run is there, none to resume, or one with another description.
+        UsageError: the folder has another run, none to resume, or one with another description.
     """
 
     def __init__(self, folder: Path, description: dict[str, dict[str, Any]], *, resume: bool) -> None:
         self.folder = folder
         self.line = ProgressLine()
         record = folder / "run.json"
-        description = json.loads(json.dumps(description))  # as it is read back
+        description = json.loads(json.dumps(description))  # in the form in which it will be read back
         if not resume:
             if record.exists():
                 raise UsageError(
@@ -66,8 +66,10 @@ class RunFolder:
         return self.folder / "checkpoints"
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after a step, and drop all but the last two. The checksum comes last: without it
-        a checkpoint does not count."""
+        """Write the state after a step, and delete all but the last two checkpoints.
+
+        The checksum is written last: a checkpoint without it does not count.
+        """
         self._checkpoints.mkdir(exist_ok=True)
         path = self._checkpoints / f"step-{step:07d}.pt"
         with write_atomically(path) as temporary:
@@ -78,7 +80,7 @@ class RunFolder:
             old.unlink()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The state of the last whole checkpoint, or None; says which are damaged."""
+        """The state of the last complete checkpoint, or None. Reports damaged ones."""
         for path in sorted(self._checkpoints.glob("step-*.pt"), reverse=True):
             if _sealed(path.with_suffix(".json")) != sha256_file(path):
                 self.line.say(f"{path} is not whole (its checksum differs); taking the one before")
@@ -91,8 +93,8 @@ class RunFolder:
 
     @contextmanager
     def metrics(self, step: int) -> Iterator[None]:
-        """Within it `measured` can be called. Begins after a step; what was measured later, before a resume,
-        is measured again."""
+        """A context in which `measured` can be called. It starts after a step: later measurements, from
+        before a resume, are deleted and will be made again."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         path = self.folder / "metrics.jsonl"
@@ -106,14 +108,14 @@ class RunFolder:
             yield
 
     def measured(self, step: int, **values: float) -> None:
-        """Note what was measured at a step."""
+        """Record values measured at a step."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
 
 class Onlooker:
-    """In place of a `RunFolder` in the processes that leave writing and telling to the main one."""
+    """Replaces a `RunFolder` in all processes but the main one, which alone writes and reports."""
 
     class _Silent:
         def show(self, line: str) -> None: ...
@@ -130,7 +132,7 @@ class Onlooker:
 
 
 def _sealed(seal: Path) -> str | None:
-    """The checksum that a seal states; None where it is not there, or damaged itself."""
+    """The checksum in a seal file. None if the file is missing or damaged."""
     try:
         return str(json.loads(seal.read_bytes())["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -154,11 +156,11 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that was cut off
+        return math.inf  # an incomplete line
 
 
 def _made_by() -> dict[str, Any]:
-    """Versions, revision, machine and command."""
+    """Versions, git revision, machine and command."""
     checkout = str(Path(__file__).resolve().parents[2])
     git = ["git", "-C", checkout, "rev-parse", "HEAD"]
     try:

@@ -1,4 +1,4 @@
-"""How the learning rate goes: up in a line, then down by half a cosine."""
+"""The schedule of the learning rate: a linear warm-up, then half a cosine."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 
 
 def warmup_cosine(step: int, total: int, warmup: float) -> float:
-    """The share of the peak learning rate in a step: a linear warm-up, then half a cosine to zero.
+    """The learning rate of a step as a share of its peak: a linear warm-up, then half a cosine to zero.
 
     Args:
-        step: counts from 0.
+        step: counted from 0.
         total: steps of the whole run.
-        warmup: steps of the warm-up; a fraction of a step counts.
+        warmup: steps of the warm-up; it need not be a whole number.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -1,6 +1,7 @@
-"""The training loop that every script shares: schedule, steps, validation, exact resume.
+"""The training loop that all scripts share: schedule, steps, validation, exact resume.
 
-The folder of a run is the folder of its best adapter so far, with what `RunFolder` keeps beside it.
+A run's folder is also the folder of its best adapter so far. `RunFolder` keeps its files beside the
+adapter's.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train; the defaults are the paper's (section 4.1 and the authors' script).
+    """How to train. The defaults are the paper's (section 4.1 and the authors' script).
 
-    They were chosen for larger prompts than `LlamaAdapter.new_adapter` starts from. The options of the
-    scripts are made from these fields and their "help".
+    The paper chose them for larger initial prompts than those of `LlamaAdapter.new_adapter`. The scripts make
+    their options from these fields and their "help".
     """
 
     epochs: int = field(default=5, metadata={"help": "passes over the rows"})
@@ -119,20 +120,20 @@ class TrainingSettings:
         return self.learning_rate or self.base_learning_rate * self.batch_size / 256
 
     def total_steps(self, rows: int) -> int:
-        """Optimiser steps of the whole run on so many rows."""
+        """The number of optimiser steps of the whole run on this many rows."""
         steps = math.ceil(rows / self.batch_size) * self.epochs
         return min(steps, self.max_steps or steps)
 
     def schedule(self, step: int, total: int) -> float:
-        """Share of the peak rates: a linear warm-up, then half a cosine to zero; ``step`` counts from 0."""
+        """A share of the peak rates: a linear warm-up, then half a cosine to zero. ``step`` counts from 0."""
         return warmup_cosine(step, total, total * self.warmup_epochs / self.epochs)
 
 
 def parameter_groups(adapter: Adapter, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """The adapter's parameters as an optimiser takes them, each group with its "peak" learning rate.
+    """The adapter's parameters in groups for an optimiser, each with its "peak" learning rate.
 
     Raises:
-        UsageError: a rate for a group that the adapter lacks.
+        UsageError: a rate for a group that the adapter does not have.
     """
     groups = adapter.parameter_groups()
     for name in settings.rates:
@@ -149,7 +150,7 @@ def parameter_groups(adapter: Adapter, settings: TrainingSettings) -> list[dict[
 
 @dataclass
 class _Progress:
-    """What changes from step to step and is restored by a resume."""
+    """The state that changes from step to step. A resume restores it."""
 
     step: int = 0
     best_loss: float = math.inf
@@ -164,14 +165,14 @@ class Trainer:
     """Trains one adapter of a model on encoded rows.
 
     Attributes:
-        adapter: name of the adapter in ``model``; nothing else is changed.
+        adapter: name of the adapter in ``model``. Nothing else is changed.
         output: folder of the run and of the best adapter.
-        data: what tells these rows from others (names, fingerprints); kept with the adapter, and a resume
-            must find it again.
-        validation_examples: rows by the name of their source. The best adapter is that of the least mean over
-            the sources, since the tokens of one with long answers would drown all others.
-        features: (F,) of each picture of the rows; None where they have none.
-        occurrences: how often each training row comes up in an epoch, on average; None is once each.
+        data: identifies the rows (names, fingerprints). It is saved with the adapter, and a run can only be
+            resumed with the same data.
+        validation_examples: rows by the name of their source. The best adapter has the lowest loss on average
+            over the sources: over all tokens, a source with long answers would outweigh the others.
+        features: (F,) for each picture of the rows; None if they have no pictures.
+        occurrences: how often each training row is used in an epoch, on average; None is once each.
     """
 
     model: LlamaAdapter
@@ -185,25 +186,26 @@ class Trainer:
     occurrences: Sequence[float] | None = None
 
     def run(self, *, resume: bool = False) -> float:
-        """Train to the end, or on from the last checkpoint; returns the best validation loss in nats a token.
+        """Train to the end, or resume from the last checkpoint. Returns the best validation loss, nats a
+        token.
 
-        The first Ctrl-C (or SIGTERM) ends the run after the step in hand, with a checkpoint; resumed, it
-        goes on as if nothing had been. A second one ends it at once.
+        The first Ctrl-C (or SIGTERM) ends the run after the current step, with a checkpoint. A resumed run
+        gives the same result as one that was never stopped. A second Ctrl-C ends the run at once.
 
-        Started by `accelerate launch`, every process calls this; together they do what one alone would, with
-        another number of processes at every resume.
+        Under `accelerate launch` every process calls this. Together they compute what a single process would;
+        the number of processes may change at each resume.
 
         Raises:
-            UsageError: a folder with another run, a resume with other data or settings, or losses that stay
-                not finite.
-            KeyboardInterrupt: after a Ctrl-C.
+            UsageError: a folder with another run, a resume with other data or settings, or a loss that is not
+                finite for several steps in a row.
+            KeyboardInterrupt: after Ctrl-C.
         """
         adapter = self.model.adapters[self.adapter]
         assert isinstance(adapter, Adapter)
         adapter.requires_grad_(True)
         processes = running_processes()
         processes.shard(self.model.decoder)
-        adapter.to(self.model.decoder.device)  # sharding may have moved it
+        adapter.to(self.model.decoder.device)  # sharding may have moved the decoder
         optimizer = torch.optim.AdamW(
             parameter_groups(adapter, self.settings),
             betas=self.settings.betas,
@@ -217,7 +219,7 @@ class Trainer:
         config = dataclasses.replace(adapter.config, training={})
         made_of = {"method": config.method, **config.to_dict()}
         made_of["parts"] = {part.pop("kind"): part for part in made_of["parts"]}
-        del made_of["base_fingerprint"]  # follows from the shape
+        del made_of["base_fingerprint"]  # it follows from the shape
         rows = {"train_rows": len(self.train_examples), "validation_rows": self._validation_rows}
         description = {
             "settings": dataclasses.asdict(self.settings),
@@ -244,7 +246,7 @@ class Trainer:
             folder.line.say("there is no checkpoint yet: starting from the beginning")
         with folder.metrics(progress.step), frozen_products(self.model):
             self._steps(adapter, optimizer, progress, folder)
-        processes.any(False)  # all wait here for the one that writes
+        processes.any(False)  # all wait here until the main process has written its files
         return progress.best_loss
 
     def _steps(
@@ -321,7 +323,7 @@ class Trainer:
                     raise KeyboardInterrupt
 
     def _batches(self, first: int, last: int) -> Iterator[list[Example]]:
-        """The batches of steps first..last; an epoch's order depends on the seed and its number only."""
+        """The batches of steps first..last. The order of an epoch depends only on the seed and its number."""
         size = self.settings.batch_size
         per_epoch = math.ceil(len(self._order(0)) / size)
         order: list[int] = []
@@ -332,14 +334,14 @@ class Trainer:
             yield [self.train_examples[i] for i in order[place * size : (place + 1) * size]]
 
     def _order(self, epoch: int) -> list[int]:
-        """The rows of an epoch in their order, as many in each."""
+        """The rows of an epoch in their order. Every epoch has the same number of rows."""
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train_examples), generator=generator)
         if self.occurrences is not None:
             # Systematic sampling: lay the rows end to end, each `occurrences` long, and take one for every
             # k + 0.5 inside it.
             lengths = torch.tensor(self.occurrences, dtype=torch.float64)[order]
-            # Rounded, since the sum of the lengths differs in its last digits between orders.
+            # Rounded: the sum of the lengths depends in its last digits on the order.
             ends = (lengths.cumsum(0) + 0.5).round(decimals=6).floor().long()
             counts = ends.diff(prepend=ends.new_zeros(1))
             order = order.repeat_interleave(counts)
@@ -351,7 +353,7 @@ class Trainer:
         """Accumulate the gradient of the batch's loss and of the parts' penalties.
 
         Returns:
-            the loss, without the penalties, and the norm of the gradient.
+            the loss without the penalties, and the norm of the gradient.
         """
         processes, device = running_processes(), self.model.decoder.device
         loss = accumulate_gradient(
@@ -367,7 +369,7 @@ class Trainer:
         if processes.count > 1:
             loss = float(processes.sum(torch.tensor(loss, device=device)))
             processes.sum_gradients(adapter.parameters())
-        # Behind the sum over the processes, since each has the whole of it.
+        # After adding up the processes' gradients, since each process computes the whole penalty.
         for part in adapter.parts:
             if (penalty := part.penalty()) is not None:
                 penalty.backward()
@@ -421,7 +423,7 @@ class Trainer:
 
 
 class _Pace:
-    """Seconds of the run (earlier sessions counted), rate and time left."""
+    """Seconds of the run (with earlier sessions), its speed, and the time left."""
 
     def __init__(self, progress: _Progress, total: int) -> None:
         self._progress, self._total = progress, total
@@ -440,10 +442,10 @@ class _Pace:
 
 @contextmanager
 def stop_request() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts as usual."""
+    """An event that the first Ctrl-C or SIGTERM sets. The second one interrupts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may listen to signals
+        yield stop  # only the main thread can receive signals
         return
 
     def request(number: int, frame: Any) -> None:
