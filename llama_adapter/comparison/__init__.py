@@ -1,1 +1,1 @@
-"""Methods compared on the same rows: learning rates, then seeds, then a table."""
+"""Compares methods on the same rows: first learning rates, then seeds, then a table."""

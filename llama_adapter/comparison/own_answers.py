@@ -1,12 +1,12 @@
-"""Forgetting: how much worse an adapter finds what its base was good at.
+"""Forgetting: how much worse an adapter is at what its base was good at.
 
-The text is the bare base's own: its greedy answers to the plain questions of
-`llama_adapter.answering.questions`, in the base's own chat template. The base finds them likely by
-construction, since each token is the one that it found likeliest. No training row can hold them: the
-questions are our own, and one that a row asks as well is left out.
+It is measured on the bare base's own text: its greedy answers to the plain questions of
+`llama_adapter.answering.questions`, in the base's own chat template. The base finds these answers likely by
+construction, since each token is the one that it found most likely. They are never in the training rows: the
+questions are our own, and one that a row also asks is left out.
 
-Forgetting is the rise of the mean cross-entropy of these answers, in nats a token, from the bare base to the
-base with the adapter.
+Forgetting is how much the mean cross-entropy of these answers, in nats a token, rises from the bare base to
+the base with the adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_NEW_TOKENS = 32
 
 
 def kept_apart(records: Sequence[Record]) -> list[str]:
-    """Our own questions that none of these rows asks, whatever its case and spaces."""
+    """Those of our own questions that none of these rows asks; case and spaces are ignored."""
     asked = {_plain(turn.text) for record in records for turn in record.turns if turn.role == "user"}
     return [question.text for question in load_questions() if _plain(question.text) not in asked]
 
@@ -38,9 +38,9 @@ def _plain(text: str) -> str:
 def answer_as_base(
     model: LlamaAdapter, questions: Sequence[str], *, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[Example]:
-    """The bare base's greedy answers, as rows that are scored without their end tokens.
+    """The bare base's greedy answers, as rows whose end tokens are not scored.
 
-    An answer that ends before its first word is left out.
+    An empty answer is left out.
     """
     assert model.tokenizer is not None
     ends = end_token_ids(model.template(NO_ADAPTER), model.tokenizer)
@@ -57,7 +57,7 @@ def answer_as_base(
 
 
 def forgetting(model: LlamaAdapter, answers: Sequence[Example], *, adapter: str) -> float | None:
-    """The rise of the loss of the base's own answers with an adapter, nats a token; None without answers."""
+    """How much an adapter raises the loss of the base's own answers, nats a token; None without answers."""
     if not answers:
         return None
     losses = {

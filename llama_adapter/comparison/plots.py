@@ -1,4 +1,4 @@
-"""Plots of a comparison, as PNG and SVG: loss against cost, with the Pareto front; and loss curves."""
+"""Plots of a comparison, as PNG and SVG: loss against cost with the Pareto front, and loss curves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABELS = dict(
 
 
 def draw_fronts(results: Mapping[str, Any], folder: Path) -> None:
-    """loss-vs-cost.png and .svg: a panel for each cost."""
+    """Draw loss-vs-cost.png and .svg, with a panel for each cost."""
     figure = Figure(figsize=(5 * len(COSTS), 4.5), layout="constrained")
     for axes, cost in zip(figure.subplots(1, len(COSTS)), COSTS, strict=True):
         _front(axes, results, cost)
@@ -46,17 +46,17 @@ def _front(axes: Axes, results: Mapping[str, Any], cost: str) -> None:
     values = [value for value, _ in points.values()]
     if cost == "parameters" and max(values) > 10 * min(values):
         axes.set_xscale("log")
-    axes.margins(0.15)  # room for the names
+    axes.margins(0.15)  # leaves room for the names
     axes.set_xlabel(LABELS[cost])
     axes.set_ylabel("validation loss, nats a token")
     axes.legend(fontsize=8)
 
 
 def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], folder: Path) -> None:
-    """curves.png and .svg: the validation loss of each method at its best rate, by step.
+    """Draw curves.png and .svg: the validation loss of each method at its best rate, over the steps.
 
     Args:
-        curves: (step, loss) in order, by method.
+        curves: by method, its (step, loss) in order.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

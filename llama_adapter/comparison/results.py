@@ -1,4 +1,4 @@
-"""What a comparison came to: the best rate of each method, its interval over seeds, and the Pareto front."""
+"""Summarises a comparison: each method's best rate, its interval over seeds, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _T = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-COSTS = ("parameters", "peak_mb", "forgetting")  # what quality is weighed against; less is better
+COSTS = ("parameters", "peak_mb", "forgetting")  # compared with the loss; less is better
 
 _HOW_TO_READ = (
     "Loss: nats a response token on the rows kept back, at the best validation of a run; the mean over seeds "
-    "with its 95 % interval by Student's t. Rate: the best of the sweep, with the first seed, on the same "
-    "rows. Forgetting: the rise of the loss, in nats a token, of the base's own greedy answers to questions "
-    "that no row asks. Token time: of a decoded token, to that of the bare base. Front: no other method is "
-    "at least as good in loss, parameters, peak memory and forgetting, and better in one."
+    "with its 95 % interval by Student's t. Rate: the best of the sweep with the first seed, chosen on the "
+    "same rows. Forgetting: how much the loss, in nats a token, of the base's own greedy answers rises, to "
+    "questions that no row asks. Token time: the time to decode a token, divided by the bare base's. Front: "
+    "no other method is at least as good in loss, parameters, peak memory and forgetting, and better in one."
 )
 
 Result = Mapping[str, Any]  # one of "runs" in results.json
 
 
 def rate_grid(rate: float, count: int) -> list[float]:
-    """``count`` learning rates around one, each sqrt(10) times the one before, rounded to three digits."""
+    """``count`` learning rates around ``rate``, each sqrt(10) times the last, rounded to three digits."""
     exponents = [(place - (count - 1) / 2) / 2 for place in range(count)]
     return [float(f"{rate * 10**exponent:.3g}") for exponent in exponents]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean by Student's t; of one value that value alone."""
+    """The 95 % interval of the mean by Student's t. For a single value, that value twice."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, mean
@@ -45,18 +45,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def done(runs: Sequence[Result], method: str) -> list[Result]:
-    """The runs of a method that came to a loss."""
+    """The runs of a method that gave a loss."""
     return [own for own in runs if own["method"] == method and own["status"] == "done"]
 
 
 def best_rate(runs: Sequence[Result], method: str, *, seed: int = 0) -> float | None:
-    """The rate with the least validation loss with the first seed; None where no run was done."""
+    """The rate with the lowest validation loss with the first seed. None if no run is done."""
     swept = [own for own in done(runs, method) if own["seed"] == seed]
     return min(swept, key=lambda own: own["validation_loss"])["rate"] if swept else None
 
 
 def summarise(runs: Sequence[Result], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """``best`` of results.json: each method at its best rate, over its seeds."""
+    """The entry ``best`` of results.json: each method at its best rate, over its seeds."""
     best: dict[str, dict[str, Any]] = {}
     for method in methods:
         rate = best_rate(runs, method)
@@ -84,18 +84,18 @@ def at_best(runs: Sequence[Result], method: str) -> list[Result]:
 
 
 def mean_of(runs: Sequence[Result], method: str, name: str) -> float | None:
-    """The mean of a figure over the seeds at the best rate; None where it was not measured."""
+    """The mean of a figure over the seeds at the best rate. None if it was not measured."""
     values = [own[name] for own in at_best(runs, method) if own[name] is not None]
     return statistics.fmean(values) if values else None
 
 
 def costs(runs: Sequence[Result], method: str) -> tuple[float | None, ...]:
-    """What a method costs, in the order of `COSTS`."""
+    """The costs of a method, in the order of `COSTS`."""
     return tuple(mean_of(runs, method, name) for name in COSTS)
 
 
 def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """The names of points (cost, loss) that no other one beats, by rising cost."""
+    """The names of the points (cost, loss) that no other point beats, by rising cost."""
     names = [
         name
         for name, point in points.items()
@@ -105,7 +105,7 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def _beats(one: Sequence[float | None], other: Sequence[float | None]) -> bool:
-    """Whether one is nowhere worse and somewhere better; what was not measured does not count."""
+    """Whether one is nowhere worse and somewhere better. Figures that were not measured are ignored."""
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
@@ -114,7 +114,7 @@ def _beats(one: Sequence[float | None], other: Sequence[float | None]) -> bool:
 
 
 def markdown(results: Mapping[str, Any], *, about: str) -> str:
-    """The comparison as a page: a table by rising loss, what failed, and how to read it."""
+    """The comparison as a Markdown page: a table by rising loss, the failed runs, and how to read it."""
     runs, best = results["runs"], results["best"]
     head = [
         *("method", "rate", "seeds", "validation loss", "95 % interval", "task score", "forgetting"),

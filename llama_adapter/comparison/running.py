@@ -1,7 +1,7 @@
-"""One run of a comparison: an adapter is trained and measured, in a process of its own.
+"""One run of a comparison: trains and measures an adapter in a process of its own.
 
-A process of its own tells the run's own peak memory, and takes a failure with it. It ends by itself, with a
-checkpoint, when the process that started it is gone.
+Only in its own process can a run's peak memory be measured, and there a crash does not harm the other runs.
+The process saves a checkpoint and ends by itself when the process that started it has ended.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from llama_adapter.training.recipes import AdapterPlan, Source, read_source, tra
 from llama_adapter.training.trainer import TrainingSettings
 from llama_adapter.vision.features import picture_features
 
-STOPPED = 130  # the exit code of a run that was ended by Ctrl-C
+STOPPED = 130  # exit code of a run that Ctrl-C ended
 RESULT_FILE, LOG_FILE, RUN_FOLDER = "result.json", "log.txt", "adapter"
-MAX_NEW_TOKENS = 16  # of an answer to a question about a picture
+MAX_NEW_TOKENS = 16  # for an answer to a question about a picture
 DECODED_TOKENS, DECODED_ROUNDS = 16, 7
 
-# What is measured in a run, in the order of results.json.
+# What is measured in each run, in the order of results.json.
 MEASURED = (
     *("validation_loss", "task", "task_score", "forgetting", "parameters", "bytes", "rows_per_second"),
     *("peak_mb", "decode_vs_base"),
@@ -64,13 +64,13 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a comparison share.
+    """What all runs of a comparison have in common.
 
     Attributes:
-        data: files, folders or data sets; a ScienceQA folder among them is read as such.
-        rows: how many to train on, of each source; the same for all runs.
-        validation_rows: how many are kept back, of each source.
-        plan: base, template, where it computes; without a method.
+        data: files, folders or data sets. A ScienceQA folder is recognised and read as such.
+        rows: how many rows of each source to train on, the same ones in all runs.
+        validation_rows: how many rows of each source are kept back.
+        plan: base, template and device; without a method.
         training: how to train; without rate and seed.
         answers: the file with the base's own answers.
     """
@@ -86,7 +86,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a method with its sizes, at a learning rate, with a seed."""
+    """One run: a method with its sizes, a learning rate and a seed."""
 
     method: str
     rate: float
@@ -100,14 +100,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Task:
-    """The rows of a comparison, and the ScienceQA problems among those kept back."""
+    """The rows of a comparison, and those ScienceQA problems that are kept back."""
 
     sources: list[Source]
     problems: list[Problem]
 
 
 def read_task(setting: Setting) -> Task:
-    """The same rows each time: kept back by the split that all scripts make, then drawn from the rest."""
+    """Read the rows, the same each time: kept back by the split of all scripts, then drawn from the rest."""
     sources, problems = [], []
     for data in setting.data:
         if is_scienceqa(data):
@@ -130,7 +130,7 @@ def read_task(setting: Setting) -> Task:
 
 
 def is_scienceqa(data: str) -> bool:
-    """Whether data is the official folder of ScienceQA."""
+    """Whether ``data`` is the official folder of ScienceQA."""
     return (Path(data) / "problems.json").is_file()
 
 
@@ -140,10 +140,10 @@ def is_scienceqa(data: str) -> bool:
 def prepare(
     setting: Setting, questions: Sequence[str], methods: Sequence[str], parameters: int | None
 ) -> Any:
-    """What needs the base alone: its own answers, kept in a file, and the sizes of the methods.
+    """Compute what needs only the base: its own answers, which are saved, and the sizes of the methods.
 
     Returns:
-        for each method its sizes by option, and the number of parameters that it then has in its layers.
+        for each method its sizes by option, and the number of parameters that this gives.
     """
     plan = setting.plan
     model = LlamaAdapter.from_base(
@@ -161,7 +161,7 @@ def prepare(
 
 
 def load_answers(file: Path) -> list[Example]:
-    """What `prepare` kept."""
+    """Load the answers that `prepare` saved."""
     answers = json.loads(file.read_text(encoding="utf-8"))["answers"]
     return [Example(own["input_ids"], own["labels"], (), row) for row, own in enumerate(answers, start=1)]
 
@@ -170,12 +170,12 @@ def load_answers(file: Path) -> list[Example]:
 
 
 def rates_of(method: str, rate: float, *, seeing: bool = False) -> dict[str, float]:
-    """The peaks of parts whose own is another than that of the method's first part, which is ``rate``.
+    """The peak rates of those parts that need another one than the method's first part, which gets ``rate``.
 
-    The parts stay in the proportion of their usual rates, so that a sweep has one number to choose.
+    All rates keep the ratios of the parts' usual rates, so a sweep has only one number to choose.
 
     Args:
-        seeing: a projection of pictures is trained as well.
+        seeing: whether a projection of pictures is trained too.
     """
     parts = parts_of_method(method)
     if seeing:
@@ -186,7 +186,7 @@ def rates_of(method: str, rate: float, *, seeing: bool = False) -> dict[str, flo
 
 
 def carry_out(setting: Setting, run: Run) -> dict[str, Any]:
-    """Train and measure; what `MEASURED` names. A run that was cut off goes on."""
+    """Train and measure, and return what `MEASURED` lists. An interrupted run is resumed."""
     task = read_task(setting)
     kept_back = [record for source in task.sources for record in source.validation]
     seeing = any(record.images for record in kept_back)
@@ -231,10 +231,10 @@ def score_task(
     problems: Sequence[Problem],
     features: Mapping[PictureFile, Tensor],
 ) -> tuple[str | None, float | None]:
-    """The task's name and the share of right answers on rows kept back; None where there is no task.
+    """The task's name and the share of right answers on the rows kept back. None if there is no task.
 
-    ScienceQA's problems are answered by letter; questions about pictures have to match exactly
-    (`llama_adapter.answering.scoring.is_right`). Captions have no exact match.
+    ScienceQA's problems are answered by letter. Answers to questions about pictures have to match exactly
+    (`llama_adapter.answering.scoring.is_right`). Captions can't be scored so.
     """
     if problems:
         predictions, _ = examine(model, problems, Examination(), features=features or None)
@@ -248,7 +248,7 @@ def score_task(
 
 
 def rows_per_second(metrics: Sequence[Mapping[str, Any]], batch_size: int) -> float:
-    """Rows a second of training steps: the median over steps, without those that a validation came before.
+    """Rows a second in training: the median over steps, without steps that follow a validation.
 
     Args:
         metrics: the lines of a run's metrics.jsonl.
@@ -261,14 +261,14 @@ def rows_per_second(metrics: Sequence[Mapping[str, Any]], batch_size: int) -> fl
             speeds.append(batch_size / (line["seconds"] - before))
         if "seconds" in line:
             before = line["seconds"]
-    if not speeds:  # a validation after each step
+    if not speeds:  # every step followed a validation
         steps = [line for line in metrics if "seconds" in line]
         return float(batch_size * len(steps) / steps[-1]["seconds"])
     return statistics.median(speeds)
 
 
 def decode_vs_base(model: LlamaAdapter, adapter: str) -> float:
-    """Time of a decoded token with an adapter to that of the bare base: the median of alternating rounds."""
+    """The time to decode a token with an adapter, divided by the bare base's: the median of paired rounds."""
     greedy = Sampling(temperature=0, max_new_tokens=DECODED_TOKENS + 1)
     question = model.prepare_request("What is the capital of France?", adapter=NO_ADAPTER).question
     forwards = {name: partial(model, adapter=model.project(name)) for name in (NO_ADAPTER, adapter)}
@@ -282,7 +282,7 @@ def decode_vs_base(model: LlamaAdapter, adapter: str) -> float:
             for _ in tokens:
                 pass
             seconds[name] = time.perf_counter() - started
-        if number > 0:  # the first round warms up
+        if number > 0:  # the first round is a warm-up
             ratios.append(seconds[adapter] / seconds[NO_ADAPTER])
     return statistics.median(ratios)
 
@@ -291,11 +291,11 @@ def decode_vs_base(model: LlamaAdapter, adapter: str) -> float:
 
 
 def start(function: Any, *arguments: Any, result: Path, log: Path) -> multiprocessing.process.BaseProcess:
-    """Call a function in a process of its own; what it returns, or its error, is written to ``result``."""
+    """Call a function in a process of its own. Its return value or its error is written to ``result``."""
     result.parent.mkdir(parents=True, exist_ok=True)
     if "forkserver" in multiprocessing.get_all_start_methods():
-        # A server has imported the libraries, which takes longer than to train a small adapter, and nothing
-        # else: each process starts as the one before.
+        # A fork server has imported the libraries, which takes longer than training a small adapter, and has
+        # done nothing else: so all processes start from the same state.
         context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "torch.utils.tensorboard"])
     else:
@@ -316,7 +316,7 @@ def _within(function: Any, arguments: tuple[Any, ...], result: Path, log: Path) 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    # One that was left behind may still be writing its checkpoint.
+    # A process that was left behind may still be writing its checkpoint.
     with alone_in(result.parent):
         try:
             value, error = function(*arguments), None
@@ -331,7 +331,7 @@ def _within(function: Any, arguments: tuple[Any, ...], result: Path, log: Path) 
 
 
 def _finite(value: Any) -> Any:
-    """As JSON has it: it knows no infinity."""
+    """The value for JSON, which has no infinity."""
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -341,4 +341,4 @@ def _stop_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)  # a training ends after the step in hand, with a checkpoint
+    os.kill(os.getpid(), signal.SIGTERM)  # a training then ends after the current step, with a checkpoint

@@ -1,11 +1,11 @@
-"""The runs of a comparison in their order: a sweep of learning rates for each method, then more seeds.
+"""The runs of a comparison in order: first a sweep of learning rates for each method, then more seeds.
 
 The folder of a comparison:
 
-comparison.json     what all runs share; a call that goes on must ask for the same
-results.json        the runs and the best of each method, rewritten after each run
-README.md           the same as a table; loss-vs-cost and curves (.png, .svg) draw it
-base-answers.json   what forgetting is measured on
+comparison.json     what all runs have in common; a later call must ask for the same
+results.json        all runs and the best of each method, rewritten after each run
+README.md           the same as a table; loss-vs-cost and curves (.png, .svg) are its plots
+base-answers.json   the answers that forgetting is measured on
 METHOD/rate-R-seed-S/   a run: result.json, log.txt, and adapter/, the folder of its training
 """
 
@@ -47,12 +47,12 @@ POLL_SECONDS = 0.5
 
 @dataclass
 class Comparison:
-    """Methods on the same rows, in one folder.
+    """A comparison of methods on the same rows, in one folder.
 
     Attributes:
-        seeds: how many for each method at its best rate; the sweep counts as the first.
+        seeds: how many seeds each method gets at its best rate. The sweep counts as the first.
         rates: how many learning rates are tried for each method, around its usual one.
-        parameters: about how many each method shall have; None leaves methods at their usual sizes.
+        parameters: about how many parameters each method should have. None keeps the methods' usual sizes.
     """
 
     setting: Setting
@@ -64,14 +64,14 @@ class Comparison:
     line: ProgressLine = field(default_factory=ProgressLine)
 
     def run(self) -> dict[str, Any]:
-        """Carry out the runs that have no result yet, those that failed among them; returns results.json.
+        """Carry out all runs that have no result yet or have failed. Returns the content of results.json.
 
         Raises:
-            UsageError: another comparison is in the folder, or the base or the data cannot be read.
-            KeyboardInterrupt: after a Ctrl-C; the same call goes on from there.
+            UsageError: another comparison is in the folder, or the base or the data can't be read.
+            KeyboardInterrupt: after Ctrl-C. The same call continues from there.
         """
         for method in self.methods:
-            parts_of_method(method)  # a mistyped one is told before long work
+            parts_of_method(method)  # finds a mistyped name before the long work starts
         plan = self.setting.plan
         locations.resolve(str(plan.base), kind="base", weights=plan.weights)
         task = read_task(self.setting)
@@ -87,7 +87,7 @@ class Comparison:
         total = len(self.methods) * (self.rates + self.seeds - 1)
         steps = self.setting.training.total_steps(results["rows"])
         runs: list[dict[str, Any]] = results["runs"]
-        spent: list[float] = []  # seconds of the runs of this call
+        spent: list[float] = []  # seconds of each run of this call
         for run in self._runs(runs, sizes):
             if (found := _result(run)) is None:
                 started = time.monotonic()
@@ -107,7 +107,7 @@ class Comparison:
         return results
 
     def _runs(self, runs: Sequence[dict[str, Any]], sizes: dict[str, dict[str, int]]) -> Iterator[Run]:
-        """All of them, in order; ``runs`` are the results so far, which choose the later ones' rates."""
+        """All runs in order. ``runs`` are the results so far; later runs take their rate from them."""
         for method in self.methods:
             for rate in self._grid(method):
                 yield self._run(method, rate, 0, sizes)
@@ -124,7 +124,7 @@ class Comparison:
         return rate_grid(parts_of_method(method)[0].learning_rate, self.rates)
 
     def _claim(self, task: Task) -> None:
-        """Note what all runs share, or see that it is what was noted before."""
+        """Write down what all runs have in common, or check it against what an earlier call wrote."""
         setting, record = self.setting, self.output / "comparison.json"
         shared = {
             "data": [dict(source.facts) for source in task.sources],
@@ -138,7 +138,7 @@ class Comparison:
             "quantize": setting.plan.quantize,
             "settings": dataclasses.asdict(setting.training),
         }
-        shared = json.loads(json.dumps(shared))  # as it is read back
+        shared = json.loads(json.dumps(shared))  # in the form in which it will be read back
         if not record.exists():
             self.output.mkdir(parents=True, exist_ok=True)
             write_json(record, shared)
@@ -176,7 +176,7 @@ class Comparison:
     def _carry_out(
         self, run: Run, number: str, steps: int, runs_left: int, spent: Sequence[float]
     ) -> dict[str, Any]:
-        """The run's line of results.json, kept in its folder; a line on standard error while it goes."""
+        """Carry out a run and return its entry of results.json. Shows a progress line on standard error."""
         result = run.folder / RESULT_FILE
         result.unlink(missing_ok=True)
         process = start(carry_out, self.setting, run, result=result, log=run.folder / LOG_FILE)
@@ -190,7 +190,7 @@ class Comparison:
                 self.line.show(f"run {number}  {run}  step {step}/{steps}  {left} left for all")
                 process.join(POLL_SECONDS)
         except KeyboardInterrupt:
-            process.join()  # it has the same signal, and leaves a checkpoint
+            process.join()  # it got the same signal, and saves a checkpoint
             raise
         found = _outcome(process.exitcode, result)
         measured = found["value"] or dict.fromkeys(MEASURED)
@@ -218,7 +218,7 @@ class Comparison:
         return own
 
     def _write(self, results: dict[str, Any]) -> None:
-        """results.json, the table and the plots; each is whole or as it was."""
+        """Write results.json, the table and the plots, each atomically."""
         setting = self.setting
         write_json(self.output / "results.json", results)
         about = (
@@ -244,7 +244,7 @@ class Comparison:
 
 
 def _result(run: Run) -> dict[str, Any] | None:
-    """The line of a run that is done."""
+    """The entry of a run that is done, else None."""
     path = run.folder / RESULT_FILE
     if not path.exists():
         return None
@@ -253,7 +253,7 @@ def _result(run: Run) -> dict[str, Any] | None:
 
 
 def _outcome(code: int | None, result: Path) -> dict[str, Any]:
-    """What a process wrote: "value" and "error"; its end is the error where it wrote nothing."""
+    """The "value" and "error" that a process wrote. If it wrote nothing, how it ended is the error."""
     if code == STOPPED:
         raise KeyboardInterrupt
     if result.exists():
@@ -267,11 +267,11 @@ def _outcome(code: int | None, result: Path) -> dict[str, Any]:
 
 
 def _last_step(metrics: Path) -> int:
-    """The last step that a training has measured; 0 before the first."""
+    """The last step that a training has recorded; 0 before the first."""
     try:
         with open(metrics, "rb") as file:
             file.seek(max(0, metrics.stat().st_size - 2000))
             lines = file.read().decode().splitlines()
         return int(json.loads(lines[-1])["step"])
     except (OSError, ValueError, KeyError, IndexError):
-        return 0  # not there yet, or a line that is still being written
+        return 0  # the file is not there yet, or its last line is incomplete

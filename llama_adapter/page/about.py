@@ -1,4 +1,4 @@
-"""A line on how large the model is and what it is not good at, so that nobody expects too much of it."""
+"""A line about the size of the model and its limits, so that nobody expects too much of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 
-# What a decoder with fewer parameters than this is not good at.
+# The limits of a decoder with fewer parameters than this.
 _LIMITS = (
     (1e9, "So small a model is often wrong about facts, sums and counts, and loses the thread of long texts"),
     (1e10, "It can be wrong about facts, and in questions that take several steps"),
@@ -15,7 +15,7 @@ _LIMITS = (
 
 
 def describe_limits(model: LlamaAdapter, adapter: str) -> str:
-    """The size of the base and of an adapter of it, and what they are not good at."""
+    """The size of the base and of an adapter, and their limits."""
     size = model.decoder.num_parameters()
     parts = f"{Path(str(model.base)).name} has {_count(size)} parameters"
     if adapter != NO_ADAPTER:

@@ -1,4 +1,4 @@
-"""The tab "Chat": what is on it, and which of the handlers each thing calls."""
+"""The tab "Chat": its components, and the handlers that they call."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llama_adapter.page.wiring import ANSWERING, AT_ONCE, PRIVATE, TAKING
 
 
 def offered(model: LlamaAdapter, adapter: str) -> list[dict[str, Any]]:
-    """What the empty chat offers to ask, as many for every adapter."""
+    """The questions that an empty chat suggests; equally many for every adapter."""
     if not model.sees(adapter):
         return [{"text": text} for text in EXAMPLES]
-    drawn = [  # no path: there is no file
+    drawn = [  # without a path, since there is no file
         {"text": text, "files": [{"path": "", "url": data_url(image), "mime_type": "image/png"}]}
         for text, image in PICTURE_EXAMPLES.items()
     ]
@@ -32,9 +32,12 @@ def chat_tab(
     settings: list[gr.components.Component],
     limits: gr.Markdown,
 ) -> gr.State:
-    """Build the tab, with the limits of the model under the box; returns where the person's chats are."""
+    """Build the tab.
+
+    Under the box it states the model's limits. Returns the state with the person's chats.
+    """
     chats = gr.State()
-    # The secret is none: it only keeps the same browser's chats readable when the page is served anew.
+    # This "secret" hides nothing. It only keeps a browser's chats readable when the page is served again.
     kept = gr.BrowserState(storage_key=STORAGE_KEY, secret="llama-adapter")
     with gr.Row(elem_id="chats"):
         picker = gr.Dropdown(
@@ -85,7 +88,7 @@ def chat_tab(
 def _more(
     handlers: ChatHandlers, chats: gr.State, box: gr.MultimodalTextbox, view: list[gr.components.Component]
 ) -> None:
-    """What is needed less often, folded away."""
+    """Things that are needed less often, folded away."""
     with gr.Accordion("Take a photo", open=False):
         camera = gr.Image(sources=["webcam"], type="filepath", show_label=False, label="Camera", height=320)
     camera.input(handlers.attach, [camera, box], [box, camera], **AT_ONCE)

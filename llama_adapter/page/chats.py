@@ -1,4 +1,4 @@
-"""One person's chats, and the questions that wait while another one is answered."""
+"""One person's chats, and the questions that wait while another is being answered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llama_adapter.answering.conversation import Conversation
 from llama_adapter.common.errors import UsageError
 from llama_adapter.decoding.sampling import Sampling
 
-MAX_WAITING = 8  # questions of one chat; they keep a place that others want too
+MAX_WAITING = 8  # questions of one chat, so that one person can't fill the queue
 MAX_CHATS = 100
 
 NewConversation = Callable[[], Conversation]
@@ -23,7 +23,7 @@ NewConversation = Callable[[], Conversation]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a question is to be answered, as the page has it set.
+    """How a question is to be answered, as set on the page.
 
     Attributes:
         adapters: the names of the experts: one in a chat, two side by side.
@@ -36,7 +36,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Question:
-    """What a person asked, and who shall answer it how."""
+    """A question, with the settings for its answer."""
 
     text: str
     pictures: tuple[Image.Image, ...]
@@ -44,10 +44,10 @@ class Question:
 
 
 class Turns(ABC):
-    """Takes questions one after the other: one that comes while another is answered waits for its turn.
+    """Takes questions one at a time. A question that comes while another is being answered waits.
 
     Attributes:
-        waiting: the questions that do, the next one first.
+        waiting: the waiting questions, the next one first.
     """
 
     def __init__(self) -> None:
@@ -62,14 +62,14 @@ class Turns(ABC):
 
     @abstractmethod
     def check(self, question: Question) -> None:
-        """Raise UsageError for what `begin` would refuse."""
+        """Raise UsageError for a question that `begin` would refuse."""
 
     @abstractmethod
     def begin(self, question: Question) -> None:
         """Start the answer to a question. Raises UsageError."""
 
     def take(self, question: Question) -> None:
-        """Begin a question, or let it wait. Raises UsageError, also where too many wait."""
+        """Begin a question, or let it wait. Raises UsageError, also if too many are waiting."""
         with self._lock:
             if not self.busy:
                 self.begin(question)
@@ -80,12 +80,12 @@ class Turns(ABC):
             self.waiting.append(question)
 
     def rounds(self, tell: Callable[[UsageError], None]) -> Iterator[None]:
-        """Yields once for each answer that is to be made, until no question waits any more.
+        """Yield once for each answer to make, until no question is waiting.
 
-        Whoever iterates makes the answer. A second caller gets nothing to do while there is a first.
+        The caller that iterates makes the answers. Meanwhile a second caller gets nothing to do.
 
         Args:
-            tell: gets what is wrong with a question whose turn has come.
+            tell: called with the error if a question whose turn has come is refused.
         """
         with self._lock:
             if self._runner is not None:
@@ -107,7 +107,7 @@ class Turns(ABC):
                 except UsageError as error:
                     tell(error)
             if not self.busy:
-                self._runner = None  # within the lock: what is asked from now on starts a runner of its own
+                self._runner = None  # inside the lock: a question that comes from now on starts a new runner
             return self.busy
 
 
@@ -115,7 +115,7 @@ class Chat(Turns):
     """A conversation with its waiting questions.
 
     Attributes:
-        key: tells it from the person's other chats.
+        key: identifies it among the person's chats.
     """
 
     def __init__(self, conversation: Conversation, key: str = "") -> None:
@@ -130,7 +130,7 @@ class Chat(Turns):
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was asked yet."""
+        """Whether nothing has been asked yet."""
         return not self.conversation.exchanges
 
     @property
@@ -142,7 +142,7 @@ class Chat(Turns):
         return text if len(text) <= 48 else f"{text[:47]}…"
 
     def set(self, settings: Settings) -> None:
-        """Have the next question answered so."""
+        """Use these settings for the next question."""
         chat = self.conversation
         (chat.adapter,) = settings.adapters
         chat.system, chat.sampling = settings.system, settings.sampling
@@ -156,7 +156,7 @@ class Chat(Turns):
         self.conversation.ask(question.text, question.pictures)
 
     def close(self) -> None:
-        """End the answer that is being made and forget what waits."""
+        """End the answer that is being made, and forget the waiting questions."""
         with self._lock:
             self.waiting.clear()
             if not self.empty:
@@ -164,11 +164,11 @@ class Chat(Turns):
 
 
 class Chats:
-    """A person's chats, the latest first; one of them is open.
+    """A person's chats, the latest first. One of them is open.
 
     Attributes:
-        adapter: the expert that the person chose; None until then.
-        left_out: how many of the oldest chats the browser has no room to keep.
+        adapter: the expert that the person chose; None before that.
+        left_out: how many of the oldest chats do not fit into the browser's storage.
     """
 
     def __init__(self, new: NewConversation) -> None:
@@ -179,7 +179,7 @@ class Chats:
         self.left_out = 0
 
     def start(self) -> None:
-        """Open a new chat; an empty one is new enough. Raises UsageError where there are too many."""
+        """Open a new chat, unless the open one is empty. Raises UsageError if there are too many."""
         if not self.all[0].empty:
             if len(self.all) >= MAX_CHATS:
                 raise UsageError(f"there are {MAX_CHATS} chats; delete one first")
@@ -187,11 +187,11 @@ class Chats:
         self.open = self.all[0]
 
     def choose(self, key: str) -> None:
-        """Open the chat with this key, where there is one."""
+        """Open the chat with this key, if there is one."""
         self.open = next((chat for chat in self.all if chat.key == key), self.open)
 
     def delete(self) -> None:
-        """Forget the open chat; the latest of the others is open then, or a new one."""
+        """Delete the open chat. Then the latest of the others is open, or a new one."""
         self.open.close()
         self.all.remove(self.open)
         if not self.all:

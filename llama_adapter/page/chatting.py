@@ -1,4 +1,4 @@
-"""What happens when a person does something in the page's chat."""
+"""The handlers of the chat: what happens when a person does something there."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from llama_adapter.page.inside import show_answer
 from llama_adapter.page.kept import Kept, as_json, as_markdown, pack, unpack
 from llama_adapter.page.uploads import PICTURE_EXAMPLES, open_given, picture_file
 
-# The box that a question is typed in, while nobody answers and while somebody does.
+# The box for a question, while no answer is being made and while one is.
 IDLE: dict[str, Any] = {"submit_btn": "Send", "stop_btn": False}
 BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": "Stop"}
 
 EMPTY: dict[str, Any] = {"text": "", "files": []}
 
-# What a handler of the chat gives: the person's chats, what the browser keeps of them, the box, what the chat
-# looks like, the list of chats, and what waits.
+# A handler of the chat returns: the person's chats, what the browser keeps of them, the box, the chat's
+# messages, the list of chats, and the waiting questions.
 View = tuple[Any, Any, Any, Any, Any, Any]
 UNCHANGED: View = (gr.skip(),) * 6
 
 
 class ChatHandlers:
-    """What the chat's events call. All that is kept of a person is their `Chats`, in Gradio's session state.
+    """The handlers of the chat's events. The only state of a person is their `Chats`, in Gradio's session.
 
-    A question is taken at once, its pictures encoded; its answer waits for the model. ``settings`` are the
-    name of the adapter, the system text and what `read_sampling` takes.
+    A question is accepted at once and its pictures are encoded; the answer waits for the model. ``settings``
+    are the name of the adapter, the system text and the arguments of `read_sampling`.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -44,13 +44,13 @@ class ChatHandlers:
     # --- questions ---
 
     def ask(self, box: dict[str, Any], chats: Chats | None, *settings: Any) -> View:
-        """Take what was typed out of the box, with the pictures there."""
+        """Ask what was typed in the box, with its pictures."""
         return self._take(
             lambda chats: chats.open.take(read_question(box, read_settings(settings))), chats, value=EMPTY
         )
 
     def ask_example(self, event: gr.SelectData, chats: Chats | None, *settings: Any) -> View:
-        """Take the example that was clicked; its picture is ours, whatever file the click names."""
+        """Ask the example that was clicked. Its picture is ours, whatever file the click names."""
         text = event.value["text"]
         pictures = (PICTURE_EXAMPLES[text],) if text in PICTURE_EXAMPLES else ()
 
@@ -60,7 +60,7 @@ class ChatHandlers:
         return self._take(take, chats)
 
     def retry(self, chats: Chats | None, *settings: Any) -> View:
-        """Take the last question again."""
+        """Ask the last question again."""
 
         def again(chats: Chats) -> None:
             chats.open.set(read_settings(settings))
@@ -69,7 +69,7 @@ class ChatHandlers:
         return self._take(again, chats)
 
     def edit(self, event: gr.EditData, chats: Chats | None, *settings: Any) -> View:
-        """Take an earlier question in its new words."""
+        """Ask an earlier question again in its new words."""
         index = event.index if isinstance(event.index, int) else event.index[0]
 
         def anew(chats: Chats) -> None:
@@ -93,31 +93,31 @@ class ChatHandlers:
     # --- answers ---
 
     def answer(self, chats: Chats | None) -> Iterator[tuple[Any, Any, Any]]:
-        """Give the answer to the question that was taken, and to those that came meanwhile: the box, what
-        the chat looks like, and what waits, again and again."""
+        """Make the answer to the question, and to those that come meanwhile. Yields again and again the box,
+        the chat's messages, and the waiting questions."""
         yield UNCHANGED[:3]
         if chats is None:
             return
         chat = chats.open
 
         def view(**box: Any) -> tuple[Any, Any, Any]:
-            if chats.open is not chat:  # the person looks at another one
+            if chats.open is not chat:  # the person is looking at another chat
                 return UNCHANGED[:3]
             look = messages(chat.conversation, waiting=chat.busy)
             return gr.update(**box) if box else gr.skip(), look, show_waiting(chat)
 
         for _ in chat.rounds(warn):
-            with closing(chat.conversation.exchanges[-1].answer) as answer:  # also where the page was closed
+            with closing(chat.conversation.exchanges[-1].answer) as answer:  # also if the page is closed
                 for _ in pace(answer):
                     yield view()
         yield view(**(BUSY if chat.busy else IDLE))
 
     def save(self, chats: Chats | None) -> Any:
-        """What the browser is to keep."""
+        """What the browser should keep."""
         return gr.skip() if chats is None else self._pack(chats)
 
     def stop(self, chats: Chats | None) -> View:
-        """End the answer where it is; a question that waits has its turn then."""
+        """Stop the answer. If a question is waiting, it is answered next."""
         if chats is None or chats.open.empty:
             return (*UNCHANGED[:2], gr.update(**IDLE), *UNCHANGED[:3])
         chats.open.conversation.exchanges[-1].answer.close()
@@ -126,8 +126,8 @@ class ChatHandlers:
     # --- chats ---
 
     def load(self, kept: Any, chats: Chats | None, adapter: str) -> tuple[Any, ...]:
-        """The chats and the expert that the person's browser kept, when the page is opened."""
-        if chats is not None:  # they asked something before this came
+        """The chats and the expert that the person's browser kept, for when the page is opened."""
+        if chats is not None:  # they asked something before the browser's chats arrived
             return (gr.skip(), *UNCHANGED)
         try:
             chats = unpack(kept, self._converse)
@@ -139,7 +139,7 @@ class ChatHandlers:
         return (known, look[0], gr.skip(), *look[2:])
 
     def choose_expert(self, adapter: str, chats: Chats | None) -> tuple[Any, Any]:
-        """Keep which expert was chosen."""
+        """Remember which expert was chosen."""
         chats = Chats(self._converse) if chats is None else chats
         chats.adapter = adapter
         return chats, pack(chats)
@@ -149,15 +149,15 @@ class ChatHandlers:
         return self._take(Chats.start, chats)
 
     def choose(self, key: str, chats: Chats | None) -> View:
-        """Open another chat. An answer that is being made in the one before goes on."""
+        """Open another chat. If an answer is being made in the previous one, it continues."""
         return self._take(lambda chats: chats.choose(key), chats)
 
     def delete(self, chats: Chats | None) -> View:
-        """Forget the open chat."""
+        """Delete the open chat."""
         return self._take(Chats.delete, chats)
 
     def undo(self, chats: Chats | None) -> View:
-        """Forget the last exchange; its question is back in the box, with its pictures."""
+        """Remove the last exchange. Its question goes back into the box, with its pictures."""
         if chats is None or chats.open.empty:
             return UNCHANGED
         conversation = chats.open.conversation
@@ -180,14 +180,14 @@ class ChatHandlers:
     def _offers(self, adapter: str | None) -> bool:
         try:
             self.model.template(adapter)
-        except UsageError:  # it was there when the browser was told
+        except UsageError:  # the adapter was there when the browser was told of it
             return False
         return adapter is not None
 
     # --- others ---
 
     def attach(self, photo: str | None, box: dict[str, Any]) -> tuple[Any, Any]:
-        """Put the photo that was just taken into the box, and have the camera ready for another."""
+        """Put the photo that was just taken into the box, and reset the camera."""
         if photo is None:
             return gr.skip(), gr.skip()
         return {**box, "files": [*box["files"], photo]}, None
@@ -197,7 +197,7 @@ class ChatHandlers:
         return show_answer(self.model, None if chats is None else chats.open.conversation)
 
     def _view(self, chats: Chats, **box: Any) -> View:
-        """All that a change in the chats may have changed."""
+        """Everything on the page that a change in the chats may affect."""
         chat = chats.open
         return (
             chats,
@@ -221,7 +221,7 @@ class ChatHandlers:
 
 
 def show_waiting(turns: Turns) -> str:
-    """The questions that wait for their turn, as Markdown."""
+    """The waiting questions, as Markdown."""
     lines = []
     for question in turns.waiting:
         number = len(question.pictures)
@@ -232,12 +232,12 @@ def show_waiting(turns: Turns) -> str:
 
 
 def read_settings(settings: tuple[Any, ...], *, experts: int = 1) -> Settings:
-    """The settings as the page's fields hold them: the names of so many experts, the system text and what
-    `read_sampling` takes. Raises UsageError for a bad one."""
+    """The settings in the page's fields: the names of the experts, the system text and the arguments of
+    `read_sampling`. Raises UsageError for a wrong one."""
     system, *knobs = settings[experts:]
     return Settings(settings[:experts], check_length(system), read_sampling(*knobs))
 
 
 def read_question(box: dict[str, Any], settings: Settings) -> Question:
-    """What is in the box. Raises UsageError for what is no text or no picture."""
+    """The question in the box. Raises UsageError for something that is not text or not a picture."""
     return Question(check_length(box["text"]), tuple(open_given(box["files"])), settings)

@@ -1,4 +1,4 @@
-"""What comes from outside is read with suspicion: no text is too long, and a number is one."""
+"""Checks of input from outside: the length of texts, and that numbers are numbers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llama_adapter.decoding.sampling import Sampling
 
 MAX_CHARACTERS = 8000  # of a message
 MAX_MESSAGES = 100  # of a history
-MAX_NEW_TOKENS = 1024  # one answer shall not keep the others waiting for ever
+MAX_NEW_TOKENS = 1024  # so that one answer does not keep the others waiting too long
 
 
 def check_length(text: Any) -> str:
-    """A message, as it is. Raises UsageError for one that is too long or no text."""
+    """A message, unchanged. Raises UsageError if it is too long or not text."""
     if not isinstance(text, str):
         raise UsageError(f"a message is no text but {type(text).__name__}")
     if len(text) > MAX_CHARACTERS:
@@ -27,7 +27,7 @@ def check_length(text: Any) -> str:
 def read_sampling(
     temperature: Any, top_p: Any, top_k: Any, repetition_penalty: Any, max_new_tokens: Any, seed: Any
 ) -> Sampling:
-    """The settings for the decoding. Raises UsageError for what is no number or out of its range."""
+    """The settings for decoding. Raises UsageError for a value that is no number or out of its range."""
     sampling = Sampling(
         temperature=_number("temperature", temperature, float),
         top_p=_number("top-p", top_p, float),
@@ -49,5 +49,8 @@ def _number(name: str, value: Any, kind: type) -> Any:
 
 
 def warn(error: UsageError) -> None:
-    """Tell the person what is wrong. The text may quote them, and Gradio takes it for HTML."""
+    """Show the person what is wrong.
+
+    The text may quote their input, and Gradio reads it as HTML: escape it.
+    """
     gr.Warning(html.escape(str(error)), title="")

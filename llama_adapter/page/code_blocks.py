@@ -1,7 +1,7 @@
-"""Code in a text that its writer did not fence, found line by line, so that the page can draw it as code.
+"""Finds code in a text that is not fenced, line by line, so that the page can show it as code.
 
-Markdown keeps neither the indentation nor the `*` and `_` of such lines. A small model often forgets the
-fence, and people paste code as it is.
+Without a fence, Markdown loses the indentation of such lines and their `*` and `_`. A small model often
+forgets the fence, and people paste code as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
-# What no sentence looks like, by language.
+# Patterns that no sentence matches, by language.
 _STATEMENTS = {
     "python": (
         r"(async )?def \w+\(.*\)( ->.+)?:",
@@ -47,7 +47,7 @@ _STATEMENTS = {
     "html": (r"<!DOCTYPE html>", r"</?[a-zA-Z]\w*( [\w-]+=\"[^\"]*\")*\s*/?>.*"),
     "": (r".+\)\s*\{", r"[\w.\[\]]+(\(.*\)| [-+*/]?= .+);", r"\} ?else ?\{"),
 }
-# What a sentence or a list might look like too: code only beside the lines above.
+# Patterns that a sentence or a list might match too. They count as code only next to the lines above.
 _CONTINUATIONS = (
     r"[\w.\[\]'\"]+(, [\w.\[\]]+)* [-+*/|&]?= .+",
     r"(return|break|continue|pass|raise|yield|assert|del|global)\b.*",
@@ -57,7 +57,7 @@ _CONTINUATIONS = (
     r"[\]\[{}()]+[;,]?",
     r"(\"\"\"|''').*",
 )
-_MAX_LINE = 500  # characters; a pattern may take long on more, and nobody writes such a line
+_MAX_LINE = 500  # characters. On a longer line a pattern may take very long.
 _BY_LANGUAGE = {
     language: re.compile(rf"\s*(?:{'|'.join(patterns)})\s*(?:#.*|//.*)?")
     for language, patterns in _STATEMENTS.items()
@@ -66,10 +66,10 @@ _CONTINUATION = re.compile(rf"\s*(?:{'|'.join(_CONTINUATIONS)})\s*")
 
 
 def fence_code(text: str, mark: str) -> str:
-    """The text with a fence around each stretch of code that has none; `unfence` undoes it.
+    """The text with a fence around each piece of code that has none. `unfence` reverses it.
 
     Args:
-        mark: a character that is in no text; it tells our fences from the writer's.
+        mark: a character that occurs in no text. It distinguishes our fences from the writer's.
     """
     if "\n" not in text and not _language(text):
         return text
@@ -84,12 +84,12 @@ def fence_code(text: str, mark: str) -> str:
 
 
 def unfence(text: str, mark: str) -> str:
-    """What `fence_code` was given."""
+    """The text that `fence_code` was given."""
     return re.sub(rf"```\w* {mark}\n(.*?)\n```(?=\n|\Z)", r"\1", text, flags=re.DOTALL)
 
 
 def _stretches(lines: list[str]) -> Iterator[tuple[int, int]]:
-    """The first line of each stretch of code outside of fences, and the line after its last."""
+    """The first line of each piece of code outside of fences, and the line after its last."""
     fence = ""
     at = 0
     while at < len(lines):
@@ -109,24 +109,24 @@ def _stretches(lines: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def _end(lines: list[str], start: int) -> int:
-    """The line after the stretch of code that begins at a line; ``start`` where none does."""
+    """The line after the piece of code that starts at a line. ``start`` if no code starts there."""
     if not (_language(lines[start]) or _continues(lines[start])):
         return start
     end, sure = start, False
     for number in range(start, len(lines)):
         line = lines[number]
         if not line.strip():
-            continue  # part of it where more code follows
+            continue  # it belongs to the code if more code follows
         if _FENCE.match(line):
             break
         statement = bool(_language(line))
         indented = line[0] in " \t" and number > start
         if not (statement or indented or _continues(line)):
             break
-        # A comment after an empty line may be a heading, and an indented line a quotation.
+        # A comment after an empty line may be a heading, and an indented line may be a quotation.
         if number > end and not statement and not _belongs(lines, number, end):
             break
-        # What opens a block is one where a block follows: "if you are in doubt:" may end a line of prose.
+        # A line with a colon opens a block only if a block follows: "if you are in doubt:" may be prose.
         opens = line.rstrip().endswith(":")
         sure = sure or (statement and (not opens or _indent(lines, number + 1) > _indent(lines, number)))
         end = number + 1
@@ -134,8 +134,8 @@ def _end(lines: list[str], start: int) -> int:
 
 
 def _belongs(lines: list[str], number: int, end: int) -> bool:
-    """Whether a line that comes after an empty one still is code: more code follows it at once, or an
-    indented block goes on."""
+    """Whether a line after an empty one still belongs to the code: more code follows at once, or an indented
+    block continues."""
     if lines[number][0] in " \t" and lines[end - 1][:1] in (" ", "\t"):
         return True
     following = lines[number + 1] if number + 1 < len(lines) else ""
@@ -143,7 +143,7 @@ def _belongs(lines: list[str], number: int, end: int) -> bool:
 
 
 def _indent(lines: list[str], number: int) -> int:
-    """How far a line is indented; 0 past the last."""
+    """How far a line is indented; 0 after the last line."""
     line = lines[number] if number < len(lines) else ""
     return len(line) - len(line.lstrip())
 
@@ -153,7 +153,7 @@ def _continues(line: str) -> bool:
 
 
 def _language(line: str) -> str:
-    """The language that a line is a statement of, "?" for an unknown one, "" where it is none."""
+    """The language that a line is a statement of: "?" for an unknown one, "" if it is no code."""
     if len(line) > _MAX_LINE:
         return ""
     return next((name or "?" for name, pattern in _BY_LANGUAGE.items() if pattern.fullmatch(line)), "")

@@ -1,4 +1,4 @@
-"""One question to any two experts, side by side."""
+"""One question to two experts, answered side by side."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from llama_adapter.page.checks import warn
 from llama_adapter.page.display import Message, answer_messages, named, note_message, pace
 from llama_adapter.page.uploads import thumbnail_url
 
-# What a handler gives: the comparison, the box, the question, the two answers, and what waits.
+# A handler returns: the comparison, the box, the question, the two answers, and the waiting questions.
 View = tuple[Any, Any, Any, Any, Any, Any]
 UNCHANGED: View = (gr.skip(),) * 6
 
 
 class Comparison(Turns):
-    """One question at a time to two experts; each question stands for itself.
+    """Asks two experts one question at a time. Earlier questions are not remembered.
 
     Attributes:
         question: the latest one.
-        sides: each expert's conversation about it; None for one that cannot see its pictures and is not
-            asked, since it could only make something up.
+        sides: each expert's conversation about it. None for an expert that can't see the question's pictures:
+            it is not asked, since it could only make something up.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -43,7 +43,7 @@ class Comparison(Turns):
 
     @property
     def answers(self) -> list[Answer]:
-        """The answers to the latest question, of those who were asked."""
+        """The answers of those who were asked the latest question."""
         return [side.exchanges[-1].answer for side in self.sides if side is not None]
 
     @property
@@ -85,13 +85,13 @@ class Comparison(Turns):
 
 
 class ComparisonHandlers:
-    """What the events of the tab call. ``settings`` are the names of the two, and then those of the chat."""
+    """The handlers of the tab. ``settings`` are the names of the two experts, and then those of the chat."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
     def ask(self, box: dict[str, Any], comparison: Comparison | None, *settings: Any) -> View:
-        """Ask the two the same."""
+        """Ask both the same."""
         comparison = Comparison(self.engine) if comparison is None else comparison
         try:
             comparison.take(read_question(box, read_settings(settings, experts=2)))
@@ -101,8 +101,8 @@ class ComparisonHandlers:
         return _view(comparison, value=EMPTY)
 
     def answer(self, comparison: Comparison | None) -> Iterator[tuple[Any, ...]]:
-        """Let the two answer by turns, a piece each, and then to the questions that came meanwhile: the box,
-        the question, the two answers and what waits, again and again."""
+        """Let both answer in turn, a piece each, and then answer the questions that came meanwhile. Yields
+        again and again the box, the question, the two answers and the waiting questions."""
         if comparison is None:
             yield UNCHANGED[1:]
             return
@@ -115,7 +115,7 @@ class ComparisonHandlers:
         yield _view(comparison)[1:]
 
     def stop(self, comparison: Comparison | None) -> View:
-        """End the two answers where they are; a question that waits has its turn then."""
+        """Stop both answers. If a question is waiting, it is answered next."""
         if comparison is None:
             return (gr.skip(), gr.update(**IDLE), *UNCHANGED[:4])
         for answer in comparison.answers:
@@ -143,12 +143,12 @@ def _answer(adapter: str, side: Conversation | None) -> list[Message]:
         return note_message(f"{name} cannot see pictures, so it was not asked.")
     latest = side.exchanges[-1]
     waiting = latest.answer.finish_reason is None
-    # Gradio's moving dots come only under a question.
+    # Gradio shows its moving dots only below a question.
     return answer_messages(latest, waiting=waiting) or [{"role": "assistant", "content": "…"}]
 
 
 def show_question(question: Question | None) -> str:
-    """HTML of a question with its pictures, small."""
+    """HTML of a question with small versions of its pictures."""
     if question is None:
         return ""
     pictures = "".join(

@@ -1,8 +1,8 @@
-"""How the text of a person or a model gets onto the page: as Markdown, with its HTML as plain text.
+"""Prepares text for the page: Markdown is kept, and HTML is shown as plain text.
 
-Gradio's chat takes every message for Markdown with HTML in it. What would start a tag, an entity, a picture
-or a diagram gets an invisible character in the middle, which takes the meaning away. Code without a fence
-gets one. The page's script keeps both off the clipboard.
+Gradio's chat reads every message as Markdown with HTML. So whatever would start a tag, an entity, a picture
+or a diagram gets an invisible character in the middle, which makes it ordinary text. Code without a fence
+gets one. The page's script removes both from the clipboard.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from llama_adapter.page.code_blocks import fence_code, unfence
 from llama_adapter.page.uploads import picture_file
 
 JOINER = "\u2060"  # word joiner: no width, no line break
-NOTE = "\u2063"  # invisible separator: what follows was not said by the model
-# Tags, entities; pictures, which a browser would fetch from anywhere; fences whose content would be drawn.
+NOTE = "\u2063"  # invisible separator: the text after it was not written by the model
+# Tags; entities; pictures, which a browser would load from anywhere; fences whose content would be drawn.
 _MEANING = re.compile(r"<|&|!(?=\[)|[`~]{3,}\s*(?=mermaid)", re.IGNORECASE)
 
 Message = dict[str, Any]
 
 
-@lru_cache(maxsize=1024)  # a growing answer has the whole chat drawn again at every piece
+@lru_cache(maxsize=1024)  # for each piece of an answer the whole chat is drawn again
 def shown(text: str) -> str:
-    """Text as the page's Markdown may have it."""
+    """The text in a form that is safe in the page's Markdown."""
     return _MEANING.sub(rf"\g<0>{JOINER}", fence_code(text, JOINER))
 
 
 def typed(text: str) -> str:
-    """What `shown` was made from, for a message that comes back from the page."""
+    """The text that `shown` was given, for a message that comes back from the page."""
     return unfence(text, JOINER).replace(JOINER, "")
 
 
 def named(adapter: str) -> str:
-    """An adapter's name as people read it."""
+    """An adapter's name as shown to people."""
     return "bare base" if adapter == NO_ADAPTER else adapter
 
 
 def messages(conversation: Conversation, *, waiting: bool = False) -> list[Message]:
-    """A conversation as Gradio's chat has it, two messages an exchange.
+    """A conversation in the form of Gradio's chat, two messages for each exchange.
 
-    ``waiting`` is for the time in which the latest question is answered: before its first word, the answer's
-    place is left to Gradio's moving dots.
+    ``waiting`` means that the latest question is being answered. Before its first word, the answer has no
+    message, and Gradio shows its moving dots there.
     """
     look: list[Message] = []
     for exchange in conversation.exchanges:
@@ -59,8 +59,8 @@ def messages(conversation: Conversation, *, waiting: bool = False) -> list[Messa
 
 
 def answer_messages(exchange: Exchange, *, waiting: bool = False) -> list[Message]:
-    """An answer as a chat of its own. Under it stands who gave it, how long it took, why it ended where
-    that was not by itself, and what it was made without."""
+    """An answer as a chat of its own. A note below it says who gave it, how long it took, why it ended early
+    if it did, and what it was made without."""
     answer = exchange.answer
     if waiting and not answer.text:
         return []
@@ -70,7 +70,7 @@ def answer_messages(exchange: Exchange, *, waiting: bool = False) -> list[Messag
 
 
 def note_message(text: str) -> list[Message]:
-    """In the place of an answer, what the page itself has to say."""
+    """A note of the page itself, in the place of an answer."""
     return [{"role": "assistant", "content": [{"type": "text", "text": NOTE + shown(text)}]}]
 
 
@@ -94,7 +94,7 @@ def _message(role: str, text: str) -> Message:
 
 
 def pace(pieces: Iterable[Any], *, seconds: float = 0.05) -> Iterator[None]:
-    """Go through the pieces and come up for air between them, but not for each: sending takes its time."""
+    """Go through the pieces, and yield between them, but not after each: sending takes time."""
     due = 0.0
     for _ in pieces:
         if time.monotonic() >= due:

@@ -1,6 +1,6 @@
-"""The endpoints for programs: `/answer` and `/chat` give a growing text, `/score` options' probabilities.
+"""The endpoints for programs: `/answer` and `/chat` stream a text, `/score` gives options' probabilities.
 
-None of them remembers anything.
+None of them keeps any state.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from llama_adapter.page.display import pace
 from llama_adapter.page.science import score
 from llama_adapter.page.uploads import open_given
 
-# What a program may send as a picture; `open_given` reads it.
+# The forms in which a program can send a picture. `open_given` reads them.
 Given = str | dict[str, Any] | list[str | dict[str, Any]] | None
 
 
 class Endpoints:
-    """What `gr.api` offers by the names of these methods."""
+    """The endpoints that `gr.api` offers, under the names of these methods."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -44,12 +44,12 @@ class Endpoints:
         max_new_tokens: int = Sampling.max_new_tokens,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """The answer to one question, as far as it has got: what comes last is all of it. `image`: a picture
-        that it is about, or a list of them, for adapters that see: `handle_file("photo.jpg")` of
-        gradio_client, a data URL ("data:image/jpeg;base64,..."), or {"path": what /gradio_api/upload
-        answered}. `adapter`: a name that the page offers, by default the one that is chosen there at first;
-        "none" is the bare base."""
-        # Gradio stops the work of a caller who leaves only between two values.
+        """Answer one question. Each value is the text so far; the last one is complete. `image`: a picture
+        that the question is about, or a list of pictures, for adapters that see. A picture is
+        `handle_file("photo.jpg")` of gradio_client, a data URL ("data:image/jpeg;base64,..."), or {"path":
+        the answer of /gradio_api/upload}. `adapter`: a name that the page offers; by default the one that the
+        page starts with. "none" is the bare base."""
+        # If a caller disconnects, Gradio stops the work only between two values.
         knobs = (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
         yield from self.chat(message, None, image, adapter, system, *knobs)
 
@@ -67,9 +67,9 @@ class Endpoints:
         max_new_tokens: int = Sampling.max_new_tokens,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """The answer to a conversation's latest message, as far as it has got. `history`: what was said
-        before, as {"role": "user" or "assistant", "content": text}; `image`: what the conversation is about;
-        the others are those of `/answer`."""
+        """Answer the latest message of a conversation. Each value is the text so far. `history`: the earlier
+        messages, as {"role": "user" or "assistant", "content": text}. `image`: what the conversation is
+        about. All else is as in `/answer`."""
         knobs = (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
         with _refused(), closing(self._ask(message, history or [], image, adapter, system, knobs)) as answer:
             for _ in pace(answer):
@@ -84,9 +84,9 @@ class Endpoints:
         image: Given = None,
         adapter: str | None = None,
     ) -> list[float]:
-        """The probability of each of 2 to 5 options, in their order, by the likelihood of its letter, or of
-        its text where the adapter is better at that, in ScienceQA's prompt. `context`: what one has to know
-        to answer; `image` and `adapter` are those of `/answer`."""
+        """The probability of each of 2 to 5 options, in their order. It comes from the likelihood of the
+        option's letter, or of its text if the adapter is better at that, in ScienceQA's text format.
+        `context`: facts that are needed for the answer. `image` and `adapter` are those of `/answer`."""
         with _refused():
             return score(self.engine.model, question, options, context, image, adapter)
 
@@ -111,7 +111,7 @@ class Endpoints:
 
 @contextmanager
 def _refused() -> Iterator[None]:
-    """A caller's mistake as the error that Gradio hands on."""
+    """Turn a caller's mistake into an error that Gradio passes on."""
     try:
         yield
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""The adapters that the page lets a person choose from, each with a line about it."""
+"""The adapters that a person can choose on the page, each with a line about it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def load_experts(
     weights: str | Path | None = None,
     adapters: Path | None = None,
 ) -> dict[str, str]:
-    """Load every adapter of the weights folders that fits the base; the active one stays.
+    """Load all adapters of the weights folders that fit the base. The active one stays active.
 
     Args:
-        adapter: what the active one was asked for by, where that is no name in the weights folders.
-        adapters: one more folder of adapters; names that the weights folders have are left out.
+        adapter: how the active adapter was named by the user, if that is no name in the weights folders.
+        adapters: one more folder of adapters. A name that the weights folders also have is left out.
 
     Returns:
-        A line about each by name, the bare base last.
+        a line about each adapter by its name; the bare base is last.
 
     Raises:
-        UsageError: ``adapters`` has none.
+        UsageError: ``adapters`` contains no adapter.
     """
     active = model.active_adapter
     folders = locations.list_weights("adapter", weights)
@@ -48,11 +48,11 @@ def load_experts(
     for name, folder in folders.items():
         try:
             if name not in model.adapters:
-                # Whether PEFT's fits shows when it is loaded.
+                # Whether an adapter of PEFT fits is known only when it is loaded.
                 if not is_peft(folder) and read_config(folder).shape != model.shape:
                     continue
                 model.load_adapter(folder, name=name)
-        except UsageError as error:  # one broken folder is no reason to do without the others
+        except UsageError as error:  # a broken folder should not keep the others from loading
             print(f"{name} is left out: {error}", file=sys.stderr)
         else:
             lines[name] = describe(folder, model.get_adapter(name).config)
@@ -62,11 +62,11 @@ def load_experts(
 
 
 def describe(folder: Path, config: AdapterConfig) -> str:
-    """The first sentence of an adapter's model card, else its sizes."""
+    """The first sentence of an adapter's model card, or its sizes if it has no card."""
     card = folder / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")
-        text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # what the hub reads
+        text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # the card's metadata
         text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE).strip()
         if text:
             sentence = re.split(r"(?<=[.!?])\s|\n\s*\n", text)[0]

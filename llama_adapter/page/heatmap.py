@@ -1,11 +1,11 @@
-"""A heat map as SVG: it scales with the page, takes its colours, and tells a cell's value under the mouse."""
+"""A heat map as SVG: scales with the page, uses its colours, and shows a cell's value under the mouse."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
 
-CELL, LEFT, TOP = 20, 44, 6  # in the picture's own units
+CELL, LEFT, TOP = 20, 44, 6  # in units of the picture
 
 _POSITIVE, _NEGATIVE = "#0d9488", "#ea580c"
 
@@ -19,14 +19,14 @@ def draw_heatmap(
     summary: str,
     upright: bool = True,
 ) -> str:
-    """HTML of a table of numbers as coloured cells, the strongest colour for the largest there.
+    """HTML of a table of numbers as coloured cells. The largest number has the strongest colour.
 
     Args:
-        values: by row and column; negative ones have a colour of their own.
+        values: by row and column. Negative numbers have a colour of their own.
         rows, columns: their labels.
-        names: what a row and what a column is, such as "layer" and "head".
-        summary: what the picture shows, for those who don't see it.
-        upright: columns' labels stand upright; else they are turned, for texts.
+        names: what a row and a column is, such as "layer" and "head".
+        summary: a description of the picture for people who can't see it.
+        upright: the columns' labels stand upright; if False they are rotated, for texts.
     """
     largest = max((abs(value) for row in values for value in row), default=0.0) or 1.0
     width = LEFT + CELL * len(columns) + 4
@@ -51,7 +51,7 @@ def draw_heatmap(
         else:
             turned = f'text-anchor="end" transform="rotate(-60 {place + 4} {bottom - 4})"'
             parts.append(_text(place + 4, bottom - 4, column, turned))
-    # A cell is at least so wide that a finger finds it; what is wider than the page is scrolled.
+    # A cell is large enough to be touched with a finger. A picture wider than the page can be scrolled.
     look = f"min-width: {width * 0.85:.0f}px; max-width: {width * 1.2:.0f}px"
     opening = (
         f'<svg role="img" aria-label="{html.escape(summary)}" viewBox="0 0 {width} {height}" style="{look}">'

@@ -1,4 +1,4 @@
-"""The tab "Look inside": where the chosen adapter acts, and what it did to the chat's latest answer."""
+"""The tab "Look inside": where the chosen adapter acts, and its effect on the chat's latest answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.page.heatmap import draw_heatmap
 
-OPEN_GATE = 0.05  # of the prompts' part that a gate lets through: less is hardly to be heard
-MAX_TOKENS = 96  # of an answer: more are hard to tell apart
+OPEN_GATE = 0.05  # the share of the prompts' part that a gate lets through; less has hardly any effect
+MAX_TOKENS = 96  # of an answer; more would be too narrow to tell apart
 
 GATES = (
     "Each head of each adapted layer has one gate, and what the head reads from the adapter's prompts is "
@@ -29,14 +29,14 @@ ANSWER = (
 
 
 def show_gates(model: LlamaAdapter, adapter: str) -> str:
-    """HTML: a heat map of an adapter's gates, or why there is none."""
+    """HTML: a heat map of an adapter's gates, or the reason why there is none."""
     if adapter == NO_ADAPTER:
         return _line("The bare base has no prompts and no gates; choose an adapter above.")
     gates = effective_gates(model, adapter)
     first = model.get_adapter(adapter).config.first_layer
     layer, head = divmod(int(gates.abs().argmax()), gates.shape[1])
     strongest = f"strongest: layer {first + layer}, head {head}, {gates[layer, head]:.2f}"
-    # The topmost layer on top.
+    # The topmost layer is drawn at the top.
     return draw_heatmap(
         gates.flip(0).tolist(),
         rows=[str(first + number) for number in reversed(range(len(gates)))],
@@ -50,7 +50,7 @@ def show_gates(model: LlamaAdapter, adapter: str) -> str:
 
 
 def show_answer(model: LlamaAdapter, chat: Conversation | None) -> str:
-    """HTML: a heat map of what the prompts did to the latest answer of a chat, or why there is none."""
+    """HTML: a heat map of the prompts' effect on the latest answer of a chat, or why there is none."""
     if chat is None or not chat.exchanges:
         return _line("Ask something in the chat, then come back.")
     latest = chat.exchanges[-1]
@@ -88,7 +88,7 @@ def show_answer(model: LlamaAdapter, chat: Conversation | None) -> str:
 
 
 def explain_gates(gates: Tensor, first_layer: int) -> str:
-    """What a layman can learn from an adapter's gates, (L, H), as a sentence."""
+    """A sentence in plain words about an adapter's gates, (L, H)."""
     strength = gates.abs()
     if not strength.any():
         return "every gate is shut, so the adapter changes nothing yet."
@@ -107,7 +107,7 @@ def explain_gates(gates: Tensor, first_layer: int) -> str:
 
 
 def explain_influence(shares: Tensor, tokens: Sequence[str]) -> str:
-    """What a layman can learn from the shares of an answer's tokens, (L, T), as a sentence."""
+    """A sentence in plain words about the shares of an answer's tokens, (L, T)."""
     by_token = shares.mean(0)
     sentence = (
         f"what the adapter added was on average {float(by_token.mean()):.0%} as strong as what was read"
@@ -131,7 +131,7 @@ def explain_influence(shares: Tensor, tokens: Sequence[str]) -> str:
 
 
 def _visible(token: str) -> str:
-    """A token's text as a label."""
+    """A token's text as a label, with white space made visible."""
     text = token.strip().replace("\n", "↵") or ("↵" if "\n" in token else "␣")
     return text if len(text) <= 12 else f"{text[:11]}…"
 

@@ -1,6 +1,6 @@
 """A person's chats as JSON: what their browser keeps, and what they save as a file.
 
-Nothing of it stays on this machine. What comes back from a browser is read with suspicion.
+Nothing is stored on this machine. Whatever a browser sends back is checked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llama_adapter.page.display import named
 from llama_adapter.page.uploads import kept_url, open_given
 
 VERSION = 1
-# A browser keeps 5 million characters for a page, and Gradio's encryption makes a third more of them.
+# A browser stores 5 million characters for a page, and Gradio's encryption adds a third.
 MAX_KEPT = 2_500_000
 _MAX_TEXT = 100_000  # characters of one message
 _FINISH_REASONS = ("stop", "length", "closed")
@@ -30,7 +30,7 @@ Kept = dict[str, Any]
 
 
 class KeptAnswer(Answer):
-    """An answer that was made earlier."""
+    """An answer from an earlier visit."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class KeptAnswer(Answer):
 def pack(chats: Chats) -> Kept:
     """All chats and the chosen expert, for the browser to keep.
 
-    The oldest chats are left out where there is no room for them; `Chats.left_out` says how many.
+    The oldest chats are left out if there is no room for them. `Chats.left_out` says how many.
     """
     kept: list[Kept] = []
     used = 0
@@ -66,7 +66,7 @@ def pack(chats: Chats) -> Kept:
 
 
 def pack_chat(chat: Chat) -> Kept:
-    """One chat: its messages in the form of OpenAI's, each answer with its facts."""
+    """One chat: its messages in OpenAI's form. Each answer has its facts."""
     messages: list[Kept] = []
     for exchange in chat.conversation.exchanges:
         answer = exchange.answer
@@ -90,10 +90,10 @@ def pack_chat(chat: Chat) -> Kept:
 
 
 def unpack(kept: Any, new: NewConversation) -> Chats:
-    """The chats that a browser kept; None is a browser that kept none.
+    """The chats that a browser kept. None if it kept none.
 
     Raises:
-        UsageError: it is not what `pack` makes.
+        UsageError: something that `pack` does not make.
     """
     chats = Chats(new)
     if kept is None:
@@ -154,7 +154,7 @@ def as_json(chat: Chat) -> dict[str, str]:
 
 
 def as_markdown(chat: Chat) -> dict[str, str]:
-    """A chat as a Markdown file, its pictures in it: its name and its text."""
+    """A chat as a Markdown file with its pictures: its name and its text."""
     text = "\n\n".join([f"# {chat.title}", *_paragraphs(chat)])
     return {"name": f"{_file_name(chat)}.md", "text": f"{text}\n"}
 

@@ -18,17 +18,17 @@ from llama_adapter.page.wiring import AT_ONCE, BY_MODEL, PEOPLE
 
 
 def build_page(model: LlamaAdapter, experts: dict[str, str], *, max_queue: int = 20) -> gr.Blocks:
-    """The page for a model whose adapters are loaded.
+    """Build the page for a model whose adapters are loaded.
 
     Args:
         experts: a line about each adapter by name, and about `NO_ADAPTER`.
-        max_queue: how many may wait for the model.
+        max_queue: how many people may wait for the model.
     """
-    engine = Engine(model, rows=2 * PEOPLE)  # side by side, everybody takes two
+    engine = Engine(model, rows=2 * PEOPLE)  # the tab "Side by side" takes two rows for each person
     handlers = ChatHandlers(engine)
     endpoints = Endpoints(engine)
     active = model.active_adapter
-    # What was uploaded is kept for a day, or until the page is closed.
+    # Uploads are kept for a day, or until the page is closed.
     cleared = (3600, 24 * 3600)
     with gr.Blocks(title="LLaMA-Adapter", analytics_enabled=False, delete_cache=cleared) as page:
         gr.api(endpoints.answer, api_name="answer", **BY_MODEL)

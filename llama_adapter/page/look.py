@@ -8,7 +8,7 @@ THEME = gr.themes.Base(
     primary_hue="teal",
     neutral_hue="slate",
     radius_size="lg",
-    # The system's own: any other would be fetched.
+    # The system's own fonts: others would have to be downloaded.
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 ).set(body_text_color_subdued="*neutral_500")

@@ -1,4 +1,4 @@
-"""Parts that several tabs of the page have: the box for a question, the chat, the settings of an answer."""
+"""Components that several tabs use: the box for a question, the chat, the settings of an answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLES = (
 
 
 def question_box(placeholder: str, **options: Any) -> gr.MultimodalTextbox:
-    """The box in which a question is typed, with pictures."""
+    """The box for typing a question and adding pictures."""
     look: dict[str, Any] = {"label": "Your question", "show_label": False, **IDLE, **options}
     return gr.MultimodalTextbox(
         EMPTY,
@@ -29,21 +29,21 @@ def question_box(placeholder: str, **options: Any) -> gr.MultimodalTextbox:
         file_count="multiple",
         lines=1,
         max_lines=8,
-        max_plain_text_length=10**9,  # of a pasted text: a longer one would become a file
+        max_plain_text_length=10**9,  # Gradio would turn a longer pasted text into a file
         **look,
     )
 
 
 def chat_window(label: str, **options: Any) -> gr.Chatbot:
-    """Where questions and answers are shown."""
+    """The window that shows questions and answers."""
     return gr.Chatbot(
         label=label,
         show_label=False,
-        latex_delimiters=[],  # prices are no formulas
+        latex_delimiters=[],  # so that prices are not read as formulas
         feedback_options=None,
         allow_tags=False,
-        allow_file_downloads=False,  # the person has the picture
-        group_consecutive_messages=False,  # a question in one bubble with its picture can't be edited
+        allow_file_downloads=False,  # the person already has the picture
+        group_consecutive_messages=False,  # a question grouped with its picture can't be edited
         **options,
     )
 
@@ -60,7 +60,7 @@ def expert_menu(experts: dict[str, str], chosen: str, label: str, **options: Any
 
 
 def answer_settings() -> list[gr.components.Component]:
-    """The system text, and what `read_sampling` takes, in its order."""
+    """The system text, and the arguments of `read_sampling` in order."""
     defaults = Sampling()
 
     def slider(low: float, high: float, value: float, *, step: float, label: str, info: str) -> gr.Slider:

@@ -1,4 +1,4 @@
-"""The tab "ScienceQA": a question with options, a picture perhaps; how likely each option is."""
+"""The tab "ScienceQA": a question with options and perhaps a picture, and how likely each option is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_adapter.page.uploads import PICTURE_EXAMPLES, open_given, picture_fil
 from llama_adapter.scienceqa.examining import Examination, trained_on_scienceqa
 from llama_adapter.scienceqa.problems import LETTERS, Problem, question_text
 
-# Questions of our own in the manner of ScienceQA: text, options a line each, context, and perhaps a picture.
+# Our own questions in the style of ScienceQA: text, options (one a line), context, and perhaps a picture.
 _SHAPE, _COLOUR = PICTURE_EXAMPLES
 EXAMPLES = (
     ("Which of these animals lays eggs?", "cat\nhen\ndog\ncow", "", None),
@@ -35,17 +35,18 @@ EXAMPLES = (
 def score(
     model: LlamaAdapter, question: Any, options: Any, context: Any, image: Any, adapter: str | None
 ) -> list[float]:
-    """The probability of each option, by its likelihood; they sum up to 1.
+    """The probability of each option, from its likelihood. They add up to 1.
 
-    That of its letter or of its text, whichever the adapter was found to be better at (`best_for`).
+    It is the likelihood of the option's letter or of its text, whichever the adapter is better at
+    (`best_for`).
 
     Args:
         options: 2 to 5 texts.
-        image: what `open_given` takes, one picture or none.
+        image: anything that `open_given` takes; at most one picture.
 
     Raises:
-        UsageError: a text that is none or too long, too many or too few options, a picture that is of no
-            use to the adapter.
+        UsageError: something that is not text or too long, too many or too few options, or a picture for an
+            adapter that can't use it.
     """
     if not isinstance(options, list):
         raise UsageError("the options are no list of texts")
@@ -69,21 +70,21 @@ def score(
         image=name if pictures else None,
     )
     examination = Examination.best_for(model, adapter)
-    # Refuses what the base can't read.
+    # Raises UsageError if the base can't read it.
     model.prepare_request(question_text(problem, examination.format), adapter=adapter)
-    if examination.way == "generate":  # has no likelihoods
+    if examination.way == "generate":  # this way has no likelihoods
         examination = replace(examination, way="letter")
     (found,) = examination.likelihoods(model, [problem], features=features, adapter=adapter)
     return [float(share) for share in torch.tensor(found, dtype=torch.double).softmax(0)]
 
 
 def trained_for_it(model: LlamaAdapter) -> list[str]:
-    """The names of those adapters that train.scienceqa made."""
+    """The names of the adapters that train.scienceqa made."""
     return [name for name in model.adapters if trained_on_scienceqa(model, name)]
 
 
 def labelled(options: list[str], probabilities: list[float]) -> dict[str, float]:
-    """Each option's probability under its letter and its text."""
+    """The probability of each option, under its letter and text."""
     return {
         f"({letter}) {option}": share
         for letter, option, share in zip(LETTERS, options, probabilities, strict=False)
@@ -94,7 +95,7 @@ def labelled(options: list[str], probabilities: list[float]) -> dict[str, float]
 
 
 def answer(model: LlamaAdapter, box: dict[str, Any], options: str, context: str, adapter: str) -> Any:
-    """The options with their probabilities, by the form's fields."""
+    """The options with their probabilities, from the fields of the form."""
     try:
         choices = [line.strip() for line in check_length(options).splitlines() if line.strip()]
         shares = score(model, box["text"], choices, context, box["files"], adapter)

@@ -1,4 +1,4 @@
-"""The page's own JavaScript: what the clipboard gets, where a picture may be dropped, files to save."""
+"""The page's own JavaScript: cleans the clipboard, accepts dropped pictures anywhere, and saves files."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if (navigator.clipboard) {{
 }}
 """
 
-# A picture may be dropped anywhere: the box that can be seen gets it. Without this, a browser would leave the
-# page to show the picture.
+# A picture may be dropped anywhere on the page: the visible box gets it. Without this the browser would leave
+# the page and show the picture.
 _DROP = """
 const shownBox = () => [...document.querySelectorAll(".multimodal-textbox textarea")]
     .find(box => box.offsetParent !== null);
@@ -49,8 +49,8 @@ document.addEventListener("drop", event => {
 }, true);
 """
 
-# Two tabs of one browser keep their chats in the same place. One that comes to the front after the other has
-# written there starts from what is there now, unless something is going on in it.
+# Two browser tabs store their chats in the same place. If the other tab has written there, a tab that comes
+# to the front loads what is stored now, unless something is going on in it.
 _TABS = f"""
 let stale = false;
 addEventListener("storage", event => {{ stale = stale || event.key === "{STORAGE_KEY}"; }});
@@ -63,7 +63,7 @@ document.addEventListener("visibilitychange", () => {{
 
 SCRIPT = f"(() => {{{_CLIPBOARD}{_DROP}{_TABS}}})();"
 
-# What a Gradio event runs in the browser to save {"name", "text"} as a file.
+# JavaScript for a Gradio event: saves {"name", "text"} as a file.
 SAVE_FILE = """
 file => {
     const link = document.createElement("a");

@@ -1,4 +1,4 @@
-"""The page on a port of this machine, with the rule that a browser asks nobody else for anything."""
+"""Serves the page on a port of this machine. A browser never has to ask any other machine for anything."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llama_adapter.data.pictures import MAX_BYTES
 from llama_adapter.page.look import CSS, THEME
 from llama_adapter.page.script import SCRIPT
 
-# Gradio's page has inline scripts and styles and compiles some; what counts is that all comes from here.
+# Gradio's page has inline scripts and styles and compiles some. All of it comes from this server.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
 
 
 class SameOrigin:
-    """Adds the Content-Security-Policy to every answer."""
+    """Adds the Content-Security-Policy to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -40,7 +40,7 @@ async def _fetch_nothing(url: str, cache_dir: str) -> str:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise UsageError where the page could not be served from there."""
+    """Raise UsageError if the page can't be served on this host and port."""
     try:
         socket.create_server((host, port)).close()
     except OverflowError:
@@ -55,11 +55,11 @@ def check_port(host: str, port: int) -> None:
 def serve(
     page: gr.Blocks, *, host: str, port: int, share: bool = False, auth: tuple[str, str] | None = None
 ) -> str:
-    """Serve the page until `page.close()`; returns its address."""
-    # Gradio asks its own page whether it is there, which a proxy for the outside world can't know.
+    """Serve the page until `page.close()` is called. Returns its address."""
+    # Gradio checks that its page answers. A proxy for outside addresses can't reach it.
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", host]))
-    # Where a file is expected, and anywhere else, Gradio would fetch what a caller gives the address of.
+    # If a caller gives a URL where a file is expected, or elsewhere, Gradio would fetch it.
     processing_utils.async_ssrf_protected_download = _fetch_nothing
     options: dict[str, Any] = {
         "server_name": host,

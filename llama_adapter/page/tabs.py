@@ -1,4 +1,4 @@
-"""The tabs "Side by side", "ScienceQA" and "Look inside": what is on them, and what each thing calls."""
+"""The tabs "Side by side", "ScienceQA" and "Look inside": their components and handlers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def comparison_tab(
     expert: gr.Dropdown,
     settings: list[gr.components.Component],
 ) -> None:
-    """One question to two experts. The one chosen for the chat is on the right, until another is chosen."""
+    """One question to two experts. The right one is the expert of the chat, until another is chosen."""
     comparison = gr.State()
     box = question_box("Ask both the same")
     waiting = gr.Markdown(elem_classes=["line", "waiting"])
@@ -56,7 +56,7 @@ def comparison_tab(
 
 
 def science_tab(model: LlamaAdapter, expert: gr.Dropdown) -> None:
-    """A question with options."""
+    """A question with options, and how likely each is."""
     with gr.Row():
         with gr.Column(scale=3, min_width=260):
             example = gr.Dropdown(
@@ -101,7 +101,7 @@ def science_tab(model: LlamaAdapter, expert: gr.Dropdown) -> None:
 
 
 def inside_tab(handlers: ChatHandlers, expert: gr.Dropdown, chats: gr.State, tab: gr.Tab) -> None:
-    """Heat maps of an adapter's gates and of what it did to the chat's latest answer."""
+    """Heat maps of an adapter's gates, and of its effect on the chat's latest answer."""
     model = handlers.model
     gr.Markdown(f"### The gates\n\n{GATES}")
     gates = gr.HTML(show_gates(model, model.active_adapter), elem_id="gates", padding=False)

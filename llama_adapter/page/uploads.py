@@ -1,4 +1,4 @@
-"""A person's pictures: opened with suspicion, kept small, shown from Gradio's folder; and two of our own."""
+"""A person's pictures: opened with care, scaled down, shown from Gradio's folder. Also two of our own."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.data.pictures import open_picture
 
 MAX_PICTURES = 8  # with one question
-MAX_SIDE = 768  # pixels; larger ones are made smaller, since a chat keeps them and towers look at fewer
-MAX_EXACT_URL = 60_000  # characters of a picture kept as it is; larger ones are kept as JPEG
+MAX_SIDE = 768  # pixels. Larger pictures are scaled down: a chat keeps them, and towers look at fewer pixels.
+MAX_EXACT_URL = 60_000  # characters of a picture that is kept as it is; a larger one is kept as JPEG
 
-# Decoding takes a few hundred MB for the largest picture; many at once would take all there is.
+# Decoding the largest pictures takes a few hundred MB each. Many at once could use up all memory.
 _one_at_a_time = threading.Lock()
 
 
 def open_given(given: Any) -> list[Image.Image]:
-    """The pictures that came with a question, upright RGB with sides of up to `MAX_SIDE`.
+    """The pictures that came with a question: upright RGB images with sides of at most `MAX_SIDE`.
 
     Args:
-        given: a picture or a list of them, each the path of an upload, ``{"path": that}`` as Gradio's clients
-            send it, or a data URL; None for none.
+        given: a picture or a list of them. Each is the path of an upload, ``{"path": that}`` as Gradio's
+            clients send it, or a data URL. None for no picture.
 
     Raises:
-        UsageError: none of these, too many, or what `open_picture` refuses.
+        UsageError: something else, too many pictures, or one that `open_picture` refuses.
     """
     several = given if isinstance(given, list) else [] if given is None else [given]
     if len(several) > MAX_PICTURES:
@@ -41,17 +41,17 @@ def open_given(given: Any) -> list[Image.Image]:
 
 
 def picture_file(image: Image.Image) -> str:
-    """Where the page gets a picture from. Written there when it is first shown, or was cleared away."""
+    """The file that the page loads a picture from. It is written when first shown, or if it was deleted."""
     file: Path | None = image.info.get("file")
     if file is None or not (file.exists() and file.is_relative_to(get_upload_folder())):
         file = Path(save_pil_to_cache(image, get_upload_folder(), "picture", "png"))
-        image.info["file"] = file  # no text, which would be written into the file as well
+        image.info["file"] = file  # not a string: strings would be written into the picture's file
     return str(file)
 
 
 def kept_url(image: Image.Image) -> str:
-    """A picture as a data URL that is small enough for a browser to keep. Made once a picture."""
-    known: tuple[str, ...] = image.info.get("kept", ())  # no text: see `picture_file`
+    """A picture as a data URL that is small enough for a browser to keep. Made once for each picture."""
+    known: tuple[str, ...] = image.info.get("kept", ())  # not a string: see `picture_file`
     if not known:
         url = data_url(image)
         if len(url) > MAX_EXACT_URL:
@@ -63,7 +63,7 @@ def kept_url(image: Image.Image) -> str:
 
 
 def thumbnail_url(image: Image.Image) -> str:
-    """A picture as a data URL of a few kilobytes, to be shown small."""
+    """A small version of a picture as a data URL of a few kilobytes."""
     small = image.copy()
     small.thumbnail((160, 160))
     small.info.clear()
@@ -82,7 +82,7 @@ def _open(given: Any) -> Image.Image:
     try:
         return _small(path)
     except UsageError as error:
-        # It begins with where the upload lies on this machine; the person knows it by its name.
+        # The message starts with the path of the upload on this machine. The person knows only its name.
         raise UsageError(f"{path.name}: {str(error).partition(': ')[2]}") from None
 
 
@@ -94,11 +94,11 @@ def _small(source: Path | bytes) -> Image.Image:
 
 
 def _upload(given: str) -> Path:
-    """The path of an upload, with every link followed: nothing else of this disk is opened."""
+    """The path of an upload, with all links followed. No other file of this machine is opened."""
     try:
         path = Path(given).resolve()
         inside = path.is_relative_to(Path(get_upload_folder()).resolve())
-    except (OSError, RuntimeError, ValueError):  # too long, links in a circle, a zero byte
+    except (OSError, RuntimeError, ValueError):  # too long, a cycle of links, or a zero byte
         inside = False
     if not inside:
         raise UsageError(f"{given!r:.80} was not uploaded here; upload the picture, or send it as a data URL")
@@ -119,21 +119,21 @@ def _decode(url: str) -> bytes:
 
 
 def draw_examples() -> dict[str, Image.Image]:
-    """Questions with a picture to ask them about, for who has none at hand."""
+    """Questions with a picture to ask about, for people who have none at hand."""
     circle, triangle = (Image.new("RGB", (512, 512), "#eef3f6") for _ in range(2))
     ImageDraw.Draw(circle).ellipse((120, 130, 380, 390), fill="#e02020")
     ImageDraw.Draw(triangle).polygon([(250, 100), (90, 400), (420, 380)], fill="#2040d0")
     drawn = {"What shape is in the image?": circle, "What color is the triangle?": triangle}
-    # Drawn large and made smaller, their edges are smooth.
+    # Drawn large and scaled down, so that edges are smooth.
     return {question: image.resize((256, 256)) for question, image in drawn.items()}
 
 
-# Questions with a picture drawn by us, for adapters that see.
+# Questions with a picture that we drew, for adapters that see.
 PICTURE_EXAMPLES = draw_examples()
 
 
 def data_url(image: Image.Image) -> str:
-    """A small picture as the page can show it without a file."""
+    """A small picture as a data URL, so that the page needs no file for it."""
     content = io.BytesIO()
     image.save(content, "PNG")
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
