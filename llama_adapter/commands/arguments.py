@@ -1,4 +1,4 @@
-"""Command-line options that several commands share, each said once, and the model that they ask for."""
+"""Options that several commands share, and loading the model that they describe."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.weights import locations
 from llama_adapter.weights.catalogue import DEFAULT_BASE
 
-if TYPE_CHECKING:  # slow to import: --help and a mistyped option are answered without torch
+if TYPE_CHECKING:  # slow to import; --help and mistyped options are answered without torch
     from llama_adapter.model import LlamaAdapter
 
-FORMATS = ("int8", "int4")  # of --quantize; formats.py has them too, but imports torch
-# The shipped adapters, the one that does most first.
+FORMATS = ("int8", "int4")  # for --quantize. formats.py has them too, but imports torch.
+# The shipped adapters; the one that can do most comes first.
 SHIPPED_ADAPTERS = ("smollm2-135m-vision", "smollm2-135m-alpaca")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with mistakes told in one line that names the command, and no abbreviated options."""
+    """An ArgumentParser whose errors are one line that names the command. Options can't be abbreviated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # A subcommand's parser is called through here; argparse leaves its unknown options to the main one.
+        # A subcommand's parser is called here. argparse would leave its unknown options to the main parser.
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unknown option or word: {' '.join(unknown)}")
@@ -48,7 +48,10 @@ Number = TypeVar("Number", int, float)
 def _number_type(
     kind: Callable[[str], Number], fits: Callable[[Number], bool], name: str
 ) -> Callable[[str], Number]:
-    """An option's type: a number of a kind and range; argparse tells `name`: invalid ... value: '0'."""
+    """A type for options: a number of a kind and range.
+
+    For errors, argparse uses `name`: invalid ... value: '0'.
+    """
 
     def read(text: str) -> Number:
         number = kind(text)
@@ -66,18 +69,18 @@ seed_number = _number_type(int, lambda number: 0 <= number < 2**32, "seed of 0 t
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
-    """--weights, the folder of names."""
-    parser.add_argument("--weights", metavar="DIR", help="look names up in this folder")
+    """Add --weights, the folder in which names are looked up."""
+    parser.add_argument("--weights", metavar="DIR", help="look up names in this folder")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--base, --weights, --device, --dtype, --quantize."""
+    """Add --base, --weights, --device, --dtype and --quantize."""
     parser.add_argument(
         "--base",
         help=f"name, folder or hub id of a decoder (default: the adapter's own, else {DEFAULT_BASE})",
     )
     add_weights_option(parser)
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -88,25 +91,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         choices=FORMATS,
         metavar="FORMAT",
-        help=f"keep the decoder's weights in {' or '.join(FORMATS)}, which takes less memory and time "
-        "(default: as they are)",
+        help=f"keep the decoder's weights as {' or '.join(FORMATS)}, which takes less memory and time "
+        "(default: unchanged)",
     )
 
 
 def add_adapter_option(parser: argparse.ArgumentParser) -> None:
-    """--adapter, by default the shipped one that does most."""
+    """Add --adapter. The default is the shipped adapter that can do most."""
     parser.add_argument(
         "--adapter",
-        help="name, folder or hub id; none is the bare base (default: the shipped one that does most)",
+        help="name, folder or hub id; none is the bare base (default: the shipped one that can do most)",
     )
 
 
 def load_model(arguments: argparse.Namespace) -> LlamaAdapter:
-    """The model that --base, --adapter (where the command has it), --weights, --device, --dtype and
-    --quantize ask for.
+    """Load the model described by --base, --adapter (if the command has it), --weights, --device, --dtype and
+    --quantize.
 
-    Without --adapter the best shipped one answers that was trained for the base, else, with a line on
-    standard error, the bare base.
+    Without --adapter this is the best shipped adapter that was trained for the base. If there is none, it is
+    the bare base, with a line on standard error.
     """
     from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 
@@ -131,16 +134,16 @@ def _best_shipped(base: str | None, weights: str | Path | None) -> str | None:
     for name in SHIPPED_ADAPTERS:
         if name in there:
             own = read_config(there[name]).base
-            with suppress(UsageError):  # its base is not here, so it is another one
+            with suppress(UsageError):  # its base is not here, so it can't be this one
                 if locations.resolve(own, kind="base", weights=weights) == wanted:
                     return name
     return None
 
 
 def quieten_libraries() -> None:
-    """Keep the libraries' warnings and the bar for loading weights off standard error, for commands.
+    """Hide the libraries' warnings and their progress bar for loading weights, in commands.
 
-    What goes wrong is told in one line of our own. The bars of downloads from the hub stay.
+    Errors are reported by our own one-line messages. The bars for downloads from the hub stay.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
@@ -149,20 +152,20 @@ def quieten_libraries() -> None:
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     bars = not are_progress_bars_disabled()
-    logging.disable_progress_bar()  # the hub's as well
+    logging.disable_progress_bar()  # of the hub too
     if bars:
         enable_progress_bars()
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Everything in `Sampling`."""
+    """Add an option for each field of `Sampling`."""
     defaults = Sampling()
     for name, kind, text in (
-        ("max_new_tokens", int, "tokens of an answer at most"),
-        ("temperature", float, "0 takes the likeliest token, more varies more"),
-        ("top_p", float, "draw among the likeliest tokens of this total probability; 1 keeps all"),
-        ("top_k", int, "draw among so many of the likeliest tokens; 0 keeps all"),
-        ("repetition_penalty", float, "above 1 keeps from repeating"),
+        ("max_new_tokens", int, "longest answer, in tokens"),
+        ("temperature", float, "0 always takes the most likely token; higher values vary more"),
+        ("top_p", float, "draw among the most likely tokens with this total probability; 1 keeps all"),
+        ("top_k", int, "draw among this many of the most likely tokens; 0 keeps all"),
+        ("repetition_penalty", float, "above 1 makes repetitions less likely"),
         ("seed", int, "makes the answer the same every time"),
     ):
         default = getattr(defaults, name)
@@ -174,17 +177,17 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_settings(arguments: argparse.Namespace) -> Sampling:
-    """The sampling that `add_sampling_options` read."""
+    """The sampling settings given by the options of `add_sampling_options`."""
     return Sampling(**{name: getattr(arguments, name) for name in Sampling.__dataclass_fields__})
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    """--json FILE, which every evaluation has."""
+    """Add --json FILE, which every evaluation has."""
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as one flat JSON object")
 
 
 def report(figures: dict[str, Any], path: Path | None) -> None:
-    """Write an evaluation's figures where --json asks for it ("-" is standard output)."""
+    """Write an evaluation's figures to the file that --json names ("-" is standard output), if any."""
     if path is not None and str(path) == "-":
         json.dump(figures, sys.stdout)
         print()

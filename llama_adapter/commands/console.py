@@ -1,7 +1,7 @@
 """The console command: llama-adapter list, fetch, ask, chat, info, convert, merge.
 
-torch and transformers take seconds to import, so a command imports what it needs once it is known to need it:
-help, a mistyped option and an empty question are answered at once.
+torch and transformers take seconds to import, so each command imports them only when it needs them. Help, a
+mistyped option and an empty question are answered at once.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ if TYPE_CHECKING:
     from llama_adapter.decoding.streams import Answer
     from llama_adapter.methods.projection import VisionConfig
 
-MAX_QUESTION_BYTES = 4 << 20  # more than any decoder reads, and little enough to hold
+MAX_QUESTION_BYTES = 4 << 20  # more than any decoder can read, and still easy to hold in memory
 
 
 def run() -> None:
-    """Do what the command line says; `llama_adapter.__main__` is the entry point. Raises UsageError."""
-    # Python has None where the caller closed one.
+    """Carry out the command line. `llama_adapter.__main__` is the entry point. Raises UsageError."""
+    # A stream is None if the caller closed it.
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - open as long as the command runs
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without some letter shows "?" in its place
+        if isinstance(stream, io.TextIOWrapper):  # show "?" for a character that the terminal does not have
             stream.reconfigure(errors="replace")
     if run_script(sys.argv[1:]):
         return
@@ -63,7 +63,7 @@ def run() -> None:
 
 
 class _ShowVersion(argparse.Action):
-    """--version; argparse's own would look the version up for every command."""
+    """--version. argparse's own action would look the version up for every command."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(f"llama-adapter {llama_adapter.__version__}")
@@ -84,7 +84,7 @@ def _parser() -> Parser:
         added.set_defaults(command=function)
         return added
 
-    # `run_script` runs these; here they are to be found in the help.
+    # `run_script` carries these out. They are listed here for the help.
     for name, text in (
         ("demo", "serve the page: a chat in the browser"),
         ("train", f"train: {', '.join(SCRIPTS['train'])}"),
@@ -110,7 +110,7 @@ def _parser() -> Parser:
 
     added = command("ask", _ask, "answer one question")
     added.add_argument("question", metavar="QUESTION", nargs="+", help="- reads it from standard input")
-    added.add_argument("--json", action="store_true", help="print one JSON object once the answer is whole")
+    added.add_argument("--json", action="store_true", help="print one JSON object when the answer ends")
     added.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a picture to ask about; may be repeated"
     )
@@ -119,7 +119,7 @@ def _parser() -> Parser:
     added = command("chat", _chat, "chat in the terminal")
     _add_answering_options(added)
 
-    added = command("info", _info, "tell what an adapter, a base or a tower is")
+    added = command("info", _info, "describe an adapter, a base or a tower")
     added.add_argument("adapter", metavar="NAME", nargs="?", help="name, or an adapter's folder or hub id")
     add_weights_option(added)
 
@@ -134,9 +134,9 @@ def _parser() -> Parser:
 def _add_answering_options(parser: argparse.ArgumentParser) -> None:
     add_adapter_option(parser)
     add_model_options(parser)
-    parser.add_argument("--system", default="", metavar="TEXT", help="a system text in front of all")
+    parser.add_argument("--system", default="", metavar="TEXT", help="a system text before the conversation")
     parser.add_argument(
-        "--allow-urls", action="store_true", help="let pictures be fetched from public web addresses"
+        "--allow-urls", action="store_true", help="allow pictures to be fetched from public web addresses"
     )
     add_sampling_options(parser)
 
@@ -192,7 +192,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 
 def _read_question() -> str:
-    """The question on standard input."""
+    """The question from standard input."""
     content = sys.stdin.buffer.read(MAX_QUESTION_BYTES + 1)
     if len(content) > MAX_QUESTION_BYTES:
         raise UsageError(f"the question has more than {MAX_QUESTION_BYTES >> 20} MiB; shorten it")
@@ -206,7 +206,7 @@ def _read_question() -> str:
 
 
 def _show(pieces: Iterable[str]) -> None:
-    """Print an answer as it comes, and end its line however it ends."""
+    """Print an answer while it is made. End its line even if it is interrupted."""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -233,7 +233,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     chat = Conversation(model, adapter=model.active_adapter, system=system, sampling=sampling)
     prompt = ""
     images: list[Image.Image] = []  # for the next question
-    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is refused like any other bad question
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text are then refused like a bad question
         sys.stdin.reconfigure(errors="surrogateescape")
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none
@@ -249,7 +249,7 @@ def _chat(arguments: argparse.Namespace) -> None:
             if prompt:
                 print()
             return
-        if line and not prompt:  # of a file or a pipe, whose lines nobody sees otherwise
+        if line and not prompt:  # print lines of a file or pipe, which otherwise are not visible
             print(f"> {''.join(letter if letter.isprintable() else '?' for letter in line)}", flush=True)
         try:
             if line:
@@ -265,20 +265,20 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 class _ChatEnd(Exception):
-    """The person typed /exit."""
+    """The person has typed /exit."""
 
 
 def _act(chat: Conversation, line: str, images: list[Image.Image], arguments: argparse.Namespace) -> None:
-    """Ask what was typed, or do what its command says."""
+    """Ask the question, or carry out the command, that was typed."""
     command, _, rest = line.partition(" ")
-    if not re.fullmatch("/[a-z]+", command):  # a path is no command
+    if not re.fullmatch("/[a-z]+", command):  # a path is not a command
         answer = chat.ask(line, images)
         images.clear()
         _show_and_tell(chat, answer)
     elif command == "/image":
         if not rest.strip():
             raise UsageError("/image wants a picture's file: /image photo.jpg")
-        chat.model.tower(chat.adapter)  # say at once that nobody would look at it
+        chat.model.tower(chat.adapter)  # raises UsageError now if the adapter can't see
         images.append(open_picture(rest.strip(), allow_urls=arguments.allow_urls))
         print(f"{len(images)} picture{'s' if len(images) > 1 else ''} for the next question")
     elif command == "/retry":
@@ -365,12 +365,12 @@ def _info(arguments: argparse.Namespace) -> None:
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         line = f"{name:{width}}  {value}".rstrip()
-        # An adapter may come from anyone; its texts shall not steer the terminal.
+        # An adapter may come from anyone: its texts must not control the terminal.
         print("".join(letter if letter.isprintable() else "?" for letter in line))
 
 
 def _fact_lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values, line by line: flat dictionaries in one, what holds others indented below its name."""
+    """Names and values, line by line. A flat dictionary is one line; one with others inside is indented."""
     for name, value in facts.items():
         if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
             value = {f"{number}": one for number, one in enumerate(value, start=1)}
@@ -384,7 +384,7 @@ def _fact_lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[tuple[st
 
 
 def _nested(value: Any) -> bool:
-    """Whether it is a dictionary, or a list with one."""
+    """Whether it is a dictionary, or a list that contains one."""
     return isinstance(value, Mapping) or (isinstance(value, list) and any(map(_nested, value)))
 
 

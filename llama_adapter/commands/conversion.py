@@ -1,4 +1,4 @@
-"""llama-adapter convert and merge: adapters in other programs' files, and in a base's own weights."""
+"""llama-adapter convert and merge: read and write other programs' adapters, and fold one into its base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMATS = ("llama-adapter", "peft", "pth")
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
-    """What `convert` takes."""
+    """The options of `convert`."""
     parser.add_argument("source", metavar="FROM", help="a .pth file; or an adapter's name, folder or hub id")
     parser.add_argument("target", metavar="TO", type=Path, help="the folder or the .pth file to write")
     parser.add_argument(
@@ -92,7 +92,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def add_merge_options(parser: argparse.ArgumentParser) -> None:
-    """What `merge` takes."""
+    """The options of `merge`."""
     parser.add_argument("adapter", metavar="ADAPTER", help="name, folder or hub id")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write")
     add_model_options(parser)
@@ -114,7 +114,7 @@ def merge(arguments: argparse.Namespace) -> None:
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(whole)
         if output.is_dir():
-            output.rmdir()  # empty, or it would have been refused
+            output.rmdir()  # it is empty: anything else was refused
         shutil.move(whole, output)
     print(f"its answers are best to turns written as in training: template {template}", file=sys.stderr)
     print(output)
@@ -126,7 +126,7 @@ def _check_free(target: Path) -> None:
 
 
 def _gates_read(adapter: Adapter, *, raw: bool) -> str:
-    """How the gates of a .pth were taken, and what the other way would have made of the largest."""
+    """How the gates of a .pth file were read, and what the other way would have given for the largest."""
     gate = float(adapter.prompts.gates.detach().abs().max())
     largest = math.tanh(gate)
     if raw:

@@ -1,4 +1,4 @@
-"""The page in a browser: chat with an adapter, switch it, set it beside the bare base."""
+"""Serve the page: chat with an adapter in a browser, switch adapters, compare with the bare base."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m demo")
     auth = _auth(arguments.auth)
     if arguments.max_queue < 1:
         raise UsageError(f"--max-queue is {arguments.max_queue}; expected 1 or more")
-    # Slow to import: help and a mistyped option don't need them.
+    # Slow to import, and not needed for help or a mistyped option.
     from llama_adapter.page.experts import load_experts
     from llama_adapter.page.layout import build_page
     from llama_adapter.page.server import check_port, serve
@@ -43,9 +43,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
     group = parser.add_argument_group("page")
     group.add_argument("--adapters", type=Path, metavar="DIR", help="one more folder of adapters to offer")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (127.0.0.1)")
-    group.add_argument("--port", type=int, default=7860, metavar="N", help="where it is served (7860)")
-    group.add_argument("--share", action="store_true", help="also through a public address of Gradio's")
-    group.add_argument("--auth", metavar="USER:PASSWORD", help="let in only who knows these")
+    group.add_argument("--port", type=int, default=7860, metavar="N", help="port of the page (7860)")
+    group.add_argument("--share", action="store_true", help="also serve it at a public address of Gradio")
+    group.add_argument("--auth", metavar="USER:PASSWORD", help="require this user name and password")
     group.add_argument("--max-queue", type=int, default=20, metavar="N", help="how many may wait (20)")
     return parser
 

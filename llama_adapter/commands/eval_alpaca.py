@@ -1,8 +1,9 @@
-"""What an adapter has learnt of instructions: python -m eval.alpaca --adapter DIR --data FILE
+"""Score an adapter on instructions: python -m eval.alpaca --adapter DIR --data FILE
 
-Mean cross-entropy in nats over all response tokens (end token counted), for the adapter and for the bare base
-on the same rows in the same text format; and sample answers of both, side by side. With --quantize also the
-loss of the base in float32, and what quantising it costs ("quantized_loss_difference", for the bare base).
+Prints the mean cross-entropy in nats over all response tokens (end tokens included), for the adapter and for
+the bare base, on the same rows in the same text format. Also prints sample answers of both, side by side.
+With --quantize it also prints the loss of the base in float32, and what quantization costs
+("quantized_loss_difference", for the bare base).
 """
 
 from __future__ import annotations
@@ -32,26 +33,26 @@ if TYPE_CHECKING:  # slow to import
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.alpaca") -> None:
     parser = Parser(prog=program, description=__doc__)
-    parser.add_argument("--data", required=True, help="whatever train.alpaca reads")
+    parser.add_argument("--data", required=True, help="anything that train.alpaca reads")
     parser.add_argument(
         "--validation-rows",
         type=positive_int,
         help="only the rows that train.alpaca keeps back with the same number",
     )
     parser.add_argument(
-        "--split", help="of rows that name one (with --validation-rows train, else test); others count"
+        "--split", help="split to read, if rows name one (with --validation-rows train, else test)"
     )
-    parser.add_argument("--limit", type=positive_int, help="so many rows, drawn by --seed (default: all)")
-    parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
+    parser.add_argument("--limit", type=positive_int, help="use at most N rows, chosen with --seed (all)")
+    parser.add_argument("--max-length", type=positive_int, default=512, help="longest row, in tokens (512)")
     parser.add_argument("--samples", type=int, default=10, help="answers shown side by side (10)")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=96, help="length of an answer (96)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the rows that are drawn")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=96, help="tokens of an answer (96)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed for choosing rows (0)")
     add_adapter_option(parser)
     add_model_options(parser)
     add_json_option(parser)
     arguments = parser.parse_args(words)
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.common.progress import RowProgress
     from llama_adapter.data.records import encode_and_count, expect_text, read_records, split_records
     from llama_adapter.decoding.sampling import Sampling
@@ -107,7 +108,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.a
     losses = ", ".join(f"{label} {figures[f'{label}_loss']:.4f}" for label in scored)
     print(f"nats a response token: {losses}")
     if arguments.quantize is not None:
-        del model  # before the other is loaded
+        del model  # frees its memory before the other is loaded
         full = load_model(argparse.Namespace(**{**vars(arguments), "quantize": None, "dtype": "float32"}))
         for label, name in scored.items():
             figures[f"{label}_loss_float32"], _ = score(full, name, f"{label} in float32")

@@ -13,12 +13,12 @@ from llama_adapter.common.errors import UsageError
 def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.captions") -> None:
     parser = Parser(prog=program, description=__doc__)
     add_picture_scoring_options(parser, default_split="val")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=40, help="tokens of a caption (40)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=40, help="tokens at most (40)")
     parser.add_argument("--samples", type=int, default=5, help="captions that are shown (5)")
     add_json_option(parser)
     arguments = parser.parse_args(words)
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.answering.records_answered import answer_records
     from llama_adapter.answering.scoring import caption_scores
     from llama_adapter.common.progress import RowProgress
@@ -49,7 +49,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.c
     conditions["no picture"] = [dataclasses.replace(record, images=()) for record in records]
     scores, said = {}, {}
     for name, asked in conditions.items():
-        # Without pictures all rows are the same question, so one answer does for all.
+        # Without pictures all rows ask the same question, so one answer is enough.
         some = asked if asked[0].images else asked[:1]
         answers = answer_records(
             to_score.model,

@@ -24,21 +24,21 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.c
         "--model", default="clip-mini", help="name or folder of an open_clip model (clip-mini)"
     )
     parser.add_argument(
-        "--retrieval", metavar="SOURCE", help="pictures with captions to be found by each other"
+        "--retrieval", metavar="SOURCE", help="pictures with captions, each to be found from the other"
     )
-    parser.add_argument("--split", default="val", help="of the captions that name one (val)")
+    parser.add_argument("--split", default="val", help="split to read, if captions name one (val)")
     parser.add_argument("--names", metavar="FOLDER", help="names.json beside images/: zero-shot top-1")
     parser.add_argument(
         "--kept-names", type=positive_int, default=100, help="names that train.clip keeps back (100)"
     )
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
     add_weights_option(parser)
     add_json_option(parser)
     arguments = parser.parse_args(words)
     if arguments.retrieval is None and arguments.names is None:
         raise UsageError("nothing to score: give --retrieval, --names or both")
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.methods.decoder import choose_device
     from llama_adapter.vision.contrastive import (
         load_clip,

@@ -1,9 +1,9 @@
 """Compare methods on your own rows: python -m eval.methods --data FILE --methods A,B+C --output DIR
 
 Each method is trained on the same rows in the same order, at --rates learning rates around its usual one. The
-rate with the least loss on the rows kept back is then trained with --seeds seeds in all. Every run has a
-process of its own. The folder gets results.json, a table (README.md) and plots. The same command goes on
-where it was ended.
+rate with the lowest loss on the rows kept back is then trained with --seeds seeds in total. Each run has a
+process of its own. The results go to the output folder: results.json, a table (README.md) and plots. An
+interrupted comparison is continued by the same command.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.m
         "--data",
         required=True,
         action="append",
-        help="rows as train.alpaca or train.vqa reads them, or the official folder of ScienceQA; can be "
+        help="rows that train.alpaca or train.vqa reads, or the official folder of ScienceQA; can be "
         "given several times",
     )
     parser.add_argument("--output", required=True, type=Path, help="folder of the comparison")
@@ -53,16 +53,16 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.m
         metavar="N",
         help="give methods that have a size about N parameters in the layers (default: their usual sizes)",
     )
-    parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
+    parser.add_argument("--max-length", type=positive_int, default=512, help="longest row, in tokens (512)")
     add_model_options(parser)
     add_fields(parser, AdapterPlan, ("template", "tower", "cache"))
     training = parser.add_argument_group("training")
     add_settings(training, leave_out=("base_learning_rate", "learning_rate", "rates", "seed"))
-    # Less than the scripts' own: a comparison has many runs.
+    # Fewer than in the training scripts: a comparison has many runs.
     parser.set_defaults(epochs=1, warmup_epochs=0.1, batch_size=16, max_grad_norm=1.0)
     arguments = parser.parse_args(words)
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.comparison.running import Setting, is_scienceqa
     from llama_adapter.comparison.sweep import Comparison
 

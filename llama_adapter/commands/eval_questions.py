@@ -1,8 +1,8 @@
-"""How many plain questions are answered rightly: python -m eval.questions [--adapter NAME] [--base NAME]
+"""Count right answers to plain questions: python -m eval.questions [--adapter NAME] [--base NAME]
 
 Asks 60 questions of our own with short answers (facts, arithmetic, grammar, extraction, yes or no, lists,
-code) greedily, each on its own, in the template that the adapter was trained with, the bare base in its own
-chat template. Rules check the answers. Wrong ones are shown.
+code). Each is asked by itself and answered greedily, in the template that the adapter was trained with; the
+bare base uses its own chat template. Rules check the answers, and wrong ones are shown.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from llama_adapter.commands.arguments import (
 def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.questions") -> None:
     parser = Parser(prog=program, description=__doc__)
     parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="other questions, as JSONL of the same form"
+        "--data", type=Path, metavar="FILE", help="other questions, as JSONL in the same form"
     )
     parser.add_argument(
-        "--limit", type=positive_int, metavar="N", help="so many questions, the same every time"
+        "--limit", type=positive_int, metavar="N", help="use at most N questions, the same ones every time"
     )
     parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="tokens of an answer (64)")
     parser.add_argument("--batch-size", type=positive_int, default=16, help="questions at once (16)")
@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.q
     add_json_option(parser)
     arguments = parser.parse_args(words)
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.answering.questions import OWN_QUESTIONS, load_questions
     from llama_adapter.answering.records_answered import answer_records
     from llama_adapter.common.progress import RowProgress

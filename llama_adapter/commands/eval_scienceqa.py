@@ -1,6 +1,6 @@
 """Score ScienceQA as the paper does: python -m eval.scienceqa --adapter DIR --data DIR --split test
 
-With --predictions FILE it scores any model's: the official results.json, or LLaVA's answers as JSONL.
+With --predictions FILE it scores the answers of any model: the official results.json, or LLaVA's JSONL.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.s
     add_json_option(parser)
     arguments = parser.parse_args(words)
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.scienceqa.grading import grade, guess_unread, read_predictions
     from llama_adapter.scienceqa.problems import check_format, read_problems, split_problems
 
@@ -133,7 +133,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.s
 def _ask(
     arguments: argparse.Namespace, problems: list[Problem], fingerprint: str
 ) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
-    """Predictions of the adapter and of the controls that are asked for, and why controls are missing."""
+    """Predictions of the adapter and of the requested controls, and for each missing control the reason."""
     from llama_adapter.common.progress import RowProgress
     from llama_adapter.model import NO_ADAPTER
     from llama_adapter.scienceqa.examining import Examination, examine

@@ -18,7 +18,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.v
     add_json_option(parser)
     arguments = parser.parse_args(words)
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.answering.records_answered import answer_records
     from llama_adapter.answering.scoring import accuracy_interval, is_right, question_type
     from llama_adapter.common.progress import RowProgress
@@ -41,7 +41,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.v
     kinds = [question_type(record.turns[-2].text, record.turns[-1].text) for record in records]
     right: dict[str, list[bool]] = {}
     for name, asked in conditions.items():
-        # The same question about the same pictures is asked once.
+        # A question about the same pictures is asked only once.
         distinct = {(record.turns[:-1], record.images): record for record in asked}
         answers = answer_records(
             to_score.model,

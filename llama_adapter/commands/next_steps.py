@@ -1,4 +1,4 @@
-"""What to do with the result of a training: commands that work as they are, pasted into the same shell."""
+"""Commands that use the result of a training. They can be pasted into the same shell as they are."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ LONGEST_QUESTION = 100  # characters
 
 
 def console_command() -> list[str]:
-    """How this installation's console command is called in this shell."""
+    """How to call the console command of this installation in this shell."""
     found = shutil.which("llama-adapter")
     if found and Path(found).parent == Path(sys.executable).parent:
         return ["llama-adapter"]
-    return [sys.executable or "python", "-m", "llama_adapter"]  # its environment is not on the PATH
+    return [sys.executable or "python", "-m", "llama_adapter"]  # the command is not on the PATH
 
 
 def steps_text(steps: Iterable[tuple[str, Sequence[object]]]) -> str:
-    """A line for each command, with what it does above it."""
+    """Each command on a line, below a line that says what it does."""
     command = console_command()
     lines = []
     for what, words in steps:
@@ -37,12 +37,12 @@ def steps_text(steps: Iterable[tuple[str, Sequence[object]]]) -> str:
 def adapter_steps(
     arguments: argparse.Namespace, *, question: Sequence[object], scoring: Sequence[object]
 ) -> str:
-    """How an adapter just trained is asked, shown in a browser and scored.
+    """How to ask, open in a browser and score an adapter that was just trained.
 
     Args:
-        arguments: of the training; where weights are and what computes is passed on.
-        question: the words of `ask`: a question, perhaps with --image.
-        scoring: the words of `eval`: its script and its data.
+        arguments: those of the training. Options for weights and devices are repeated.
+        question: the arguments of `ask`: a question, perhaps with --image.
+        scoring: the arguments of `eval`: its script and its data.
     """
     adapter = ["--adapter", arguments.output]
     same: list[object] = []
@@ -59,9 +59,9 @@ def adapter_steps(
 
 
 def question_of(records: Iterable[Record], *, images: bool = False) -> list[object]:
-    """The words of `ask` for the first short question of these rows, else for one that fits any adapter.
+    """The arguments of `ask` for the first short question of these rows, or for one that fits any adapter.
 
-    ``images``: with the row's picture, of rows whose picture is a file.
+    ``images``: with the row's picture; only rows whose picture is a file are used.
     """
     for record in records:
         turn = record.turns[-2] if len(record.turns) > 1 else None

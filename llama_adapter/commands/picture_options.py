@@ -1,4 +1,4 @@
-"""What the evaluations with pictures have in common: their options, and what these ask for."""
+"""The options that evaluations with pictures share, and loading what they describe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # slow to import
 
 
 def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_split: str) -> None:
-    """The rows, the pictures, the search, the model and its adapter."""
+    """Options for the rows, the pictures, the search, the model and its adapter."""
     parser.add_argument(
         "--data",
         required=True,
@@ -33,10 +33,10 @@ def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_spli
     )
     parser.add_argument(
         "--split",
-        help=f"of rows that name one (with --validation-rows train, else {default_split}); others count",
+        help=f"split to read, if rows name one (with --validation-rows train, else {default_split})",
     )
     parser.add_argument(
-        "--image-root", type=Path, help="where names of pictures start (default: by the data)"
+        "--image-root", type=Path, help="folder of pictures with relative names (default: the data's)"
     )
     parser.add_argument(
         "--validation-rows",
@@ -45,12 +45,12 @@ def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_spli
         help="only the rows that train.vqa keeps back with the same number",
     )
     parser.set_defaults(default_split=default_split)
-    parser.add_argument("--limit", type=positive_int, help="so many pictures, drawn by --seed (default: all)")
+    parser.add_argument("--limit", type=positive_int, help="use at most N pictures, chosen with --seed (all)")
     parser.add_argument(
-        "--seed", type=seed_number, default=0, help="of the rows that are drawn and the shuffled pictures"
+        "--seed", type=seed_number, default=0, help="seed for choosing rows and exchanging pictures (0)"
     )
     parser.add_argument("--batch-size", type=positive_int, default=16, help="questions answered at once (16)")
-    parser.add_argument("--beams", type=positive_int, default=1, help="of the search; 1 is greedy (1)")
+    parser.add_argument("--beams", type=positive_int, default=1, help="beams of the search; 1 is greedy (1)")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
     )
@@ -60,7 +60,7 @@ def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_spli
 
 @dataclass(frozen=True)
 class ToScore:
-    """A model, the rows that it is asked, and (F,) features of each of their pictures, if it sees any."""
+    """A model, the rows to ask it, and the features (F,) of their pictures, if the model sees pictures."""
 
     model: LlamaAdapter
     records: list[Record]
@@ -68,7 +68,7 @@ class ToScore:
 
 
 def load_records_to_score(arguments: argparse.Namespace) -> ToScore:
-    """What `add_picture_scoring_options` asks for. Raises UsageError where no row has a picture."""
+    """Load what `add_picture_scoring_options` describes. Raises UsageError if no row has a picture."""
     from llama_adapter.data.records import draw_pictures, read_records, split_records
     from llama_adapter.model import NO_ADAPTER
     from llama_adapter.vision.features import picture_features
@@ -76,7 +76,7 @@ def load_records_to_score(arguments: argparse.Namespace) -> ToScore:
     split = arguments.split or ("train" if arguments.validation_rows else arguments.default_split)
     records, summary = read_records(arguments.data, image_root=arguments.image_root, split=split)
     print(summary, file=sys.stderr)
-    if arguments.validation_rows is not None:  # of all rows, as train.vqa does it
+    if arguments.validation_rows is not None:  # split all rows, as train.vqa does
         _, records = split_records(records, validation_rows=arguments.validation_rows)
     blind = sum(not record.images for record in records)
     records = [record for record in records if record.images]

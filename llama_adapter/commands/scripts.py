@@ -15,10 +15,10 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
 
 
 def run_script(words: Sequence[str]) -> bool:
-    """Run the script that the words of a command line name; False where they name none.
+    """Run the script that a command line names. Returns False if it names none.
 
     Raises:
-        UsageError: `train` or `eval` without one of their scripts.
+        UsageError: `train` or `eval` without the name of a script.
     """
     if not words or words[0] not in SCRIPTS:
         return False
@@ -34,6 +34,6 @@ def run_script(words: Sequence[str]) -> bool:
     else:
         found = repr(rest[0]) if rest else "nothing"
         raise UsageError(f"llama-adapter {kind} takes one of {', '.join(SCRIPTS[kind])}; found {found}")
-    # Only the script that is asked for is imported: each is slow, and may need an extra.
+    # Only the requested script is imported: each import is slow and may need an extra.
     importlib.import_module(f"llama_adapter.commands.{name}").main(rest, program=program)
     return True

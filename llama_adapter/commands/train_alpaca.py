@@ -23,15 +23,15 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     parser.add_argument(
         "--output", required=True, type=Path, help="folder of the run and of the best adapter"
     )
-    parser.add_argument("--split", default="train", help="of rows that name one (train); others count")
-    parser.add_argument("--limit", type=positive_int, help="use the first so many rows only")
+    parser.add_argument("--split", default="train", help="split to read, if rows name one (train)")
+    parser.add_argument("--limit", type=positive_int, help="use only the first N rows")
     parser.add_argument("--validation-rows", type=positive_int, default=500, help="rows kept back (500)")
-    parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
+    parser.add_argument("--max-length", type=positive_int, default=512, help="longest row, in tokens (512)")
     add_model_options(parser)
     add_training_options(parser)
     arguments = parser.parse_args(words)
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.common.processes import running_processes
     from llama_adapter.training.recipes import read_source, train, validation_loss
 

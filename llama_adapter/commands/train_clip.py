@@ -1,4 +1,4 @@
-"""Train a small CLIP whose picture side is a tower: python -m train.clip --data SOURCE ... --output DIR"""
+"""Train a small CLIP whose picture side serves as a tower: python -m train.clip --data SOURCE --output DIR"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_adapter.commands.next_steps import steps_text
 from llama_adapter.common.errors import UsageError
 from llama_adapter.weights import locations
 
-START = "efficientnet-lite0-imagenet"  # of the catalogue: ImageNet's weights
+START = "efficientnet-lite0-imagenet"  # a name of the catalogue: weights trained on ImageNet
 
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m train.clip") -> None:
@@ -37,20 +37,20 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         "--kept-names", type=positive_int, default=100, help="names kept back for zero-shot scoring (100)"
     )
     parser.add_argument(
-        "--retrieval", metavar="SOURCE", help="captions whose split val is scored after each epoch"
+        "--retrieval", metavar="SOURCE", help="captions; their split val is scored after each epoch"
     )
     parser.add_argument("--output", required=True, type=Path, help="folder of the run and of the model")
     parser.add_argument("--start", default=START, help=f"tower to start from: name or folder ({START})")
     parser.add_argument("--embed-dim", type=positive_int, default=256, help="width of the embeddings (256)")
     parser.add_argument("--text-width", type=positive_int, default=96, help="width of the text side (96)")
     parser.add_argument("--text-layers", type=positive_int, default=3, help="layers of the text side (3)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
     add_weights_option(parser)
     _add_settings(parser)
     arguments = parser.parse_args(words)
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     import torch
 
     from llama_adapter.methods.decoder import choose_device
@@ -121,17 +121,17 @@ def _add_settings(parser: Parser) -> None:
     defaults = ClipSettings()
     for name, kind, text in (
         ("epochs", int, "passes over the pictures"),
-        ("batch_size", int, "pairs a step: each text is told from so many pictures"),
-        ("learning_rate", float, "peak of the text side and the heads"),
-        ("trunk_learning_rate", float, "peak of the picture side, which knows pictures already"),
-        ("frozen_blocks", int, "lowest blocks of the picture side that stay as they are"),
+        ("batch_size", int, "pairs in a step: each text has to be matched with one of this many pictures"),
+        ("learning_rate", float, "peak for the text side and the heads"),
+        ("trunk_learning_rate", float, "peak for the pretrained part of the picture side"),
+        ("frozen_blocks", int, "how many of the picture side's lowest blocks are not trained"),
         ("weight_decay", float, "AdamW's"),
         ("warmup_steps", int, "steps in which the rates rise"),
         ("crop", float, "smallest share of a picture that a random crop keeps"),
-        ("crops", int, "crops of each picture, where blocks are frozen and give the same each time"),
-        ("max_steps", int, "end the run, and its schedule, after so many steps"),
+        ("crops", int, "crops of each picture, if blocks are frozen; their output is computed once"),
+        ("max_steps", int, "end the run, and its schedule, after N steps"),
         ("checkpoint_every", int, "steps between checkpoints"),
-        ("seed", seed_number, "of the order of the pairs, the texts, the crops and the first weights"),
+        ("seed", seed_number, "seed for the order of the pairs, the texts, the crops and the first weights"),
     ):
         default = getattr(defaults, name)
         shown = "" if default is None else f" ({default:g})"

@@ -1,7 +1,7 @@
 """Train an adapter on ScienceQA: python -m train.scienceqa --data DIR --output DIR
 
-After the training the ways to answer are compared on the problems kept back, and the adapter's config records
-the best: eval.scienceqa takes it unless told otherwise.
+After training, the ways to answer are compared on the problems kept back. The adapter's config records the
+best one, and eval.scienceqa uses it by default.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llama_adapter.commands.training_options import (
     training_settings,
 )
 
-PAPER_EPOCHS = 30  # of the paper's ablations on ScienceQA (section 4.4)
+PAPER_EPOCHS = 30  # as in the paper's ablations on ScienceQA (section 4.4)
 
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m train.scienceqa") -> None:
@@ -43,18 +43,18 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         help="official name of the format of question and answer (QCM-A); QCM-O answers in the option's text",
     )
     parser.add_argument(
-        "--caption", action="store_true", help="put the machine's caption of a picture into the context"
+        "--caption", action="store_true", help="add the machine's caption of a picture to the context"
     )
     parser.add_argument(
         "--orders",
         type=positive_int,
         default=1,
-        help="show each problem in so many orders of its choices, in turn (1: only as it is)",
+        help="show each problem with N orders of its choices, in turn (1: only as it is)",
     )
     parser.add_argument(
         "--rivals",
         action="store_true",
-        help="also train the right answer to be likelier than the answers of the other choices",
+        help="also train the right answer to be more likely than the answers of the other choices",
     )
     parser.add_argument(
         "--picture-weight",
@@ -79,7 +79,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     parser.set_defaults(epochs=PAPER_EPOCHS, template="scienceqa")
     arguments = parser.parse_args(words)
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.common.processes import running_processes
     from llama_adapter.common.progress import RowProgress
     from llama_adapter.data.records import EncodeSummary
@@ -174,7 +174,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     if processes.main:
         save_adapter(adapter, arguments.output)
     scoring: list[object] = ["scienceqa", "--data", arguments.data, "--split", "train"]
-    # Of all problems others are kept back than of the first few.
+    # With --limit, other problems are kept back than of all problems.
     scoring += ["--validation-rows" if arguments.limit is None else "--limit", arguments.validation_rows]
     if arguments.cache is not None:
         scoring += ["--cache", arguments.cache]

@@ -1,11 +1,12 @@
-"""Write the likeliest answers to questions, to train on in place of single people's: python -m train.teacher
---data SOURCE --output FILE.json
+"""Write the answers that a classifier finds most likely, to train on in place of people's own:
+python -m train.teacher --data SOURCE --output FILE.json
 
-A classifier of a question's words together with its picture is fitted to other rows, and its answer takes the
-place of the row's own. With --more-pictures it is asked about other pictures too: of few pictures, what they
-have to do with the answer is else learnt by heart. The rows that train.vqa keeps back from FILE.json with the
-same --validation-rows are not among those it is fitted to. Their answers are its own too, so the validation
-loss tells how well it is followed; eval.vqa on SOURCE tells how often people's answers are met.
+The classifier reads a question's words together with its picture. It is fitted to other rows, and its answer
+replaces the row's own. With --more-pictures, questions are also asked about other pictures: with few
+pictures, an adapter would otherwise learn by heart which answers belong to which picture. The classifier is
+not fitted to the rows that train.vqa keeps back from FILE.json with the same --validation-rows. Their answers
+are replaced too, so the validation loss shows how well the adapter follows the classifier. eval.vqa on SOURCE
+shows how often it gives people's answers.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         "--data", required=True, metavar="SOURCE", help="rows of {image, question, answer}, or without image"
     )
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write, for train.vqa --data")
-    parser.add_argument("--split", default="train", help="of rows that name one (train)")
+    parser.add_argument("--split", default="train", help="split to read, if rows name one (train)")
     parser.add_argument(
-        "--image-root", type=Path, help="where names of pictures start (default: by the data)"
+        "--image-root", type=Path, help="folder of pictures with relative names (default: the data's)"
     )
     parser.add_argument(
         "--validation-rows", type=positive_int, default=100, help="rows that train.vqa keeps back (100)"
@@ -53,10 +54,10 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         type=positive_int,
         default=0,
         metavar="N",
-        help="ask each question to train on of N other pictures to train on too, drawn at random, and write "
-        "those rows last (none)",
+        help="ask each question to train on about N other pictures too, chosen at random, and write those "
+        "rows last (none)",
     )
-    parser.add_argument("--no-images", action="store_true", help="go by the questions' words alone")
+    parser.add_argument("--no-images", action="store_true", help="use only the words of the questions")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
     )
@@ -77,7 +78,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         )
     quieten_libraries()
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.answering.scoring import accuracy_interval, is_right
     from llama_adapter.common.files import write_json
     from llama_adapter.common.progress import RowProgress
@@ -111,7 +112,8 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         )
 
     taught = {id(record): row for record, row in zip([*parts[0], *parts[1]], answered + theirs, strict=True)}
-    # In the old order, those of more pictures, none of them kept back, last: train.vqa keeps back the same.
+    # In the old order, with the added rows last and none of them kept back, so train.vqa keeps back the same
+    # rows.
     rows = [*(taught[id(record)] for record in records), *more]
     write_json(
         arguments.output,

@@ -29,39 +29,39 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         action="append",
         metavar="SOURCE[=WEIGHT]",
         help="rows with pictures (question and answer, captions, LLaVA's conversations), a folder with "
-        "captions.json or qa.json beside images/, easy-vqa, or rows of text; a weight of 0.5 shows half of "
-        "its rows in an epoch, other ones each time, and 2 each row twice",
+        "captions.json or qa.json beside images/, easy-vqa, or rows of text; a weight of 0.5 uses half of "
+        "the rows in each epoch, different ones each time, and 2 uses each row twice",
     )
     parser.add_argument(
         "--text-of",
         action="append",
         default=[],
         metavar="SOURCE[=WEIGHT]",
-        help="as --data, its rows shown without their pictures: of a few photos, answers are learnt by heart",
+        help="as --data, but without the pictures: answers about few photos would be learnt by heart",
     )
     parser.add_argument(
         "--output", required=True, type=Path, help="folder of the run and of the best adapter"
     )
-    parser.add_argument("--split", default="train", help="of rows that name one (train)")
+    parser.add_argument("--split", default="train", help="split to read, if rows name one (train)")
     parser.add_argument(
-        "--image-root", type=Path, help="where names of pictures start (default: by the data)"
+        "--image-root", type=Path, help="folder of pictures with relative names (default: the data's)"
     )
-    parser.add_argument("--limit", type=positive_int, help="use the first so many rows of each source only")
+    parser.add_argument("--limit", type=positive_int, help="use only the first N rows of each source")
     parser.add_argument(
         "--validation-rows", type=positive_int, default=100, help="rows kept back of each source (100)"
     )
     parser.add_argument(
         "--balance-yes-no",
         action="store_true",
-        help="show a question's rows with yes as often as those with no, so that its wording tells nothing",
+        help="use a question's rows with yes as often as those with no, so that its words tell nothing",
     )
-    parser.add_argument("--max-length", type=positive_int, default=512, help="tokens a row, cut there (512)")
+    parser.add_argument("--max-length", type=positive_int, default=512, help="longest row, in tokens (512)")
     add_model_options(parser)
     add_vision_options(parser)
     add_training_options(parser)
     arguments = parser.parse_args(words)
 
-    # Slow to import, and not needed to say that an option is wrong.
+    # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.common.processes import running_processes
     from llama_adapter.training.recipes import read_source, train, validation_loss
 
@@ -93,7 +93,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     )
     say = running_processes().say
     say(f"{arguments.output}: best validation loss {validation_loss(model):.4f} nats a token")
-    # The commands below are about the first source whose pictures are shown.
+    # The commands below use the first source whose pictures are shown.
     data, shown = next(
         ((data, source) for (data, _, _), source in zip(named, sources, strict=True) if source.images),
         (named[0][0], sources[0]),
@@ -109,7 +109,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
 
 
 def _scoring_script(rows: Sequence[Record], *, pictured: bool) -> object:
-    """Which of eval's scripts scores rows like these."""
+    """Which of the eval scripts scores rows of this kind."""
     from llama_adapter.data.templates import CAPTION_QUESTIONS
 
     captions = all(row.images and row.turns[0].text in CAPTION_QUESTIONS for row in rows)

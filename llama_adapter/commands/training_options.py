@@ -1,4 +1,4 @@
-"""The options of the training scripts, made from the fields of what they set: each is said once, there."""
+"""The options of the training scripts, made from the fields of the dataclasses that they fill."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from llama_adapter.commands.arguments import seed_number
 
-if TYPE_CHECKING:  # slow to import: a mistyped option of a script without a training is answered without
+if TYPE_CHECKING:  # slow to import; mistyped options are answered without it
     from llama_adapter.training.recipes import AdapterPlan
     from llama_adapter.training.trainer import TrainingSettings
 
 VISION_FIELDS = ("tower", "depths", "bottleneck", "image_tokens", "cache")
-# What a field's annotation is on the command line.
+# How a field's annotation is read on the command line.
 _KINDS: dict[str, dict[str, Any]] = {
     "int": {"type": int},
     "float": {"type": float},
@@ -26,7 +26,7 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """Everything in `TrainingSettings`, and in `AdapterPlan` all but pictures and where it computes."""
+    """Add options for `TrainingSettings` and for `AdapterPlan`, except for pictures and devices."""
     from llama_adapter.training.recipes import AdapterPlan
 
     adapter = parser.add_argument_group("adapter")
@@ -45,14 +45,14 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     add_settings(training)
     add_fields(training, AdapterPlan, ("gradient_checkpointing",))
-    training.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    training.add_argument("--resume", action="store_true", help="continue the run in --output")
 
 
 def add_settings(group: Any, *, leave_out: Collection[str] = ()) -> None:
-    """The options for the fields of `TrainingSettings`, some left out."""
+    """Add options for the fields of `TrainingSettings`, except those to leave out."""
     from llama_adapter.training.trainer import TrainingSettings
 
-    # What a type alone does not say.
+    # What the type of a field does not tell.
     special: dict[str, dict[str, Any]] = {
         "seed": {"type": seed_number},
         "rates": {
@@ -68,7 +68,7 @@ def add_settings(group: Any, *, leave_out: Collection[str] = ()) -> None:
 
 
 def add_vision_options(parser: argparse.ArgumentParser) -> None:
-    """The tower, what is taken from it, and how that reaches the prompts."""
+    """Add options for the tower, its features, and how they reach the prompts."""
     from llama_adapter.training.recipes import AdapterPlan
 
     group = parser.add_argument_group("pictures")
@@ -76,7 +76,7 @@ def add_vision_options(parser: argparse.ArgumentParser) -> None:
         "--images",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="--no-images trains on the text of the same rows alone",
+        help="--no-images trains on only the text of the same rows",
     )
     add_fields(group, AdapterPlan, VISION_FIELDS)
 
@@ -87,10 +87,10 @@ def add_fields(
     names: Collection[str],
     special: Mapping[str, Mapping[str, Any]] = {},
 ) -> None:
-    """An option for each of some fields of a dataclass: its type, default and help are the field's.
+    """Add an option for each of some fields of a dataclass. Type, default and help come from the field.
 
     Args:
-        special: for some fields, argparse's arguments in place of these, "option" being its name.
+        special: for some fields, other arguments for argparse; "option" is the option's name.
     """
     fields = {own.name: own for own in dataclasses.fields(settings)}
     for name in names:
@@ -113,7 +113,7 @@ def _shown(default: object) -> str:
 
 
 def _option(text: str) -> tuple[str, str]:
-    """An option's type: a setting of the method, "prompt_length=20"."""
+    """A type for options: a setting of the method, such as "prompt_length=20"."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE, such as prompt_length=20")
@@ -121,7 +121,7 @@ def _option(text: str) -> tuple[str, str]:
 
 
 def _group_rate(text: str) -> tuple[str, float]:
-    """An option's type: a group of parameters and its rate, "gates=0.003"."""
+    """A type for options: a group of parameters and its rate, such as "gates=0.003"."""
     group, _, value = text.partition("=")
     try:
         return group.strip(), float(value)
@@ -131,14 +131,14 @@ def _group_rate(text: str) -> tuple[str, float]:
 
 
 def rows_kept_back(arguments: argparse.Namespace) -> list[object]:
-    """The words by which a scoring script reads the rows that a training kept back."""
-    # Of all rows others are kept back than of the first few.
+    """The arguments with which a scoring script reads the rows that a training kept back."""
+    # With --limit, other rows are kept back than of all rows.
     rows = "--validation-rows" if arguments.limit is None else "--limit"
     return [rows, arguments.validation_rows, "--split", arguments.split]
 
 
 def training_settings(arguments: argparse.Namespace, **changed: Any) -> TrainingSettings:
-    """The settings that `add_settings` read; ``changed`` are fields in place of what was read."""
+    """The settings given by the options of `add_settings`. Fields in ``changed`` take precedence."""
     from llama_adapter.training.trainer import TrainingSettings
 
     given = _read(arguments, TrainingSettings)
@@ -146,7 +146,7 @@ def training_settings(arguments: argparse.Namespace, **changed: Any) -> Training
 
 
 def adapter_plan(arguments: argparse.Namespace) -> AdapterPlan:
-    """The plan that `add_training_options`, `add_vision_options` and `add_model_options` read."""
+    """The plan given by `add_training_options`, `add_vision_options` and `add_model_options`."""
     from llama_adapter.training.recipes import AdapterPlan
 
     options: dict[str, Any] = {}
@@ -157,6 +157,6 @@ def adapter_plan(arguments: argparse.Namespace) -> AdapterPlan:
 
 
 def _read(arguments: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """The fields of a dataclass for which there were options."""
+    """The values of those fields of a dataclass that have an option."""
     names = [own.name for own in dataclasses.fields(settings)]
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}

@@ -1,4 +1,4 @@
-"""llama-adapter list: bases, towers and adapters, those here and those that can be fetched."""
+"""llama-adapter list: the bases, towers and adapters that are here or can be fetched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEADINGS = {"base": "bases (--base)", "tower": "towers (--tower)", "adapter": "a
 
 
 def print_list(arguments: argparse.Namespace) -> None:
-    """Print what there is, as a table or as JSON."""
+    """Print everything that is available, as a table or as JSON."""
     entries = list_entries(arguments.weights)
     if arguments.json:
         print(json.dumps([_facts(entry) for entry in entries], indent=2, ensure_ascii=False))
@@ -41,7 +41,7 @@ def _facts(entry: Entry) -> dict[str, object]:
 
 
 def print_base_or_tower(name: str, weights: str | None) -> bool:
-    """Print what a base or a tower of this name is; False where there is none.
+    """Print a description of the base or tower with this name. Returns False if there is none.
 
     Raises:
         UsageError: it has to be fetched first.
