@@ -29,7 +29,7 @@ def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_spli
     parser.add_argument(
         "--data",
         required=True,
-        help="a folder with captions.json or qa.json beside images/, a file, or easy-vqa",
+        help="a folder with captions.json or qa.json beside images/, a file, easy-vqa, or drawings:N",
     )
     parser.add_argument(
         "--split",

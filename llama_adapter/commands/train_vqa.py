@@ -29,8 +29,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         action="append",
         metavar="SOURCE[=WEIGHT]",
         help="rows with pictures (question and answer, captions, LLaVA's conversations), a folder with "
-        "captions.json or qa.json beside images/, easy-vqa, or rows of text; a weight of 0.5 uses half of "
-        "the rows in each epoch, different ones each time, and 2 uses each row twice",
+        "captions.json or qa.json beside images/, easy-vqa, drawings:N (N pictures drawn by our code, four "
+        "questions each), or rows of text; a weight of 0.5 uses half of the rows in each epoch, different "
+        "ones each time, and 2 uses each row twice",
     )
     parser.add_argument(
         "--text-of",

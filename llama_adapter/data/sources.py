@@ -2,7 +2,7 @@
 
 A source can be a file (a JSON list, JSONL, CSV, Parquet or Arrow), a folder that `datasets` saved, a folder
 of pictures (captions.json or qa.json beside images/, or the hub's metadata.jsonl or metadata.csv), the
-package easy-vqa, or a data set on the hub.
+package easy-vqa, a data set on the hub, or pictures that are drawn here (`data.drawings`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.data.drawings import drawing_rows, is_drawings
 from llama_adapter.data.row_pictures import FILE_COLUMNS
 
 EASY_VQA = "easy-vqa"  # the name for the data of that package
@@ -61,6 +62,9 @@ def read_rows(source: str | Path, split: str | None = None) -> Rows:
     """
     if str(source) == EASY_VQA:
         return _easy_vqa_rows()
+    if is_drawings(source):
+        drawn, fingerprint = drawing_rows(str(source), split)
+        return Rows(list(enumerate(drawn, start=1)), Path(), fingerprint)
     path = Path(source)
     root = path.parent
     if path.is_dir():
