@@ -1,19 +1,21 @@
 """The gated adaptation prompts of LLaMA-Adapter, as an attention function of transformers.
 
-Every attention layer of most decoders in transformers calls the function that is registered under its
-``attn_implementation``, with the queries and keys as they enter the softmax. The whole method is one such
-function: it calls the stock one and adds, in the adapted layers, what the queries read from the prompts
-(arXiv 2303.16199, eq. 4-8, with two separate softmaxes as eq. 7 scales them apart):
+In most decoders of transformers every attention layer calls the function registered under its
+``attn_implementation``, with queries and keys ready for the softmax. The whole method is one such function.
+It calls the stock function and, in adapted layers, adds what the queries read from the prompts (arXiv
+2303.16199, eq. 4-8; there are two separate softmaxes, since eq. 7 scales their scores separately):
 
     tokens  = softmax(q k^T * s) v
     prompts = softmax(q (W_k P)^T * s) (W_v P)
     out     = tokens + tanh(g_h) * prompts
 
-What a forward pass tells its layers travels as one keyword argument through the decoder, never as state on
-modules: two threads, beams, mixed batches and recomputation in backward would break on state.
+Everything that a forward pass tells its layers travels through the decoder as one keyword argument, never as
+state on modules. State would break with two threads, beams, mixed batches, and recomputation in the backward
+pass.
 
-Shapes: B rows, T tokens, H heads, G key-value heads, K prompts, R sets of prompts, S places of the cache, d
-    head width, D hidden size.
+Shapes: B rows, T tokens, H heads, G key-value heads, K prompts, R prompt sets, S positions of the cache, d
+head
+    width, D hidden size.
 """
 
 from __future__ import annotations
@@ -32,26 +34,26 @@ from llama_adapter.methods.computing import nothing_acting
 from llama_adapter.methods.keys_and_values import KeysAndValues
 from llama_adapter.methods.packed_attention import Segment, attend, attend_own_prompts, attend_packed
 
-PREFIX = "llama_adapter_"  # no "flash" and no "/" in it: transformers reads meaning into both
+PREFIX = "llama_adapter_"  # must not contain "flash" or "/", which have a meaning for transformers
 STOCK = ("sdpa", "eager")  # the implementations that can be wrapped
 FORM = "llama_adapter_form"  # the attribute of an attention layer that holds its `AttentionForm`
 
 
 class PromptSource(Protocol):
-    """What attention asks for the prompts of its layer; `llama_adapter.methods.state.AdapterState` is one."""
+    """Where attention gets the prompts of its layer. `llama_adapter.methods.state.AdapterState` is one."""
 
     def prompts_of(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Keys and gated values, (R, H, K, d) each, and a mask, (R, K), False at padding, or None.
 
-        R is 1 where all tokens read the same prompts, else B, or in a packed sequence what its segments
-        count to. None where the layer has no prompts.
+        R is 1 if all tokens read the same prompts, else B, or in a packed sequence the number of its prompt
+        sets. Returns None for a layer without prompts.
         """
         ...
 
     def keys_of(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Keys and values in front of the tokens', (R, G, K, d) each, and a mask, (R, K), or None.
+        """Keys and values before those of the tokens, (R, G, K, d) each, and a mask, (R, K), or None.
 
-        The mask is False at padding. None where the layer has no prefix.
+        The mask is False at padding. Returns None for a layer without a prefix.
         """
         ...
 
@@ -61,10 +63,10 @@ class AttentionForm:
     """What the probe found out about an attention layer of a decoder.
 
     Attributes:
-        keys_and_values: how it computes them.
-        window: how many tokens back a token sees, itself included; None: all.
-        chunk: how long the chunks are outside of which it sees nothing; None: there are none.
-        unpackable: why rows cannot be packed for it; None: they can.
+        keys_and_values: how the layer computes keys and values.
+        window: how many tokens back a token sees, including itself; None: all.
+        chunk: the length of the chunks; a token sees only its own chunk. None: there are no chunks.
+        unpackable: why rows can't be packed for this layer; None: they can.
     """
 
     keys_and_values: KeysAndValues
@@ -74,7 +76,7 @@ class AttentionForm:
 
 
 def attention_form(attention: nn.Module) -> AttentionForm:
-    """The form of a layer of a prepared decoder."""
+    """The `AttentionForm` of a layer of a prepared decoder."""
     form: AttentionForm = getattr(attention, FORM)
     return form
 
@@ -84,7 +86,7 @@ def layer_index(attention: nn.Module) -> int:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether processes share its weights out (FSDP2), so that they are whole only within a forward pass."""
+    """Whether processes share the module's weights (FSDP2). They are then whole only in a forward pass."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor
@@ -93,7 +95,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def project_prompts(attention: nn.Module, prompts: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """``W_k P`` and ``tanh(g) * W_v P`` by the layer's own frozen weights, without rotary embedding.
+    """``W_k P`` and ``tanh(g) * W_v P``, by the layer's own frozen weights, without rotary embedding.
 
     Args:
         attention: a layer of a prepared decoder.
@@ -101,10 +103,10 @@ def project_prompts(attention: nn.Module, prompts: Tensor, gate: Tensor) -> tupl
         gate: (H,), before tanh.
 
     Returns:
-        keys and gated values, each (B, H, K, d). Folding the gate into the values saves one multiplication a
-        token and changes nothing else: the softmax is linear in them.
+        keys and gated values, (B, H, K, d) each. The softmax is linear in the values, so the gate can be
+        multiplied into them. This saves one multiplication for each token.
     """
-    with nothing_acting():  # what parts do to tokens leaves the prompts alone
+    with nothing_acting():  # parts that act on tokens, such as LoRA, do not act on prompts
         form = attention_form(attention)
         keys, values = form.keys_and_values.of(attention, prompts.to(compute_dtype(attention)))
     repeats = gate.shape[-1] // keys.shape[1]
@@ -114,7 +116,7 @@ def project_prompts(attention: nn.Module, prompts: Tensor, gate: Tensor) -> tupl
 
 
 def compute_dtype(attention: nn.Module) -> torch.dtype:
-    """The dtype in which the layer computes (a quantised projection's weight has another)."""
+    """The dtype in which the layer computes. The weight of a quantized projection has another one."""
     projection = attention.get_submodule(attention_form(attention).keys_and_values.steps[0].module)
     declared = getattr(projection, "compute_dtype", None)
     if isinstance(declared, torch.dtype):
@@ -127,7 +129,7 @@ def compute_dtype(attention: nn.Module) -> torch.dtype:
 
 
 def _computes(tensor: Tensor) -> bool:
-    """Whether products are computed in its dtype; weights are only stored in whole numbers or one byte."""
+    """Whether the tensor's dtype is one to compute in. Integer and one-byte dtypes are for storage only."""
     return tensor.is_floating_point() and tensor.itemsize > 1
 
 
@@ -145,18 +147,19 @@ def gated_attention(
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The stock attention plus the gated prompts, with a prefix in front of its tokens; without ``adapter``
-    exactly the stock one.
+    """The stock attention, plus the gated prompts, with a prefix before its tokens. Without ``adapter`` it is
+    exactly the stock attention.
 
     Args:
-        query: (B, H, T, d). key, value: (B, G, S, d), after rotary embedding and cache.
-        adapter: what the layers' prompts are asked of, or None.
-        segments: the rows of a packed sequence (B = 1), in place of ``attention_mask``.
-        observe: gets, from every adapted layer, its index and the two parts of its output, (B, T, H, d) each:
-            what was read from the tokens, and what from the prompts, gated.
+        query: (B, H, T, d).
+        key, value: (B, G, S, d), after rotary embedding and cache.
+        adapter: where the layers get their prompts, or None.
+        segments: the rows of a packed sequence (B = 1). They take the place of ``attention_mask``.
+        observe: called in every adapted layer with its index and the two parts of its output, (B, T, H, d)
+            each: what was read from the tokens, and what was read from the prompts, gated.
 
     Returns:
-        (B, T, H, d) and the attention weights where the stock function gives them, those of a prefix first.
+        (B, T, H, d), and the attention weights if the stock function gives them, those of a prefix first.
     """
     softcap = kwargs.get("softcap")
     weights = None
@@ -182,7 +185,7 @@ def gated_attention(
         if reason is not None:
             raise UsageError(f"rows cannot be packed for this decoder: {reason}")
         if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-            # On CPUs sdpa's backward takes four times as long in bfloat16, on rows of 20 tokens.
+            # On CPUs the backward pass of sdpa takes four times as long in bfloat16 for rows of 20 tokens.
             query, key, value = query.float(), key.float(), value.float()
         packed = attend_packed(
             query,
@@ -195,7 +198,7 @@ def gated_attention(
             chunk=form.chunk,
             prefix=None if prefix is None else (prefix[0].to(key.dtype), prefix[1].to(value.dtype)),
         )
-        output = packed.transpose(1, 2).contiguous()  # as the stock functions give it: some families view it
+        output = packed.transpose(1, 2).contiguous()  # as stock functions do: some families use view() on it
     added = None if adapter is None else adapter.prompts_of(module)
     if added is None:
         return output.to(dtype), weights
@@ -217,7 +220,7 @@ def gated_attention(
 
 
 def _is_causal(module: nn.Module, asked: bool | None) -> bool:
-    """Whether sdpa hides later tokens where it is given no mask, as transformers' function decides it."""
+    """Whether sdpa without a mask hides later tokens. The rule is that of transformers' own function."""
     return bool(getattr(module, "is_causal", True) if asked is None else asked)
 
 
@@ -230,18 +233,18 @@ def _behind_prefix(
     *,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values and mask of a call with a prefix in front, which all queries see.
+    """Keys, values and mask of a call with a prefix before the tokens. All queries see the prefix.
 
     Args:
-        mask: (B or 1, H or 1, T, S), bool or what is added to the scores; None: all are seen, or with
-            ``causal`` those up to the query.
+        mask: (B or 1, H or 1, T, S): bool, or numbers to add to the scores. None: every query sees all keys,
+            or with ``causal`` those up to its own position.
         prefix: keys and values, (R, G, K, d) each, and a mask, (R, K), or None.
     """
     rows, _, length, _ = query.shape
     keys, values = (states.to(key.dtype).expand(rows, -1, -1, -1) for states in prefix[:2])
     there = prefix[2]
     if mask is None and causal and length > 1:
-        # sdpa counts queries and keys from the first one, which would no longer be the first token's.
+        # sdpa would align queries and keys at their first positions, where the keys now have the prefix.
         mask = query.new_ones(length, key.shape[2], dtype=torch.bool).tril()[None, None]
     elif mask is None and there is not None:
         mask = query.new_ones(1, 1, length, key.shape[2], dtype=torch.bool)
@@ -260,18 +263,18 @@ def _behind_prefix(
 def _stock_function(stock: str, module: nn.Module) -> Any:
     if stock != "eager":
         return AttentionInterface()[stock]
-    # The eager function is not registered: each family has its own, beside its layers.
+    # Eager functions are not registered: each family has its own in the module of its layers.
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def register(stock: str) -> str:
-    """Register the gated form of a stock implementation with transformers; returns its name."""
+    """Register the gated form of a stock implementation with transformers. Returns its name."""
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return gated_attention(stock, module, *args, **kwargs)
 
     name = PREFIX + stock
     AttentionInterface.register(name, attention)
-    # Without its mask function a custom implementation gets no mask at all, and padding is silently ignored.
+    # Without a mask function, a custom implementation gets no mask, and padding is silently ignored.
     AttentionMaskInterface.register(name, AttentionMaskInterface()[stock])
     return name

@@ -1,4 +1,4 @@
-"""The card of an adapter on the hub."""
+"""Writes the model card of an adapter for the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEXT = """---
 # {name}
 
 A [LLaMA-Adapter](https://arxiv.org/abs/2303.16199) for `{base}`, trained by method
-`{method}` in the top {layers} layers{extras}. This repository has the adapter alone.
+`{method}` in the top {layers} layers{extras}. This repository holds only the adapter.
 
 ```python
 from llama_adapter import LlamaAdapter
@@ -25,7 +25,7 @@ model = LlamaAdapter.from_pretrained("{repo_id}")
 print(model.chat("{question}"{image}))
 ```
 
-Questions are written in the format `{template}`, which `chat` does by itself.
+`chat` writes questions in the text format `{template}`, as in training.
 """
 
 
@@ -34,11 +34,11 @@ def write_card(folder: Path, config: AdapterConfig, repo_id: str, *, tags: Seque
 
     Args:
         repo_id: owner/name of the adapter on the hub.
-        tags: more than those that every card has.
+        tags: tags beside those that every card has.
     """
     sees = config.vision is not None
     data = ModelCardData(
-        base_model=config.base if config.base.count("/") == 1 else None,  # the hub takes its own ids only
+        base_model=config.base if config.base.count("/") == 1 else None,  # the hub accepts only its own ids
         library_name="llama-adapter",
         pipeline_tag="image-text-to-text" if sees else "text-generation",
         tags=list(dict.fromkeys(["llama-adapter", *tags])),

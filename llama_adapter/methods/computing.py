@@ -1,9 +1,10 @@
-"""What acts in the layer that is being computed: noted by its attention, read by its other modules.
+"""Tells a layer's modules which parts of an adapter act in it. Its attention notes them, other modules read
+them.
 
-Of a layer's modules only the attention is given the keywords of the decoder's forward, and it computes first.
-So what the layer's parts add at other modules is noted here, in a place that each thread has for itself:
-other threads have their own, and a layer that is computed again in the backward pass notes it again.
-torch.compile traces a ``threading.local`` (fullgraph=True), but not the setting of a context variable.
+Among a layer's modules only the attention receives the keywords of the decoder's forward, and it runs first.
+So it notes here what the parts add at the layer's other modules. Each thread has a note of its own. A layer
+that is recomputed in the backward pass notes again. torch.compile can trace a ``threading.local``
+(fullgraph=True), but not the setting of a context variable.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ _LAYER = threading.local()
 
 
 def note(acting: Any) -> None:
-    """Note what acts in the layer that this thread begins to compute; None: nothing."""
+    """Note what acts in the layer that this thread is about to compute. None: nothing acts."""
     _LAYER.acting = acting
 
 
 def noted() -> Any:
-    """What acts in the layer that this thread computes; None: nothing."""
+    """What acts in the layer that this thread is computing. None: nothing acts."""
     return getattr(_LAYER, "acting", None)
 
 
 @contextmanager
 def nothing_acting() -> Iterator[None]:
-    """Within it the layer's modules compute as they are."""
+    """A context in which nothing acts: the layer's modules compute as without an adapter."""
     before = noted()
     note(None)
     try:

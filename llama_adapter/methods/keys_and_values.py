@@ -1,8 +1,8 @@
-"""How an attention layer computes keys and values, written down so that prompts can be treated alike.
+"""Describes how an attention layer computes keys and values, so that prompts can be treated the same way.
 
-Most layers have a ``k_proj`` and a ``v_proj``; some cut keys and values out of one fused product, normalise
-them, or go through a smaller latent product first. The probe (`llama_adapter.methods.probe`) finds out which
-of the layer's modules are run on which columns of what came before, and writes it down as `KeysAndValues`.
+Most layers have a ``k_proj`` and a ``v_proj``. Some cut keys and values out of one fused product, normalise
+them, or first compute a smaller latent product. The probe (`llama_adapter.methods.probe`) finds out which
+modules the layer runs, and on which columns of earlier results. `KeysAndValues` describes this.
 
 Shapes: B rows, K prompts, D hidden size, G key-value heads, d head width, N columns of a product.
 """
@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-MOST_PIECES = 512  # more than these are picked column by column
+MOST_PIECES = 512  # if there are more, columns are selected one by one
 
-# Where a module finds the token among the dimensions of its input: (B, T, ...), (B, G, T, d) or (B * T, ...).
+# Where a token is among the dimensions of a module's input: (B, T, ...), (B, G, T, d) or (B * T, ...).
 Layout = Literal["token second", "token third", "token first"]
 
 
@@ -27,18 +27,18 @@ class Columns:
     """Columns of earlier results, joined.
 
     Attributes:
-        pieces: (result, start, stop) each. Result 0 is the hidden states, result i what step i gave.
+        pieces: (result, start, stop) each. Result 0 is the hidden states, result i the output of step i.
     """
 
     pieces: tuple[tuple[int, int, int], ...]
 
     @property
     def width(self) -> int:
-        """How many they are."""
+        """The number of columns."""
         return sum(stop - start for _, start, stop in self.pieces)
 
     def of(self, results: Sequence[Tensor]) -> Tensor:
-        """Results (B, K, N) each -> their columns, (B, K, columns)."""
+        """The columns of results: (B, K, N) each -> (B, K, columns)."""
         if len(self.pieces) > MOST_PIECES:
             starts = [0]
             for result in results:
@@ -55,13 +55,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class Step:
-    """One module of the layer and what it is run on.
+    """One module of the layer, and its input.
 
     Attributes:
         module: its name within the attention layer.
         reads: the columns that are its input.
-        shape: of one token's input: (columns,), or (G, d) where heads are apart.
-        layout: how a token's input lies among those of other tokens.
+        shape: the shape of one token's input: (columns,), or (G, d) if heads are separate.
+        layout: where a token's input is among those of other tokens.
     """
 
     module: str
@@ -70,7 +70,7 @@ class Step:
     layout: Layout = "token second"
 
     def run(self, attention: nn.Module, results: Sequence[Tensor]) -> Tensor:
-        """Results (B, K, N) each -> this step's, (B, K, columns)."""
+        """The output of this step, (B, K, columns), from results (B, K, N)."""
         states = self.reads.of(results)
         rows = states.shape[:2]
         states = states.unflatten(-1, self.shape)
@@ -86,12 +86,12 @@ class Step:
 
 @dataclass(frozen=True)
 class KeysAndValues:
-    """All that a layer does to hidden states before its softmax, but for the rotary embedding.
+    """Everything that a layer does to hidden states before its softmax, except the rotary embedding.
 
     Attributes:
-        steps: in the order in which they are run; each reads the results of those before it.
-        keys, values: the columns that they are, head by head.
-        heads: G, of the keys and values as they enter the attention.
+        steps: in the order in which they run. Each reads results of earlier ones.
+        keys, values: which columns they are, head by head.
+        heads: G, the number of heads of keys and values when they enter the attention.
     """
 
     steps: tuple[Step, ...]
@@ -100,7 +100,7 @@ class KeysAndValues:
     heads: int
 
     def of(self, attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, K, D) -> keys and values, each (B, G, K, d), where the two d may differ."""
+        """Keys and values of hidden states (B, K, D): (B, G, K, d) each. Their d may differ."""
         results = [hidden]
         for step in self.steps:
             results.append(step.run(attention, results))
@@ -112,9 +112,9 @@ class KeysAndValues:
 
 
 def usual_form(attention: nn.Module) -> KeysAndValues | None:
-    """The form of a layer with ``k_proj``, ``v_proj`` and perhaps ``k_norm``; None for another.
+    """The form of a layer with ``k_proj``, ``v_proj`` and perhaps ``k_norm``; None for any other layer.
 
-    It stands in for the probe where there are no weights to compute with (the meta device).
+    It replaces the probe if there are no weights to compute with (on the meta device).
     """
     names = ("k_proj", "v_proj")
     sizes = [int(getattr(getattr(attention, name, None), "out_features", 0)) for name in names]
@@ -127,7 +127,7 @@ def usual_form(attention: nn.Module) -> KeysAndValues | None:
     keys, values = (Columns(((result, 0, sizes[result - 1]),)) for result in (1, 2))
     norm = getattr(attention, "k_norm", None)
     if norm is not None:
-        # OLMo 2 normalises all heads together, the others head by head.
+        # OLMo 2 normalises all heads together, other families each head separately.
         whole = norm.weight.ndim == 1 and norm.weight.shape[0] != head_dim
         shape = (sizes[0],) if whole else (sizes[0] // head_dim, head_dim)
         steps.append(Step("k_norm", keys, shape))

@@ -1,6 +1,6 @@
-"""Attention of rows that share a sequence without padding: a row sees itself and its context only.
+"""Attention of rows packed into one sequence without padding. A row sees only itself and its context.
 
-Shapes: R sets of prompts, T tokens, H heads, G key-value heads, K prompts, d head width.
+Shapes: R prompt sets, T tokens, H heads, G key-value heads, K prompts, d head width.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# How many pairs of a query and a key a head computes in the time of one more call and its backward pass.
-# The first as tried on a CPU (docs/engine.md), for other devices and for softcap too, which keeps all scores;
-# the second is arithmetic: some 0.1 ms at an H100's 2,500 pairs a microsecond.
+# The number of query-key pairs that a head computes in the time of one more call with its backward pass. The
+# first was measured on a CPU (docs/engine.md). It is also used with softcap, which keeps all scores, and on
+# other devices than CUDA. The second was not measured: about 0.1 ms at an H100's 2,500 pairs a microsecond.
 CALL_IN_PAIRS_CPU, CALL_IN_PAIRS_CUDA = 1_500, 250_000
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens start..stop of a packed sequence; they see themselves and, before that, their context.
+    """The tokens start..stop of a packed sequence. They see themselves and, before that, their context.
 
-    The context is a segment of its own, given by its start and stop. ``prompts`` says which of the R sets of
-    prompts they read, where there are several.
+    The context is another segment, given by its start and stop. ``prompts`` is the index of the prompt set
+    (of R) that the tokens read, if there are several.
     """
 
     start: int
@@ -35,7 +35,10 @@ class Segment:
 
 
 def segment_positions(segments: tuple[Segment, ...]) -> Tensor:
-    """The position of every token of a packed sequence, (1, T): counted on from its context's end."""
+    """The position of every token of a packed sequence, (1, T).
+
+    A segment's positions follow its context's.
+    """
     counts = []
     for segment in segments:
         start = 0 if segment.context is None else segment.context[1] - segment.context[0]
@@ -44,9 +47,9 @@ def segment_positions(segments: tuple[Segment, ...]) -> Tensor:
 
 
 def mask_of_segments(device: torch.device) -> Tensor:
-    """The attention mask to give beside segments, which stand in for it.
+    """The attention mask to pass together with segments. It is not used: the segments replace it.
 
-    transformers takes one of four dimensions as it is, and so builds none.
+    transformers accepts a mask of four dimensions unchanged, so it does not build one.
     """
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
@@ -60,7 +63,7 @@ def attend(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Softmax attention, (B, H, T, d); ``softcap`` bounds the scores as Gemma 2 does, which sdpa cannot."""
+    """Softmax attention, (B, H, T, d). ``softcap`` bounds the scores, as in Gemma 2; sdpa can't do that."""
     if softcap is None:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
     scores = query @ keys.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
@@ -69,7 +72,7 @@ def attend(
         mask = scores.new_ones((), dtype=torch.bool)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return weights.masked_fill(~mask, 0) @ values  # a row that sees nothing gets zeros, as from sdpa
+    return weights.masked_fill(~mask, 0) @ values  # zeros for a query that sees nothing, as from sdpa
 
 
 def attend_packed(
@@ -84,16 +87,17 @@ def attend_packed(
     chunk: int | None = None,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Causal attention of several rows packed in one sequence, (1, H, T, d).
+    """Causal attention of several rows packed into one sequence, (1, H, T, d).
 
-    In calls of a few segments each, in place of one with a (T, T) mask: the work grows with the rows'
-    lengths, not with their sum squared.
+    It makes calls for a few segments each, not one call with a (T, T) mask. So the work grows with the rows'
+    lengths and not with the square of their sum.
 
     Args:
-        query: (1, H, T, d). key, value: (1, G, T, d).
-        segments: what each stretch of the sequence sees; together they cover it in order.
-        sliding_window: how many tokens back a layer sees, where the family limits it.
-        chunk: how long the chunks are outside of which it sees nothing, where the family has them.
+        query: (1, H, T, d).
+        key, value: (1, G, T, d).
+        segments: what each part of the sequence sees. Together they cover it in order.
+        sliding_window: how many tokens back a layer sees, if the family limits it.
+        chunk: the length of chunks, if a token sees only its own chunk in this family.
         prefix: keys and values that all tokens of all rows see, (1, G, K, d) each.
     """
     repeats = query.shape[1] // key.shape[1]
@@ -105,7 +109,8 @@ def attend_packed(
         front = tuple((states.repeat_interleave(repeats, dim=1),) for states in prefix)
         length = prefix[0].shape[2]
     calls = calls_of(segments, sliding_window, mask_dtype, query.device, chunk, length)
-    # Cut once: one slice has a gradient as long as the whole sequence, and all parts together have no more.
+    # Split once: the gradient of a single slice is as long as the whole sequence, and the gradients of all
+    # parts of a split together are no longer.
     queries = query.split([call.mask.shape[0] for call in calls], dim=2)
     keys, values = (
         states.split([segment.stop - segment.start for segment in segments], dim=2) for states in (key, value)
@@ -133,7 +138,7 @@ def attend_own_prompts(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """What each stretch of a packed sequence reads from its own prompts: (1, H, T, d) from (R, H, K, d)."""
+    """What each part of a packed sequence reads from its own prompts: (1, H, T, d) from (R, H, K, d)."""
     runs = [(row, list(run)) for row, run in groupby(segments, key=lambda segment: segment.prompts)]
     queries = query.split([run[-1].stop - run[0].start for _, run in runs], dim=2)
     parts = [
@@ -147,11 +152,11 @@ def attend_own_prompts(
 class _Call:
     """Successive segments that are computed together."""
 
-    seen: tuple[int, ...]  # the segments that they see, in order
-    mask: Tensor  # (tokens of theirs, keys of the prefix and tokens of the seen)
+    seen: tuple[int, ...]  # the indices of the segments that they see, in order
+    mask: Tensor  # (their tokens, keys of the prefix and tokens of the seen segments)
 
 
-@lru_cache(maxsize=4)  # for all layers of a pack, with and without a window
+@lru_cache(maxsize=4)  # shared by all layers of a pack, with and without a window
 def calls_of(
     segments: tuple[Segment, ...],
     window: int | None,
@@ -160,10 +165,10 @@ def calls_of(
     chunk: int | None = None,
     prefix: int = 0,
 ) -> tuple[_Call, ...]:
-    """The calls of a pack. Their masks are bool, or in a floating dtype what is added to the scores.
+    """The calls for a pack. Their masks are bool or, in a floating dtype, numbers to add to the scores.
 
-    sdpa would make that of a bool anew in every layer, and keep each for the backward pass. They begin with
-    ``prefix`` columns for keys that all tokens see.
+    From a bool mask sdpa would make such numbers again in every layer, and keep each copy for the backward
+    pass. The masks start with ``prefix`` columns for keys that all tokens see.
     """
     place = {(segment.start, segment.stop): index for index, segment in enumerate(segments)}
     context = [
@@ -178,7 +183,7 @@ def calls_of(
     context_of = torch.tensor(context)[segment_of]
     tokens = torch.arange(len(positions)).split(lengths)
     calls = []
-    with torch.inference_mode(False):  # or training could not use what an evaluation has made
+    with torch.inference_mode(False):  # or a training could not use masks that an evaluation has made
         for together in groups(lengths, context, most_waste):
             seen = _seen(together, context)
             rows = torch.cat([tokens[index] for index in together])[:, None]
@@ -192,7 +197,7 @@ def calls_of(
                 sees &= positions[rows] // chunk == positions[columns] // chunk
             sees = F.pad(sees, (prefix, 0), value=True)
             if dtype != torch.bool:
-                # CUDA's sdpa copies, in each layer, a mask whose rows do not start at multiples of 8.
+                # CUDA's sdpa copies, in each layer, a mask whose lines do not start at multiples of 8.
                 width = -(-sees.shape[1] // 8) * 8
                 added = torch.zeros(sees.shape[0], width, dtype=dtype, device=device)[:, : sees.shape[1]]
                 sees = added.masked_fill_(~sees.to(device), -torch.inf)
@@ -205,7 +210,7 @@ def _seen(together: Sequence[int], context: Sequence[int]) -> list[int]:
 
 
 def groups(lengths: Sequence[int], context: Sequence[int], most_waste: int) -> Iterator[list[int]]:
-    """Successive segments, together while what a call computes in vain costs less than another call."""
+    """Group successive segments, as long as the masked work costs less than a separate call."""
 
     def pairs(together: Sequence[int]) -> int:
         seen = _seen(together, context)

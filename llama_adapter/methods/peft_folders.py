@@ -1,13 +1,14 @@
-"""Adapters of PEFT as folders: LoRA (and rsLoRA), IA3 and AdaptionPrompt, read and written.
+"""Adapters of PEFT as folders: LoRA (with rsLoRA), IA3 and AdaptionPrompt are read and written.
 
-PEFT's folder has adapter_config.json, with a "peft_type", and adapter_model.safetensors. Its config has no
-sizes, so a folder is read for a decoder. One of the meta device does: its weights are not looked at.
+PEFT's folder has adapter_config.json, with a "peft_type", and adapter_model.safetensors. Its config does not
+have the sizes of the base, so reading a folder needs a decoder. One on the meta device is enough: its weights
+are not used.
 
-PEFT adapts any layers, we the topmost L. A folder is read for the layers from its lowest one on; what PEFT
-leaves alone among them gets tensors of zeros, which add nothing.
+PEFT can adapt any layers, this library the topmost L. So all layers from the lowest adapted one upwards count
+as adapted. Those that PEFT left out get tensors of zeros, which add nothing.
 
-PEFT's AdaptionPrompt has one gate a layer, and no tanh; ours has one a head, under tanh. So a gate g is read
-as atanh(g) for all heads, and written only where all heads of a layer have the same.
+PEFT's AdaptionPrompt has one gate for each layer, without tanh. Ours has one for each head, with tanh. So a
+gate g is read as atanh(g) for all heads, and gates are written only if all heads of a layer have the same.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from llama_adapter.methods.sites import choose_projections, locate_projections, 
 
 PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # PEFT's, before a module's name in the decoder
-# Where PEFT's AdaptionPrompt computes as we do. In GPT-2 it leaves the output projection out.
+_PREFIX = "base_model.model."  # PEFT writes this before a module's name in the decoder
+# The families for which PEFT's AdaptionPrompt computes the same. For GPT-2 it skips the output projection.
 _PROMPT_FAMILIES = ("llama", "mistral")
-# Settings that are read, that the tensors show, or that change nothing in a trained adapter. All others have
-# to be empty: PEFT gets more of them with every release, and an unknown one may change everything.
+# Settings that are read, that follow from the tensors, or that change nothing in a trained adapter. All
+# others must be empty: PEFT adds settings with every release, and an unknown one may change everything.
 _HARMLESS = frozenset(
     {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
     | {"inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
@@ -52,13 +53,13 @@ _HARMLESS = frozenset(
     | {"fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "ensure_weight_tying"}
     | {"feedforward_modules", "init_ia3_weights", "adapter_len", "adapter_layers", "runtime_config"}
 )
-_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base's own weights
+_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base's own weights
 _Located = Mapping[str, tuple[int, str]]
 _Found = tuple[PartConfig, int, dict[str, Tensor]]  # settings, L, the part's tensors
 
 
 def peft_config(folder: str | Path) -> dict[str, Any] | None:
-    """The config of PEFT's adapter in a folder; None where it holds none."""
+    """The config of PEFT's adapter in a folder, or None if the folder has none."""
     path = Path(folder) / PEFT_CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -68,7 +69,7 @@ def peft_config(folder: str | Path) -> dict[str, Any] | None:
 
 
 def peft_base(values: Mapping[str, Any], source: str | Path) -> str:
-    """The base that a config of PEFT's names. Raises UsageError where it names none."""
+    """The base that a config of PEFT names. Raises UsageError if it names none."""
     base = values.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UsageError(f"{source}: PEFT's config does not say what its base is; give it with --base")
@@ -79,15 +80,16 @@ def peft_base(values: Mapping[str, Any], source: str | Path) -> str:
 
 
 def read_peft(folder: str | Path, decoder: PreTrainedModel, *, base: str, template: str) -> Adapter:
-    """PEFT's adapter in a folder as one of ours, in float32 on the CPU, with the same logits.
+    """Read PEFT's adapter in a folder as one of ours, in float32 on the CPU. The logits stay the same.
 
     Args:
-        decoder: a prepared one, which it was trained for; its weights are not looked at.
-        base: what the decoder is called.
-        template: how turns are written for it, which PEFT does not say.
+        decoder: a prepared decoder like the one that it was trained for. Its weights are not used.
+        base: the name of that decoder.
+        template: the text format of turns, which PEFT's config does not have.
 
     Raises:
-        UsageError: another method of PEFT's, a setting that we lack, tensors that do not fit the decoder.
+        UsageError: another method of PEFT, a setting that this library does not have, or tensors that do not
+            fit the decoder.
     """
     folder = Path(folder)
     source = str(folder / PEFT_CONFIG_FILE)
@@ -206,7 +208,8 @@ def _read_lora(
         for tensor, expected in ((own[down_name], (r, inside)), (own[up_name], (outside, r))):
             if tuple(tensor.shape) != expected:
                 raise _wrong_size(source, site, tensor, expected)
-        # A smaller rank is filled up with zeros; a scale of its own goes into B.
+        # A smaller rank is padded with zeros. If a projection has a scale of its own, it is multiplied into
+        # B.
         alpha_here = _of_pattern(alphas, names[layer, site], alpha)
         scale = alpha_here / (math.sqrt(r) if config.rslora else r)
         state[f"{site}.down"][layer - first, :r] = own[down_name]
@@ -216,7 +219,7 @@ def _read_lora(
 
 
 def _of_pattern(pattern: Mapping[str, float], module: str, otherwise: float) -> float:
-    """A module's value in one of PEFT's patterns, whose keys are ends of names or regular expressions."""
+    """A module's value in one of PEFT's patterns. Their keys are ends of names or regular expressions."""
     for key, value in pattern.items():
         try:
             if re.match(rf"(.*\.)?({key})$", module):
@@ -239,7 +242,7 @@ def _read_ia3(
     state = {f"{site}.scale": torch.zeros(layers, outside) for site, (_, outside) in sites.items()}
     for (layer, site), own in found.items():
         factors = own["ia3_l"]
-        # A row rescales what a projection reads, a column what it gives.
+        # One line of numbers rescales a projection's input, one column its output.
         of_input = len(factors) == 1 and site == down and len(factors.flatten()) == projections[site][0]
         target = up if of_input else site
         if target not in sites or (factors.shape[-1] != 1 and not of_input):
@@ -257,8 +260,8 @@ def _read_ia3(
 def _mlp(sites: Iterable[str], projections: Mapping[str, tuple[int, int]]) -> tuple[str, str | None]:
     """The MLP's up projection and its down projection.
 
-    The latter is None unless the MLP is down(act(gate(x)) * up(x)): there alone it is the same to rescale
-    what up gives and what down reads.
+    The down projection is None unless the MLP is down(act(gate(x)) * up(x)). Only there is it the same to
+    rescale the output of up or the input of down.
     """
     up = next(site for site in sites if site.endswith("up_proj"))
     gate, down = (up.removesuffix("up_proj") + name for name in ("gate_proj", "down_proj"))
@@ -281,7 +284,7 @@ def _read_prompts(
     for name in names:
         prompts, gate = (tensors.get(f"{name}.{own}") for own in ("adaption_prompt", "adaption_gate"))
         if prompts is None and gate is None and not gates:
-            continue  # below the adapted layers
+            continue  # a layer below the adapted ones
         if prompts is None or gate is None:
             raise UsageError(f"{source}: {name} lacks its prompts or its gate; copy the adapter again")
         if prompts.ndim != 3 or prompts.shape[0] != 1 or prompts.shape[2] != shape.hidden_size:
@@ -324,20 +327,20 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], PreTraine
 
 @dataclass(frozen=True)
 class _Written:
-    """What a part is in PEFT's folder: its config and its tensors by their names in the decoder."""
+    """A part as it is written to PEFT's folder: its config, and its tensors by their names in the decoder."""
 
     values: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
 def write_peft(adapter: Adapter, folder: str | Path, decoder: PreTrainedModel) -> None:
-    """Write an adapter as a folder of PEFT's.
+    """Write an adapter as a folder of PEFT.
 
     Args:
-        decoder: a prepared one of its base; its weights are not looked at.
+        decoder: a prepared decoder of its base. Its weights are not used.
 
     Raises:
-        UsageError: an adapter that PEFT's folders have no room for.
+        UsageError: an adapter that PEFT's format can't represent.
     """
     config = adapter.config
     if len(config.parts) != 1 or AdapterConfig.kind_of(config.parts[0]) not in _WRITERS:
@@ -377,7 +380,7 @@ def _write_lora(adapter: Adapter, decoder: PreTrainedModel) -> _Written:
     values = {
         "peft_type": "LORA",
         "r": settings.rank,
-        # Whole where it can be: other programs read it as an int.
+        # A whole number if possible: other programs read it as an int.
         "lora_alpha": int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rslora,
@@ -392,7 +395,7 @@ def _write_lora(adapter: Adapter, decoder: PreTrainedModel) -> _Written:
 
 
 def _short(sites: list[str], decoder: PreTrainedModel) -> list[str]:
-    """The last part of each site's name, as other programs expect it, where that names nothing else."""
+    """The last part of each site's name, as other programs expect it, if no other module has that name."""
     modules = {tuple(name.split(".")[-2:]) for name, _ in decoder.named_modules()}
 
     def alone(site: str) -> bool:
@@ -418,7 +421,7 @@ def _write_ia3(adapter: Adapter, decoder: PreTrainedModel) -> _Written:
         elif site != up and f"ia3.{site}.scale" in state:
             tensors[f"{name}.ia3_l"] = 1 + state[f"ia3.{site}.scale"][layer][:, None]
             targets.append(name)
-    # By their whole names: IA3 of PEFT's has no layers_to_transform.
+    # By their full names: PEFT's IA3 has no layers_to_transform.
     values = {
         "peft_type": "IA3",
         "target_modules": targets + feedforward,

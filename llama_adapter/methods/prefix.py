@@ -1,21 +1,22 @@
 """Prefix tuning (Li and Liang, arXiv 2101.00190).
 
-K trainable keys and values for each adapted layer stand in front of those of the tokens, in the same softmax.
+Each adapted layer has K trainable keys and values. They come before those of the tokens, in the same softmax.
 They have no rotary embedding, and every position sees them:
 
     out = softmax(q [P_k; k]^T * s) [P_v; v]
 
-It takes weight from the tokens whatever the keys are, so an untrained prefix is not the identity.
+A prefix takes attention away from the tokens whatever its keys are. So an untrained prefix changes the
+output.
 
-With an MLP (the paper's section 4.3) the keys and values of all layers come from K narrow vectors e:
+With an MLP (section 4.3 of the paper) the keys and values of all layers are made from K narrow vectors e:
 
     [P_k; P_v] = c * (W2 tanh(W1 e + b1) + b2)
 
-with c the sizes of a layer's own keys and values. It is only for training: what is kept for inference are
-keys and values.
+where c are the sizes of a layer's own keys and values. The MLP is used only in training: for inference its
+keys and values are kept.
 
-Shapes: R sets of a prefix, L adapted layers, K its length, G key-value heads, d head width, W width of the
-MLP.
+Shapes: R prefix sets, L adapted layers, K length of the prefix, G key-value heads, d head width, W width of
+the MLP.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from llama_adapter.methods.shape import Layout
 class PrefixConfig(PartConfig):
     """The settings of prefix tuning."""
 
-    prefix_length: int = 10  # K, keys and values in each layer
-    prefix_mlp: int = 0  # width of an MLP that makes them while training; 0: none
-    # G, and d of keys and of values, where the layers have others than the decoder's config tells of.
+    prefix_length: int = 10  # K, the number of keys and values in each layer
+    prefix_mlp: int = 0  # width of an MLP that makes them in training; 0: none
+    # G, and d of keys and of values, if the layers have other numbers than the decoder's config.
     key_value_heads: int = field(default=0, metadata={"derived": True})
     key_width: int = field(default=0, metadata={"derived": True})
     value_width: int = field(default=0, metadata={"derived": True})
@@ -60,15 +61,14 @@ class PrefixConfig(PartConfig):
 class Prefix(Part):
     """K keys and values for each layer.
 
-    A new one starts as the keys and values that the layers compute for K random tokens, as the paper advises
-    (it finds real words better than noise). Noise of the size of a layer's own keys draws the
-    attention away from the tokens, and trains far worse. Noise near zero trained about as well as tokens in a
-    short trial.
+    A new prefix starts as the keys and values that the layers compute for K random tokens. The paper advises
+    this (it finds real words better than noise). Noise of the size of a layer's own keys draws attention away
+    from the tokens, and trains far worse. In a short trial, noise near zero trained about as well as tokens.
 
     Attributes:
-        keys, values: (L, K, G, d) each; the two d may differ. With an MLP there are none, but
-        embeddings: (K, W), mlp: W -> all their numbers, and sizes: (2, L), the root mean square of each
-            layer's keys and values, which are not trained.
+        keys, values: (L, K, G, d) each. Their d may differ. With an MLP they do not exist; there are instead
+        embeddings: (K, W), mlp: from W to all their numbers, and sizes: (2, L), the root mean square of each
+            layer's keys and values, which is not trained.
     """
 
     kind = "prefix"
@@ -85,7 +85,8 @@ class Prefix(Part):
         layers, shape = layout.adapted_layers, layout.shape
         self.heads = config.key_value_heads or shape.num_key_value_heads
         self.widths = (config.key_width or shape.head_dim, config.value_width or shape.head_dim)
-        # What `initialise` takes keys and values from; one more, since a row's first token is unlike others.
+        # `initialise` makes keys and values of these. One more than K: a row's first token is unlike the
+        # others.
         self._tokens = torch.randint(shape.vocab_size, (1, config.prefix_length + 1), generator=generator)
         if config.prefix_mlp:
             self.embeddings = nn.Parameter(
@@ -140,8 +141,8 @@ class Prefix(Part):
 
     @classmethod
     def merge(cls, states: Sequence[State | None]) -> State:
-        """Where rows have longer and shorter ones, in fewer layers, or none, a mask keeps the padding out of
-        the softmax: "mask", (B, L, K), False at padding."""
+        """If rows have prefixes of different length, in fewer layers, or none, a mask keeps the padding out
+        of the softmax: "mask", (B, L, K), False at padding."""
         tensors = ("keys", "values")
         merged = super().merge([state and {name: state[name] for name in tensors} for state in states])
         _, layers, _, longest, _ = merged["keys"].shape

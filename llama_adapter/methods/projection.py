@@ -1,9 +1,9 @@
-"""Pictures in the prompts: a projection of a vision tower's features (arXiv 2303.16199, section 3.3).
+"""Adds pictures to the prompts: projects a vision tower's features (arXiv 2303.16199, section 3.3).
 
     I = Projection(concat of the tower's global features at M depths)        (eq. 9)
     P_l + I for each layer and prompt                                        (eq. 10)
 
-Shapes: L adapted layers, K prompts, D hidden size; N pictures, F features of one; R rows.
+Shapes: L adapted layers, K prompts, D hidden size; N pictures, F features of one picture; R rows.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class VisionConfig(PartConfig):
 
     Attributes:
         tower: name, folder, hub id or MODEL:TAG of the open_clip model that it was trained with.
-        tower_fingerprint: of the tower's weights and preprocessing; another tower of that name is refused.
+        tower_fingerprint: identifies the tower's weights and preprocessing. Another tower is refused.
         depths: the depths of the tower whose global features are concatenated, from 1, lowest first.
         feature_width: F, the width of the concatenated features.
         bottleneck: width of the projection's hidden layer.
         image_tokens: 1, added to every prompt (eq. 10), or K, one for each, as in the authors' later code.
-        normalised: the projection normalises its hidden layer and its tokens, as in the authors' code, and
-            scales these by layer; False in adapters that were made before it did.
+        normalised: whether the projection normalises its hidden layer and its tokens, as in the authors'
+            code, and scales the tokens for each layer. False in older adapters.
     """
 
     tower: str
@@ -57,14 +57,15 @@ class VisionConfig(PartConfig):
 
 
 class Projection(Part):
-    """A tower's features -> image tokens: a bottleneck MLP on standardised features.
+    """Turns a tower's features into image tokens, by a bottleneck MLP on standardised features.
 
-    The hidden layer and each token are normalised, as in the authors' code, and each layer scales what it
-    adds to its prompts: without it a rate at which drawings are learnt sends the tokens of photos far off.
+    The hidden layer and each token are normalised, as in the authors' code, and each layer scales the tokens
+    before it adds them to its prompts. Without this, a learning rate at which drawings are learnt drives the
+    tokens of photos far off.
 
     Attributes:
-        mean, scale: (F,), what `fit` found; not trained.
-        sizes: (L, D), what a layer multiplies the tokens by; None: they are not normalised.
+        mean, scale: (F,), computed by `fit`, not trained.
+        sizes: (L, D), the factors for the tokens in each layer. None: tokens are not normalised.
     """
 
     kind = "projection"
@@ -83,7 +84,7 @@ class Projection(Part):
         self.register_buffer("scale", torch.ones(config.feature_width))
         self.down = nn.Linear(config.feature_width, config.bottleneck)
         self.up = nn.Linear(config.bottleneck, self.tokens * hidden_size)
-        for layer in (self.down, self.up):  # torch's own initialisation, from our generator
+        for layer in (self.down, self.up):  # torch's own initialisation, but from our generator
             bound = 1 / math.sqrt(layer.in_features)
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
@@ -93,10 +94,10 @@ class Projection(Part):
             self.sizes.mul_(input_sizes[:, None])
 
     def fit(self, pictures: Iterable[Tensor]) -> None:
-        """Take mean and deviation of pictures' features, (F,) each: channels differ much."""
+        """Compute mean and deviation of pictures' features, (F,) each: channels differ greatly."""
         features = torch.stack(list(pictures))
         self.mean.copy_(features.mean(0))
-        # A channel that none of them stirs would drown all others on the first picture that does.
+        # A channel that is constant in all of them would dominate for the first picture in which it is not.
         self.scale.copy_(1 / features.std(0, correction=0).clamp_min(1e-2))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -113,9 +114,9 @@ class Projection(Part):
         return tokens[:, None] if self.sizes is None else tokens[:, None] * self.sizes[:, None]
 
     def add_state(self, states: dict[type[Part], State], inputs: Inputs) -> None:
-        """Add each row's image token to each of its prompts in each layer, which makes them (R, L, K, D).
+        """Add each row's image tokens to its prompts in each layer, which gives prompts (R, L, K, D).
 
-        The tokens of several pictures are averaged; a row without one keeps the prompts as they are.
+        The tokens of several pictures are averaged. A row without a picture keeps its prompts unchanged.
         """
         if inputs.features is None or inputs.owners is None:
             return

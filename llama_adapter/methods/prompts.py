@@ -1,18 +1,18 @@
 """Adaptation prompts with gates: LLaMA-Adapter (arXiv 2303.16199, section 3.1).
 
-K trainable vectors for each adapted layer, whose keys and values come from the layer's own frozen
-projections, and one gate a head, which lets in what the queries read from them
+Each adapted layer has K trainable vectors, the prompts. The layer's own frozen projections make keys and
+values of them. Each head has one gate, which scales what the queries read from them
 (`llama_adapter.methods.attention`):
 
     out = tokens + tanh(g_h) * softmax(q (W_k P)^T * s) (W_v P)
 
-With an MLP, which all layers share, they are what it makes of narrower vectors e, as in the non-linear
-prompts of zero-initialised attention's theory (arXiv 2502.03029), times the size c of what the layer reads:
+With an MLP, which all layers share, the prompts are made from narrower vectors e, as in the non-linear
+prompts of the theory of zero-initialised attention (arXiv 2502.03029). The factor c is the size of the
+layer's input:
 
     P = c * (W2 tanh(W1 e + b1) + b2)
 
-Shapes: R sets of prompts, L adapted layers, K prompts, D hidden size, H heads, d head width, W width of the
-MLP.
+Shapes: R prompt sets, L adapted layers, K prompts, D hidden size, H heads, d head width, W width of the MLP.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class PromptsConfig(PartConfig):
     """The settings of adaptation prompts."""
 
     prompt_length: int = 10  # K
-    # Width of the vectors and of a two-layer MLP that makes prompts of them; 0: the vectors are the prompts.
+    # The width of the vectors, and of a two-layer MLP that makes prompts of them. 0: the vectors are the
+    # prompts.
     prompt_mlp: int = field(default=0, metadata={"later": True})
 
     def __post_init__(self) -> None:
@@ -47,14 +48,14 @@ class PromptsConfig(PartConfig):
 
 
 class Prompts(Part):
-    """K prompts for each of the top L layers and one gate a head.
+    """K prompts for each of the top L layers, and one gate for each head.
 
     Attributes:
-        embeddings: (L, K, D), drawn from N(0, 1), then scaled to the size of what each layer reads from
-            tokens: nothing normalises them before the frozen projections. With an MLP (L, K, W), not scaled.
-        mlp: W -> D; None where the embeddings are the prompts.
-        sizes: (L,), what each layer's attention reads from tokens; with an MLP alone, and not trained.
-        gates: (L, H), zero at the start, so that an untrained adapter leaves the decoder as it is.
+        embeddings: (L, K, D), drawn from N(0, 1) and scaled to the size of what each layer reads from tokens:
+            nothing normalises them before the frozen projections. With an MLP they are (L, K, W), not scaled.
+        mlp: from W to D. None: the embeddings are the prompts.
+        sizes: (L,), the size of what each layer's attention reads from tokens. Only with an MLP; not trained.
+        gates: (L, H), zero at the start, so that an untrained adapter leaves the decoder unchanged.
     """
 
     kind = "prompts"
@@ -91,13 +92,13 @@ class Prompts(Part):
         return made
 
     def add_state(self, states: dict[type[Part], State], inputs: Inputs) -> None:
-        """Each layer projects its prompts itself, where a sharded layer's weights are gathered."""
+        """Each layer projects its prompts itself, since a sharded layer's weights are only then gathered."""
         states[Prompts] = {"embeddings": self.plain()[None], "gates": self.gates[None]}
 
     @classmethod
     def precompute(cls, state: State, attentions: Sequence[nn.Module]) -> State:
         if any(map(is_sharded, attentions)):
-            # The weights are only whole within their layers' forward, where each layer projects its prompts.
+            # Sharded weights are whole only in the layers' forward, so each layer projects its prompts there.
             return {name: value.detach().clone() for name, value in state.items()}
         layers = zip(attentions, state["embeddings"].unbind(1), state["gates"].unbind(1), strict=True)
         pairs = [project_prompts(attention, own, gates[0]) for attention, own, gates in layers]
@@ -112,13 +113,13 @@ class Prompts(Part):
 
     @classmethod
     def merge(cls, states: Sequence[State | None]) -> State:
-        """Values of zero add exactly nothing; where rows have more or fewer prompts, a mask keeps the padding
-        out of the softmax: "mask", (B, L, K), False at padding."""
+        """Padding needs values of zero, which add exactly nothing. If rows have different numbers of prompts,
+        a mask keeps the padding out of the softmax: "mask", (B, L, K), False at padding."""
         if any(state is not None and "keys" not in state for state in states):
             raise UsageError("rows with adapters of their own cannot share a batch on a sharded decoder")
         merged = super().merge(states)
         _, layers, _, longest, _ = merged["keys"].shape
-        # A bare row keeps all of its zeros: a softmax over nothing is no number.
+        # A row without prompts keeps all of its zeros unmasked: a softmax over nothing would not be a number.
         counts = torch.tensor([longest if state is None else state["keys"].shape[3] for state in states])
         if len(set(counts.tolist())) > 1:
             there = torch.arange(longest) < counts[:, None]

@@ -1,4 +1,4 @@
-"""The sizes that an adapter has to fit. No torch: whoever only reads a config does without."""
+"""The sizes that an adapter has to fit. Does not import torch, which reading a config does not need."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DecoderShape:
     vocab_size: int
 
     def fingerprint(self) -> str:
-        """16 hex digits that name this shape."""
+        """16 hexadecimal digits that identify this shape."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -44,10 +44,10 @@ class Layout:
 
     Attributes:
         shape: the decoder's sizes.
-        adapted_layers: L, the topmost ones.
-        projections: the linear projections of an adapted layer by their name within it
-            ("self_attn.q_proj"), each with the widths of its input and its output. Empty where no part needs
-            them, and in folders of format version 1 until the adapter meets its decoder.
+        adapted_layers: L, how many layers are adapted, counted from the top.
+        projections: the linear projections of an adapted layer by their name within it ("self_attn.q_proj"),
+            each with the widths of its input and output. Empty if no part needs them, and in folders of
+            format version 1 until the adapter meets its decoder.
     """
 
     shape: DecoderShape
