@@ -35,6 +35,7 @@ from llama_adapter.methods.lora import Lora, add_low_rank
 from llama_adapter.methods.part import Inputs, Part, PartConfig, State, by_site
 from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import SitePart, choose_projections, register_parameters
+from llama_adapter.methods.terms import Term
 
 SMOOTHING = 0.85  # the paper's beta 1 and beta 2
 _DRAWN = 0.02  # the deviation of new P and Q, as in the authors' code
@@ -123,6 +124,10 @@ class AdaLora(SitePart):
     @staticmethod
     def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return add_low_rank(y, x, own["down"], own["up"])
+
+    @staticmethod
+    def terms(own: Mapping[str, Tensor]) -> Sequence[Term] | None:
+        return Lora.terms(own)
 
     @staticmethod
     def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ Shapes: L adapted layers, R sets of a part's tensors (1 or B).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from llama_adapter.methods.part import PartConfig
 from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import SitePart, register_parameters
+from llama_adapter.methods.terms import Term
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class BitFit(SitePart):
     @staticmethod
     def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return y + own["bias"][:, None]
+
+    @staticmethod
+    def terms(own: Mapping[str, Tensor]) -> Sequence[Term] | None:
+        return [Term(bias=own["bias"])]
 
     @staticmethod
     def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

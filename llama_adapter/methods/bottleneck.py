@@ -13,7 +13,7 @@ Shapes: L adapted layers, R sets of a part's tensors (1 or B), D hidden size, W 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.part import PartConfig
 from llama_adapter.methods.shape import Layout
-from llama_adapter.methods.sites import ATTENTION, MLP, SitePart, register_parameters
+from llama_adapter.methods.sites import SitePart, register_parameters
+from llama_adapter.methods.terms import ATTENTION, MLP, Term
 
 PLACEMENTS = ("sequential", "parallel")
 
@@ -80,3 +81,18 @@ class Bottleneck(SitePart):
                 hidden = F.gelu(read @ down.mT + own[f"{prefix}down_bias"][:, None])
                 added = added + hidden @ up.mT + own[f"{prefix}up_bias"][:, None]
         return added
+
+    @staticmethod
+    def terms(own: Mapping[str, Tensor]) -> Sequence[Term] | None:
+        return [
+            Term(
+                bias=own[f"{prefix}up_bias"],
+                down=own[f"{prefix}down"],
+                down_bias=own[f"{prefix}down_bias"],
+                up=own[f"{prefix}up"],
+                reads_output=not prefix,
+                gelu=True,
+            )
+            for prefix in ("", "parallel_")
+            if f"{prefix}down" in own
+        ]

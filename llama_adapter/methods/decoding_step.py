@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,20 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llama_adapter.methods.attention import layer_index
-from llama_adapter.quantization.kernels import Layer, Matrix, Norm, Step, load_kernels
+from llama_adapter.methods.part import Part
+from llama_adapter.methods.terms import ATTENTION, MLP
+from llama_adapter.methods.terms import Term as PartTerm
+from llama_adapter.quantization.kernels import (
+    Added,
+    Layer,
+    Matrix,
+    More,
+    Norm,
+    Rows,
+    Step,
+    Term,
+    load_kernels,
+)
 from llama_adapter.quantization.linear import QuantizedLinear
 
 _PROJECTIONS = {  # in the order of kernels.cpp
@@ -36,7 +50,8 @@ _PROJECTIONS = {  # in the order of kernels.cpp
 }
 _NORMS = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # where the family has them
-_KNOWN_PARTS = {"prompts", "scales"}  # of an adapter: with others the decoder's modules take the step
+_SUBLAYERS = (ATTENTION, MLP)
+_SITES = (*_PROJECTIONS.values(), *_SUBLAYERS)  # as kernels.cpp numbers them
 _WIDEST_HEAD = 1024  # what the kernel has room for
 _MORE_PLACES = 256  # by which a cache's room grows at least
 _TOLERANCE = 1e-3  # of the largest hidden state
@@ -158,10 +173,15 @@ class DecodingStep:
         self.inner = inner
         self.calls = 0
         self._prepared: tuple[Any, list[Tensor]] | None = None
+        # An adapter's state never changes, and many tokens are decoded with the same one.
+        self._adapters: WeakKeyDictionary[Any, _Added] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy finds its own tensors' addresses."""
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_prepared": None, "_adapters": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _adapters=WeakKeyDictionary())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the inner model's."""
@@ -200,8 +220,8 @@ class DecodingStep:
         embeds = self.inner.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if starts is None or embeds.dtype != torch.float32 or layers[0].keys.dtype != torch.float32:
             return None
-        added = _Added(adapter, self.inner)
-        if not added.known:
+        added = None if adapter is None else self._added(adapter, rows)
+        if added is not None and not added.known:
             return None
         if position_ids is None:
             position_ids = torch.full((1, 1), length)
@@ -237,7 +257,8 @@ class DecodingStep:
             sines=sines.data_ptr(),
             keys=room.keys.buffer_info()[0],
             values=room.values.buffer_info()[0],
-            added=added.address,
+            added=None if added is None else added.address,
+            ranks=0 if added is None else added.ranks,
             hidden=hidden.data_ptr(),
             last=Norm(last.weight.data_ptr(), last.variance_epsilon),
         )
@@ -247,6 +268,18 @@ class DecodingStep:
         room.show(layers, length + 1)
         self.calls += 1
         return BaseModelOutputWithPast(hidden, past_key_values)
+
+    def _added(self, adapter: Any, rows: int) -> _Added | None:
+        """What an adapter adds; None where its tensors are not of this many rows, or of one."""
+        tensors = [tensor for part in adapter.parts.values() for tensor in part.values()]
+        if any(len(tensor) not in (1, rows) for tensor in tensors):
+            return None
+        added = self._adapters.get(adapter)
+        if added is None:
+            added = _Added(adapter, self.inner)
+            if not any(tensor.requires_grad for tensor in tensors):  # those of a training change in place
+                self._adapters[adapter] = added
+        return added
 
     def _prepare(self) -> tuple[Any, list[Tensor]]:
         """The frozen parts of all layers for the kernel, and the tensors that it will read."""
@@ -290,50 +323,79 @@ def _starts(mask: Tensor | None, rows: int, places: int) -> Tensor | None:
 
 
 class _Added:
-    """What an adapter adds to every layer, as kernels.cpp reads it.
+    """What an adapter adds to every layer, as kernels.cpp reads it. It holds the tensors that it names.
 
     Attributes:
         known: False where there is something in it that the kernel does not do.
-        address: of the first layer's; None where nothing is added.
+        address: of the first layer's.
+        ranks: of all terms of a layer, in the layer where they are the most.
     """
 
     def __init__(self, adapter: Any, inner: Any) -> None:
-        self.known = adapter is None or adapter.kinds <= _KNOWN_PARTS
-        self.address: int | None = None
-        if adapter is None or not self.known:
-            return
-        self._held: list[Tensor] = []
-        fields: list[int] = []
-        for layer in inner.layers:
-            fields += self._of_layer(adapter, layer)
-        self._fields = array("q", fields)
-        self.address = self._fields.buffer_info()[0]
+        self.known = all(map(_is_known, adapter.parts))
+        self.ranks = 0
+        self._held: list[Any] = []
+        self._layers = (Added * len(inner.layers))()
+        self.address = ctypes.addressof(self._layers)
+        for own, layer in zip(self._layers, inner.layers, strict=True):
+            own.prompts = self._more(adapter.prompts_of(layer.self_attn))
+            own.prefix = self._more(adapter.keys_of(layer.self_attn))
+            self._add_terms(own, adapter.sites_of(layer_index(layer.self_attn)) or {})
 
-    def _of_layer(self, adapter: Any, layer: Any) -> list[int]:
-        fields = [0] * 6
-        added = adapter.prompts_of(layer.self_attn)
-        if added is not None:
-            keys, values = (self._hold(states) for states in added[:2])
-            fields = [keys.data_ptr(), values.data_ptr(), keys.shape[2], _stride(keys), 0, 0]
-            if (mask := added[2]) is not None:
-                self._held.append(mask := mask.contiguous())
-                fields[4:] = [mask.data_ptr(), _stride(mask)]
-        acting = adapter.sites_of(layer_index(layer.self_attn))
-        if acting is None:
-            return fields + [0] * 3 * len(_PROJECTIONS)
-        for path in _PROJECTIONS.values():
-            ((_, own),) = acting[path]
-            scale, bias = self._hold(own["scale"]), self._hold(own["bias"])
-            fields += [scale.data_ptr(), bias.data_ptr(), _stride(scale)]
-        return fields
+    def _more(self, states: tuple[Tensor, Tensor, Tensor | None] | None) -> More:
+        if states is None:
+            return More()
+        keys, values, mask = states
+        more = More(keys=self._rows(keys), values=self._rows(values), count=keys.shape[2])
+        if mask is not None:
+            self._held.append(mask := mask.contiguous())
+            more.mask, more.mask_stride = mask.data_ptr(), _stride(mask)
+        return more
 
-    def _hold(self, states: Tensor) -> Tensor:
+    def _add_terms(self, layer: Any, sites: Any) -> None:
+        self.known &= {*sites} <= {*_SITES}
+        terms: list[Term] = []
+        place = 0
+        for number, site in enumerate(_SITES):
+            layer.first[number] = len(terms)
+            for part, tensors in sites.get(site, ()):
+                parts_terms = part.terms(tensors)
+                if parts_terms is None or (
+                    site not in _SUBLAYERS and any(term.reads_output for term in parts_terms)
+                ):
+                    self.known = False
+                    return
+                for term in parts_terms:
+                    terms.append(self._term(term, place))
+                    place += terms[-1].rank
+        layer.first[len(_SITES)] = len(terms)
+        self._held.append(together := (Term * len(terms))(*terms))
+        layer.terms = ctypes.addressof(together)
+        self.ranks = max(self.ranks, place)
+
+    def _term(self, term: PartTerm, place: int) -> Term:
+        found = Term(place=place, reads_output=term.reads_output, gelu=term.gelu)
+        for name in ("scale", "bias", "down_bias"):
+            if (states := getattr(term, name)) is not None:
+                setattr(found, name, self._rows(states))
+        if term.down is not None and term.up is not None:
+            found.down, found.up = self._rows(term.down), self._rows(term.up.mT)
+            found.rank, found.inputs, found.outputs = *term.down.shape[1:], term.up.shape[1]
+        return found
+
+    def _rows(self, states: Tensor) -> Rows:
         """The tensor as the kernel takes it: float32, each row's part contiguous."""
         states = states.float()
         if not states[0].is_contiguous():
             states = states.contiguous()
         self._held.append(states)
-        return states
+        return Rows(states.data_ptr(), _stride(states))
+
+
+def _is_known(part: type[Part]) -> bool:
+    """Whether a part acts in one of the ways that are looked at; another one may have hooks of its own."""
+    asked = [(getattr(part, name), getattr(Part, name)) for name in ("prompts_of", "keys_of")]
+    return hasattr(part, "terms") or any(own.__func__ is not usual.__func__ for own, usual in asked)
 
 
 def _stride(states: Tensor) -> int:

@@ -12,7 +12,7 @@ Shapes: L adapted layers, R sets of a part's tensors (1 or B).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from llama_adapter.methods.part import PartConfig
 from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import SitePart, choose_projections, register_parameters
+from llama_adapter.methods.terms import Term
 
 TARGETS = ("k_proj", "v_proj", "up_proj")
 
@@ -50,6 +51,10 @@ class Ia3(SitePart):
     @staticmethod
     def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return torch.addcmul(y, y, own["scale"][:, None])
+
+    @staticmethod
+    def terms(own: Mapping[str, Tensor]) -> Sequence[Term] | None:
+        return [Term(scale=own["scale"])]
 
     @staticmethod
     def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

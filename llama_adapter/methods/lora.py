@@ -12,7 +12,7 @@ Shapes: L adapted layers, R sets of a part's tensors (1 or B), r rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.part import Inputs, Part, PartConfig, State
 from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import SitePart, choose_projections, register_parameters
+from llama_adapter.methods.terms import Term
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ class Lora(SitePart):
         if "dropout" in own:
             x = F.dropout(x, float(own["dropout"][0]))
         return add_low_rank(y, x, own["down"], own["up"])
+
+    @staticmethod
+    def terms(own: Mapping[str, Tensor]) -> Sequence[Term] | None:
+        return None if "dropout" in own else [Term(down=own["down"], up=own["up"])]
 
     @staticmethod
     def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ projection's width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.part import Inputs, Part, PartConfig, State
 from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import SitePart
+from llama_adapter.methods.terms import Term
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Scales(SitePart):
     @staticmethod
     def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return torch.addcmul(y, y, own["scale"][:, None]).add_(own["bias"][:, None])
+
+    @staticmethod
+    def terms(own: Mapping[str, Tensor]) -> Sequence[Term] | None:
+        return [Term(scale=own["scale"], bias=own["bias"])]
 
     @staticmethod
     def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -25,8 +25,8 @@ from llama_adapter.methods.attention import layer_index
 from llama_adapter.methods.computing import note, noted
 from llama_adapter.methods.part import Part
 from llama_adapter.methods.probe import attention_input, attention_layers
+from llama_adapter.methods.terms import ATTENTION, MLP, Term
 
-ATTENTION, MLP = "attention", "mlp"  # the sub-layers
 Acting = Sequence[tuple[type["SitePart"], Mapping[str, Tensor]]]  # at one site of one layer, in order
 _ATTACHED = "_llama_adapter_sites"  # marks a decoder with hooks
 
@@ -53,6 +53,15 @@ class SitePart(Part):
             x: (B, T, in), what the site reads. y: (B, T, out), what it gives.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def terms(own: Mapping[str, Tensor]) -> Sequence[Term] | None:
+        """What `act` does, one term after the other; None by default: it has no such form.
+
+        Args:
+            own: as in `act`.
+        """
+        return None
 
     @staticmethod
     def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -251,17 +251,37 @@ extern "C" struct Layer {
     double scaling;
 };
 
-// What an adapter adds to one layer; all fields are as wide as a pointer, and Python fills them as numbers.
-extern "C" struct Added {
-    const float *prompt_keys, *prompt_values;  // (1 or B, H, K, d), the gate in the values; null: no prompts
-    int64_t prompts;                           // K
-    int64_t prompt_stride;                     // from one row of the batch to the next; 0: all read the same
-    const bool* prompt_mask;                   // (1 or B, K), false at padding; null: all are prompts
+// A tensor of an adapter, for all rows of the batch or with a part for each.
+extern "C" struct Rows {
+    const float* start;  // null: there is none
+    int64_t stride;      // from one row of the batch to the next; 0: all read the same
+    const float* of(int64_t row) const { return start + row * stride; }
+};
+
+// Keys and values that are no token's; their keys are not rotated.
+extern "C" struct More {
+    Rows keys, values;  // (1 or B, H or G, K, d)
+    int64_t count;      // K
+    const bool* mask;   // (1 or B, K), false at padding; null: there is none
     int64_t mask_stride;
-    struct {
-        const float *scale, *bias;  // (1 or B, width): y + scale * y + bias; null: there are none
-        int64_t stride;
-    } projections[7];  // in the order of Layer
+};
+
+// y + scale * y + bias + up f(down z + down_bias), with z what a site reads or gives, f the identity or GELU.
+extern "C" struct Term {
+    Rows scale, bias;      // (1 or B, outputs)
+    Rows down, down_bias;  // (1 or B, rank, inputs), (1 or B, rank)
+    Rows up;               // (1 or B, rank, outputs)
+    int64_t rank, inputs, outputs;
+    int64_t place;  // of its `rank` numbers f(...) among those of the layer's other terms
+    int64_t reads_output, gelu;
+};
+
+// What an adapter adds to one layer.
+extern "C" struct Added {
+    More prompts;       // in a softmax of their own, (H, K, d), the gate in the values
+    More prefix;        // in the tokens' softmax, (G, K, d)
+    const Term* terms;  // of all sites, one site after the other
+    int64_t first[10];  // of each site, and the end: projections as in Layer, the attention, the MLP
 };
 
 extern "C" struct Step {
@@ -274,6 +294,7 @@ extern "C" struct Step {
     float* const* keys;                   // of each layer (B, G, capacity, d)
     float* const* values;
     const Added* added;                   // of each layer; null: nothing
+    int64_t ranks;                        // of all terms of a layer, in the layer where they are the most
     float* hidden;                        // (B, D): embeddings in, the last norm's output out
     Norm last;
 };
@@ -323,6 +344,20 @@ void add_scaled(float* to, const float* from, float factor, int64_t size) {
     for (int64_t i = 0; i < size; i++) to[i] += factor * from[i];
 }
 
+// The scores of further keys, -inf at padding.
+void score(const More& more, int64_t row, int64_t head, const float* query, int64_t d, float scaling, float* to) {
+    const float* keys = more.keys.of(row) + head * more.count * d;
+    const bool* mask = more.mask ? more.mask + row * more.mask_stride : nullptr;
+    for (int64_t i = 0; i < more.count; i++)
+        to[i] = mask && !mask[i] ? -INFINITY : dot_floats(query, keys + i * d, d) * scaling;
+}
+
+// Adds what is read from their values.
+void read(const More& more, int64_t row, int64_t head, const float* weights, int64_t d, float* to) {
+    const float* values = more.values.of(row) + head * more.count * d;
+    for (int64_t i = 0; i < more.count; i++) add_scaled(to, values + i * d, weights[i], d);
+}
+
 // What one head of one row reads from the tokens and from the prompts. Each head rotates its key itself, so
 // that none waits for another; the first of a group writes it to the cache.
 void attend(const Step& step, const Layer& layer, int64_t index, int64_t row, int64_t head, const float* projected,
@@ -344,32 +379,96 @@ void attend(const Step& step, const Layer& layer, int64_t index, int64_t row, in
     const float scaling = static_cast<float>(layer.scaling);
     const int64_t start = step.starts[row], count = step.length - start + 1;
     const Added* added = step.added ? step.added + index : nullptr;
-    const int64_t prompts = added && added->prompt_keys ? added->prompts : 0;
-    scores.resize(std::max(count, prompts));
-    for (int64_t i = 0; i + 1 < count; i++) scores[i] = dot_floats(query, keys + (start + i) * d, d) * scaling;
-    scores[count - 1] = dot_floats(query, key, d) * scaling;
-    softmax(scores.data(), count);
+    const int64_t front = added ? added->prefix.count : 0, prompts = added ? added->prompts.count : 0;
+    scores.resize(std::max(front + count, prompts));
+    float* own = scores.data() + front;  // the tokens' scores
+    if (front) score(added->prefix, row, group, query, d, scaling, scores.data());
+    for (int64_t i = 0; i + 1 < count; i++) own[i] = dot_floats(query, keys + (start + i) * d, d) * scaling;
+    own[count - 1] = dot_floats(query, key, d) * scaling;
+    softmax(scores.data(), front + count);
     std::fill(to, to + d, 0.0f);
-    for (int64_t i = 0; i + 1 < count; i++) add_scaled(to, values + (start + i) * d, scores[i], d);
-    add_scaled(to, v, scores[count - 1], d);
+    if (front) read(added->prefix, row, group, scores.data(), d, to);
+    for (int64_t i = 0; i + 1 < count; i++) add_scaled(to, values + (start + i) * d, own[i], d);
+    add_scaled(to, v, own[count - 1], d);
     if (!prompts) return;
-    const int64_t at = row * added->prompt_stride + head * prompts * d;
-    const bool* mask = added->prompt_mask ? added->prompt_mask + row * added->mask_stride : nullptr;
-    for (int64_t i = 0; i < prompts; i++)
-        scores[i] = mask && !mask[i] ? -INFINITY : dot_floats(query, added->prompt_keys + at + i * d, d) * scaling;
+    score(added->prompts, row, head, query, d, scaling, scores.data());
     softmax(scores.data(), prompts);
-    for (int64_t i = 0; i < prompts; i++) add_scaled(to, added->prompt_values + at + i * d, scores[i], d);
+    read(added->prompts, row, head, scores.data(), d, to);
 }
 
-// Scales and biases of outputs first..last of one projection, for every row of the batch.
-void tune(const Added* added, int number, int64_t rows, int64_t first, int64_t last, float* y, int64_t y_stride) {
-    if (!added || !added->projections[number].scale) return;
-    const auto& own = added->projections[number];
-    for (int64_t row = 0; row < rows; row++) {
-        const float *scale = own.scale + row * own.stride, *bias = own.bias + row * own.stride;
-        float* out = y + row * y_stride;
-        for (int64_t i = first; i < last; i++) out[i] += scale[i] * out[i] + bias[i];
+constexpr int ATTENTION = 7, MLP = 8;  // sites behind the projections, which are numbered as in Layer
+
+// f(down z + down_bias) of a term for every row of the batch, z (B, inputs); each thread takes some of the ranks.
+void reduce(const Step& step, const Term& term, const float* z, float* to) {
+    Matrix m{0, term.rank, term.inputs, nullptr, nullptr, nullptr, nullptr};
+    const bool same = !term.down.stride && !term.down_bias.stride;
+    const int64_t sets = same ? 1 : step.rows, rows = same ? step.rows : 1;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < term.rank; i++)
+        for (int64_t set = 0; set < sets; set++) {
+            float* out = to + set * step.ranks + term.place;
+            m.numbers = term.down.of(set);
+            m.bias = term.down_bias.start ? term.down_bias.of(set) : nullptr;
+            multiply(m, i, i + 1, z + set * term.inputs, rows, out, step.ranks);
+            if (term.gelu)
+                for (int64_t row = 0; row < rows; row++) {
+                    float& value = out[row * step.ranks + i];
+                    value *= 0.5f * (1 + std::erf(value * 0.70710678f));
+                }
+        }
+}
+
+// The same for all terms of a projection. Returns whether there are any, so that threads have to wait.
+bool reduce_all(const Step& step, const Added* added, int site, const float* x, float* to) {
+    bool any = false;
+    for (int64_t i = added ? added->first[site] : 0; added && i < added->first[site + 1]; i++) {
+        if (!added->terms[i].rank) continue;
+        reduce(step, added->terms[i], x, to);
+        any = true;
     }
+    return any;
+}
+
+// What a term makes of outputs first..last of its site, y (B, y_stride), where `reduced` has its f(...).
+void apply(const Step& step, const Term& term, const float* reduced, int64_t first, int64_t last, float* y,
+           int64_t y_stride) {
+    for (int64_t row = 0; row < step.rows; row++) {
+        float* out = y + row * y_stride;
+        if (term.scale.start) {
+            const float* scale = term.scale.of(row);
+            for (int64_t i = first; i < last; i++) out[i] += scale[i] * out[i];
+        }
+        if (term.bias.start) add_scaled(out + first, term.bias.of(row) + first, 1, last - first);
+        const float* own = reduced + row * step.ranks + term.place;
+        for (int64_t i = 0; i < term.rank; i++)
+            add_scaled(out + first, term.up.of(row) + i * term.outputs + first, own[i], last - first);
+    }
+}
+
+void apply_all(const Step& step, const Added* added, int site, const float* reduced, int64_t first, int64_t last,
+               float* y, int64_t y_stride) {
+    for (int64_t i = added ? added->first[site] : 0; added && i < added->first[site + 1]; i++)
+        apply(step, added->terms[i], reduced, first, last, y, y_stride);
+}
+
+// All terms of a sub-layer that reads x and gives y, (B, D) each; threads wait for each other within it.
+void apply_to_sublayer(const Step& step, const Added* added, int site, const float* x, float* y, float* reduced) {
+    for (int64_t i = added ? added->first[site] : 0; added && i < added->first[site + 1]; i++) {
+        const Term& term = added->terms[i];
+        reduce(step, term, term.reads_output ? y : x, reduced);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < chunks(step.hidden_size); part++)
+            apply(step, term, reduced, part * CHUNK, std::min(step.hidden_size, (part + 1) * CHUNK), y,
+                  step.hidden_size);
+    }
+}
+
+// hidden += sums, (B, D), in columns first..last
+void add_columns(const Step& step, const float* sums, int64_t first, int64_t last) {
+    for (int64_t row = 0; row < step.rows; row++)
+        add_scaled(step.hidden + row * step.hidden_size + first, sums + row * step.hidden_size + first, 1,
+                   last - first);
 }
 
 }  // namespace
@@ -382,6 +481,8 @@ extern "C" void decode(const Layer* layers, const Step* given) {
     int64_t widest = 0;
     for (int64_t i = 0; i < step.layers; i++) widest = std::max(widest, layers[i].gate.rows);
     std::vector<float> projected(B * width), attended(B * read), gates(B * widest), ups(B * widest), sums(B * D);
+    std::vector<float> all_reduced(B * step.ranks);
+    float* reduced = all_reduced.data();
 #pragma omp parallel num_threads(step.threads) if (step.threads > 1)
     {
         std::vector<float> normed(B * D), scores;
@@ -390,6 +491,11 @@ extern "C" void decode(const Layer* layers, const Step* given) {
             const Added* added = step.added ? step.added + index : nullptr;
             for (int64_t row = 0; row < B; row++)
                 normalize(layer.before_attention, step.hidden + row * D, D, normed.data() + row * D);
+            bool wait = false;
+            for (int site = 0; site < 3; site++) wait |= reduce_all(step, added, site, normed.data(), reduced);
+            if (wait) {
+#pragma omp barrier
+            }
             const Matrix* parts[3] = {&layer.q, &layer.k, &layer.v};
             const int64_t counts[3] = {chunks(layer.q.rows), chunks(layer.k.rows), chunks(layer.v.rows)};
 #pragma omp for schedule(dynamic)
@@ -403,7 +509,7 @@ extern "C" void decode(const Layer* layers, const Step* given) {
                 const Matrix& m = *parts[which];
                 const int64_t first = chunk * CHUNK, last = std::min(m.rows, first + CHUNK);
                 multiply(m, first, last, normed.data(), B, projected.data() + before, width);
-                tune(added, which, B, first, last, projected.data() + before, width);
+                apply_all(step, added, which, reduced, first, last, projected.data() + before, width);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t part = 0; part < B * step.heads; part++) {
@@ -411,35 +517,58 @@ extern "C" void decode(const Layer* layers, const Step* given) {
                 attend(step, layer, index, row, head, projected.data() + row * width, scores,
                        attended.data() + row * read + head * d);
             }
+            if (reduce_all(step, added, 3, attended.data(), reduced)) {
+#pragma omp barrier
+            }
+            const bool behind_attention = added && added->first[ATTENTION] < added->first[ATTENTION + 1];
 #pragma omp for schedule(dynamic)
             for (int64_t part = 0; part < chunks(D); part++) {
                 const int64_t first = part * CHUNK, last = std::min(D, first + CHUNK);
                 multiply(layer.o, first, last, attended.data(), B, sums.data(), D);
-                tune(added, 3, B, first, last, sums.data(), D);
-                for (int64_t row = 0; row < B; row++)
-                    for (int64_t i = first; i < last; i++) step.hidden[row * D + i] += sums[row * D + i];
+                apply_all(step, added, 3, reduced, first, last, sums.data(), D);
+                if (!behind_attention) add_columns(step, sums.data(), first, last);
+            }
+            if (behind_attention) {
+                apply_to_sublayer(step, added, ATTENTION, normed.data(), sums.data(), reduced);
+#pragma omp for schedule(static)
+                for (int64_t part = 0; part < chunks(D); part++)
+                    add_columns(step, sums.data(), part * CHUNK, std::min(D, (part + 1) * CHUNK));
             }
             for (int64_t row = 0; row < B; row++)
                 normalize(layer.before_mlp, step.hidden + row * D, D, normed.data() + row * D);
+            wait = reduce_all(step, added, 4, normed.data(), reduced);
+            wait |= reduce_all(step, added, 5, normed.data(), reduced);
+            if (wait) {
+#pragma omp barrier
+            }
             const int64_t inner = layer.gate.rows;
 #pragma omp for schedule(dynamic)
             for (int64_t part = 0; part < chunks(inner); part++) {
                 const int64_t first = part * CHUNK, last = std::min(inner, first + CHUNK);
                 multiply(layer.gate, first, last, normed.data(), B, gates.data(), inner);
-                tune(added, 4, B, first, last, gates.data(), inner);
+                apply_all(step, added, 4, reduced, first, last, gates.data(), inner);
                 multiply(layer.up, first, last, normed.data(), B, ups.data(), inner);
-                tune(added, 5, B, first, last, ups.data(), inner);
+                apply_all(step, added, 5, reduced, first, last, ups.data(), inner);
                 for (int64_t row = 0; row < B; row++)
                     for (int64_t i = row * inner + first; i < row * inner + last; i++)
                         gates[i] = gates[i] / (1 + std::exp(-gates[i])) * ups[i];  // SiLU
             }
+            if (reduce_all(step, added, 6, gates.data(), reduced)) {
+#pragma omp barrier
+            }
+            const bool behind_mlp = added && added->first[MLP] < added->first[MLP + 1];
 #pragma omp for schedule(dynamic)
             for (int64_t part = 0; part < chunks(D); part++) {
                 const int64_t first = part * CHUNK, last = std::min(D, first + CHUNK);
                 multiply(layer.down, first, last, gates.data(), B, sums.data(), D);
-                tune(added, 6, B, first, last, sums.data(), D);
-                for (int64_t row = 0; row < B; row++)
-                    for (int64_t i = first; i < last; i++) step.hidden[row * D + i] += sums[row * D + i];
+                apply_all(step, added, 6, reduced, first, last, sums.data(), D);
+                if (!behind_mlp) add_columns(step, sums.data(), first, last);
+            }
+            if (behind_mlp) {
+                apply_to_sublayer(step, added, MLP, normed.data(), sums.data(), reduced);
+#pragma omp for schedule(static)
+                for (int64_t part = 0; part < chunks(D); part++)
+                    add_columns(step, sums.data(), part * CHUNK, std::min(D, (part + 1) * CHUNK));
             }
         }
     }

@@ -64,6 +64,47 @@ class Layer(ctypes.Structure):
     )
 
 
+class Rows(ctypes.Structure):
+    """A tensor of an adapter, and how far its part for one row of the batch is from the next row's."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("stride", ctypes.c_int64))
+
+
+class More(ctypes.Structure):
+    """Keys and values that are no token's."""
+
+    _fields_ = (
+        ("keys", Rows),
+        ("values", Rows),
+        ("count", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
+        ("mask_stride", ctypes.c_int64),
+    )
+
+
+class Term(ctypes.Structure):
+    """One thing that an adapter does at one site; kernels.cpp says what each field is."""
+
+    _fields_ = (
+        *((name, Rows) for name in ("scale", "bias", "down", "down_bias", "up")),
+        *((name, ctypes.c_int64) for name in ("rank", "inputs", "outputs", "place", "reads_output", "gelu")),
+    )
+
+
+SITES = 9  # the projections and the two sub-layers
+
+
+class Added(ctypes.Structure):
+    """What an adapter adds to one layer."""
+
+    _fields_ = (
+        ("prompts", More),
+        ("prefix", More),
+        ("terms", ctypes.c_void_p),
+        ("first", ctypes.c_int64 * (SITES + 1)),
+    )
+
+
 class Step(ctypes.Structure):
     """One token of every row; kernels.cpp says what each field is."""
 
@@ -74,10 +115,9 @@ class Step(ctypes.Structure):
         ),
         ("length", ctypes.c_int64),
         ("capacity", ctypes.c_int64),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("starts", "cosines", "sines", "keys", "values", "added", "hidden")
-        ),
+        *((name, ctypes.c_void_p) for name in ("starts", "cosines", "sines", "keys", "values", "added")),
+        ("ranks", ctypes.c_int64),
+        ("hidden", ctypes.c_void_p),
         ("last", Norm),
     )
 

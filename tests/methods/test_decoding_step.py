@@ -19,6 +19,9 @@ from llama_adapter.decoding.batch import Batch
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.methods.decoder import prepare_decoder
 from llama_adapter.methods.decoding_step import DecodingStep
+from llama_adapter.methods.lora import Lora
+from llama_adapter.methods.sites import SitePart
+from llama_adapter.methods.state import merge_states
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.quantization.formats import FORMATS
 from llama_adapter.quantization.kernels import load_kernels
@@ -45,6 +48,32 @@ def build_quantized_model(family: str = "llama", format: str = "int8", **setting
         for parameter in zero:
             torch.nn.init.normal_(parameter, std=0.5, generator=generator)
     return model
+
+
+# One of each, and compositions.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 3},
+    "adalora": {"init_rank": 4, "target_rank": 2, "targets": ("v_proj", "mlp.up_proj")},
+    "ia3": {},
+    "bitfit": {},
+    "bottleneck": {"bottleneck_width": 5},
+    "prefix": {"prefix_length": 3},
+    "prompts+lora": {"rank": 2, "targets": ("q_proj", "down_proj")},
+    "scales+ia3+bitfit+lora+bottleneck": {"placement": "parallel", "bottleneck_width": 4},
+    "prompts+prefix+scales": {"prompt_length": 2, "prefix_length": 4},
+}
+
+
+def add_adapters(model: LlamaAdapter) -> None:
+    """An adapter of each of `METHODS`, called by its method, in more or fewer layers."""
+    for seed, (method, options) in enumerate(METHODS.items(), start=1):
+        adapter = model.new_adapter(
+            method, method=method, adapted_layers=1 + seed % model.shape.num_layers, seed=seed, **options
+        )
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in adapter.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.3, generator=generator)
 
 
 def step_of(model: LlamaAdapter) -> DecodingStep:
@@ -158,6 +187,82 @@ def test_a_mixed_batch_is_answered_as_each_alone() -> None:
     for number, own in enumerate(tokens):
         first = 1 if number == 0 else 0
         assert torch.equal(torch.cat(own), alone[number][first : first + 4])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_of_each_method_give_the_whole_passs_logits(method: str) -> None:
+    model = build_quantized_model("qwen2")
+    add_adapters(model)
+    ids, mask = padded(random_rows(12, 9, 7), "left")
+    before = step_of(model).calls
+    ours = decode(model, ids, mask, method, steps=4)
+    assert step_of(model).calls == before + 4
+    with torch.no_grad():
+        whole = model(ids, mask, adapter=method, use_cache=False).logits[:, -4:]
+        bare = model(ids, mask, adapter="none", use_cache=False).logits[:, -4:]
+    torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4)
+    assert (whole - bare).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.no_grad()
+def test_rows_of_one_step_may_have_adapters_of_any_methods(threads: int) -> None:
+    model = build_quantized_model()
+    add_adapters(model)
+    model.new_adapter("wide", method="lora", adapted_layers=3, rank=6)
+    torch.nn.init.normal_(model.adapters["wide"]["lora"].get_parameter("mlp.down_proj.up"), std=0.3)
+    names = ["none", "plain", "tuned", "wide", *METHODS]
+    ids = torch.stack(random_rows(*[8] * len(names)))
+    states = [model.project(name) for name in names]
+    steps, usual = torch.get_num_threads(), step_of(model)
+    torch.set_num_threads(threads)
+    try:
+        cache, before = DynamicCache(), usual.calls
+        logits = [
+            model(
+                ids[:, first:last],
+                past_key_values=cache,
+                use_cache=True,
+                adapter=merge_states(states),
+            ).logits[:, -1]
+            for first, last in ((0, 6), (6, 7), (7, 8))
+        ]
+    finally:
+        torch.set_num_threads(steps)
+    assert usual.calls == before + 2
+    for name, row, *ours in zip(names, ids, *logits[1:], strict=True):
+        alone = model(row[None], adapter=name, use_cache=False).logits[0, -2:]
+        torch.testing.assert_close(torch.stack(ours), alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_part_that_the_step_does_not_know_takes_the_decoders_own_modules(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build_quantized_model()
+    add_adapters(model)
+    ids = random_rows(9)[0][None]
+    expected = decode(model, ids, None, "lora", 3)
+    monkeypatch.setattr(Lora, "terms", SitePart.terms)
+    before = step_of(model).calls
+    torch.testing.assert_close(decode(model, ids, None, "lora", 3), expected, rtol=1e-4, atol=1e-4)
+    assert step_of(model).calls == before
+
+
+def test_a_state_with_gradients_is_read_anew_each_time() -> None:
+    model = build_quantized_model()
+    add_adapters(model)
+    state = model.adapters["lora"].requires_grad_(True).state()
+    ids = random_rows(9)[0][None]
+    with torch.no_grad():
+        cache = DynamicCache()
+        model(ids[:, :7], past_key_values=cache, use_cache=True, adapter=state)
+        first = model(ids[:, 7:8], past_key_values=cache, use_cache=True, adapter=state).logits
+        cache.crop(-1)
+        for parameter in model.adapters["lora"].parameters():
+            parameter.zero_()
+        second = model(ids[:, 7:8], past_key_values=cache, use_cache=True, adapter=state).logits
+    assert not torch.allclose(first, second)
 
 
 def test_threads_use_different_adapters_at_once() -> None:
