@@ -30,8 +30,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         metavar="SOURCE[=WEIGHT]",
         help="rows with pictures (question and answer, captions, LLaVA's conversations), a folder with "
         "captions.json or qa.json beside images/, easy-vqa, drawings:N (N pictures drawn by our code, four "
-        "questions each), or rows of text; a weight of 0.5 uses half of the rows in each epoch, different "
-        "ones each time, and 2 uses each row twice",
+        "questions each), objects:SOURCE (yes/no questions about what is in its photos), or rows of text; a "
+        "weight of 0.5 uses half of the rows in each epoch, different ones each time, and 2 uses each row "
+        "twice",
     )
     parser.add_argument(
         "--text-of",

@@ -2,7 +2,8 @@
 
 A source can be a file (a JSON list, JSONL, CSV, Parquet or Arrow), a folder that `datasets` saved, a folder
 of pictures (captions.json or qa.json beside images/, or the hub's metadata.jsonl or metadata.csv), the
-package easy-vqa, a data set on the hub, or pictures that are drawn here (`data.drawings`).
+package easy-vqa, a data set on the hub, or made here: pictures that are drawn (`data.drawings`), questions
+about the objects in photos (`data.objects`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.drawings import drawing_rows, is_drawings
+from llama_adapter.data.objects import OBJECTS, object_rows
 from llama_adapter.data.row_pictures import FILE_COLUMNS
 
 EASY_VQA = "easy-vqa"  # the name for the data of that package
@@ -50,6 +52,12 @@ def canonical_split(name: str) -> str:
     return _SPLITS.get(name.strip().lower(), name.strip().lower())
 
 
+def source_name(source: str | Path) -> str:
+    """What a source goes by: the last part of where it is, as "coco" or "objects:coco"."""
+    prefix = f"{OBJECTS}:" if str(source).startswith(f"{OBJECTS}:") else ""
+    return prefix + Path(str(source).removeprefix(prefix)).name
+
+
 def read_rows(source: str | Path, split: str | None = None) -> Rows:
     """Read the rows of a source.
 
@@ -65,6 +73,8 @@ def read_rows(source: str | Path, split: str | None = None) -> Rows:
     if is_drawings(source):
         drawn, fingerprint = drawing_rows(str(source), split)
         return Rows(list(enumerate(drawn, start=1)), Path(), fingerprint)
+    if str(source).startswith(f"{OBJECTS}:"):
+        return _object_rows(str(source), split)
     path = Path(source)
     root = path.parent
     if path.is_dir():
@@ -141,6 +151,21 @@ def _easy_vqa_rows() -> Rows:
             rows.append({"image": paths[image], "question": question, "answer": answer, "split": split})
     fingerprint = _fingerprint({**row, "image": Path(row["image"]).name} for row in rows)  # on any machine
     return Rows(list(enumerate(rows, start=1)), Path(), fingerprint)
+
+
+def _object_rows(source: str, split: str | None) -> Rows:
+    """Yes/no questions about the photos of a source; a folder's captions and its questions both count."""
+    photos = source.removeprefix(f"{OBJECTS}:")
+    folder = Path(photos)
+    named = [folder / name for name in _PICTURE_FILES if (folder / name).is_file()]
+    found = [read_rows(part, split) for part in (named if len(named) > 1 else [photos])]
+    root = folder / "images" if len(named) > 1 else found[0].root
+    try:
+        rows = object_rows((row for part in found for row in part.rows), root)
+    except UsageError as error:
+        raise UsageError(f"{photos}: {error}") from None
+    fingerprint = hashlib.sha256("".join(part.fingerprint for part in found).encode()).hexdigest()
+    return Rows(list(enumerate(rows, start=1)), root, fingerprint)
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -37,6 +37,7 @@ from llama_adapter.data.records import (
     read_records,
     split_records,
 )
+from llama_adapter.data.sources import source_name
 from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.methods.decoder import checkpoint_activations
 from llama_adapter.methods.projection import Projection, VisionConfig
@@ -175,10 +176,10 @@ def read_source(
         train = [dataclasses.replace(record, images=()) for record in train]
         validation = [dataclasses.replace(record, images=()) for record in validation]
     return Source(
-        name=Path(data).name,
+        name=source_name(data),
         train=train,
         validation=validation,
-        facts={"source": Path(data).name, "fingerprint": summary.fingerprint, "read": summary.facts()},
+        facts={"source": source_name(data), "fingerprint": summary.fingerprint, "read": summary.facts()},
         weight=weight,
         images=images,
         pictured=pictured,
