@@ -1,22 +1,25 @@
-"""AdaLoRA: ranks go to the projections that need them (Zhang et al., arXiv 2303.10512).
+"""AdaLoRA: gives ranks to the projections that need them (Zhang et al., arXiv 2303.10512).
 
 A projection's product y = W x becomes
 
-    y + s P diag(e) Q x                    s = alpha / the first rank          (eq. 3)
+    y + s P diag(e) Q x                    s = alpha / the initial rank          (eq. 3)
 
-with P and Q held near orthogonal by a penalty on the loss (eq. 4): the mean over all matrices of the
-Frobenius norms |P^T P - I| and |Q Q^T - I|. The paper sums their squares; its authors' code and PEFT do this.
+A penalty on the loss keeps P and Q nearly orthogonal (eq. 4). It is the mean of the Frobenius norms |P^T P -
+I| and |Q Q^T - I| over all matrices. The paper adds up their squares; its authors' code and PEFT use this
+mean.
 
-A triplet (one e with its column of P and row of Q) is as important as its numbers w are (eq. 7-11):
+A triplet is one number of e with its column of P and its row of Q. Its importance follows from its numbers w
+(eq. 7-11):
 
     I(w) = |w dL/dw|                       sensitivity of the loss to w, in one step
     J(w) = 0.85 J(w) + 0.15 I(w)           smoothed
-    U(w) = 0.85 U(w) + 0.15 |I(w) - J(w)|  how far a step is from that
+    U(w) = 0.85 U(w) + 0.15 |I(w) - J(w)|  how far single steps are from that
     S    = J(e) U(e) + mean of J U over the row of Q + mean of J U over the column of P
 
-Between two steps the budget, the number of triplets of all projections together, falls with the cube of the
-time that is left from the first rank to the target (eq. 12). Every few steps the triplets of least importance
-beyond it have their e set to zero; those may grow again. At the second step the choice becomes final.
+The budget is the number of triplets of all projections together. Between two steps it falls from the initial
+rank to the target, with the cube of the time that is left (eq. 12). Every few steps the least important
+triplets beyond the budget get e = 0. They may grow again. At the second of the two steps the choice becomes
+final.
 
 Shapes: L adapted layers, R sets of a part's tensors, r rank.
 """
@@ -37,8 +40,8 @@ from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import SitePart, choose_projections, register_parameters
 from llama_adapter.methods.terms import Term
 
-SMOOTHING = 0.85  # the paper's beta 1 and beta 2
-_DRAWN = 0.02  # the deviation of new P and Q, as in the authors' code
+SMOOTHING = 0.85  # beta 1 and beta 2 of the paper
+_DRAWN = 0.02  # the standard deviation of new P and Q, as in the authors' code
 _PARTS = ("right", "values", "left")  # Q, e, P
 
 
@@ -46,13 +49,13 @@ _PARTS = ("right", "values", "left")  # Q, e, P
 class AdaLoraConfig(PartConfig):
     """The settings of AdaLoRA."""
 
-    target_rank: int = 8  # mean rank of a projection after the training
-    init_rank: int = 12  # rank of each projection before it
-    alpha: float = 16.0  # what is added is scaled by this / the rank at first
+    target_rank: int = 8  # mean rank of a projection after training
+    init_rank: int = 12  # rank of each projection before training
+    alpha: float = 16.0  # the product is scaled by alpha / init_rank
     targets: tuple[str, ...] = ()  # projections by name, such as q_proj,v_proj (default: all)
-    prune_from: float = 0.1  # share of the steps after which ranks are taken away
-    prune_until: float = 0.7  # share of the steps after which they are what they remain
-    prune_every: int = 10  # steps from one choice of ranks to the next
+    prune_from: float = 0.1  # ranks are taken away after this share of the steps
+    prune_until: float = 0.7  # ranks are final after this share of the steps
+    prune_every: int = 10  # steps between two choices of ranks
     orthogonality: float = 0.1  # weight of the penalty on matrices that are not orthogonal
 
     def __post_init__(self) -> None:
@@ -79,8 +82,9 @@ class AdaLora(SitePart):
 
     Attributes:
         NAME.right: Q, (L, r, in), and NAME.left: P, (L, out, r), drawn from N(0, 0.02^2).
-        NAME.values: e, (L, r), zero at the start, so that an untrained adapter leaves the decoder as it is,
-            and zero where a rank was taken away.
+        NAME.values: e, (L, r). It is zero at the start, so an untrained adapter leaves the decoder unchanged.
+        It
+            is also zero where a rank was taken away.
     """
 
     kind = "adalora"
@@ -102,15 +106,15 @@ class AdaLora(SitePart):
                 "left": torch.empty(layers, outside, rank).normal_(std=_DRAWN, generator=generator),
             }
             register_parameters(self, {f"{name}.{part}": value for part, value in own.items()})
-        # Of the parameters by name, J and U; and of the sites, (L, r), what was kept in the end. Not buffers:
-        # they belong to a training, not to the adapter.
+        # J and U of the parameters by name; and for each site the final choice of triplets, (L, r). They are
+        # not buffers, since they belong to a training and not to the adapter.
         self._sensitivity: dict[str, Tensor] = {}
         self._uncertainty: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
 
     @classmethod
     def sized(cls, size: int) -> dict[str, Any]:
-        """In the proportion of the usual ranks, two of three stay in the end."""
+        """Keep the ratio of the default ranks: two of three remain in the end."""
         return {"init_rank": size, "target_rank": max(1, round(2 * size / 3))}
 
     def add_state(self, states: dict[type[Part], State], inputs: Inputs) -> None:
@@ -135,7 +139,7 @@ class AdaLora(SitePart):
 
     @classmethod
     def precompute(cls, state: State, attentions: Sequence[nn.Module]) -> State:
-        """Without the ranks that were taken away from a projection in all layers."""
+        """Leave out the ranks of a projection that were taken away in all layers."""
         kept: State = {}
         for site, own in by_site(super().precompute(state, attentions)).items():
             down, up = own["down"], own["up"]
@@ -165,9 +169,9 @@ class AdaLora(SitePart):
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
-        """Measure how important the triplets are and take away those beyond the budget.
+        """Measure the importance of the triplets, and take away those beyond the budget.
 
-        As the authors do, the gradients that a step used are weighed with the parameters that it made.
+        As in the authors' code, a step's gradients are multiplied with the parameters after that step.
         """
         first, last = round(self.config.prune_from * total), round(self.config.prune_until * total)
         if step < last or not (self._sensitivity or self._kept):
@@ -182,7 +186,7 @@ class AdaLora(SitePart):
             self._zero(self._kept)
 
     def budget(self, step: int, first: int, last: int) -> int:
-        """Triplets of all projections together after a step between the first and the last of the pruning."""
+        """The number of triplets of all projections after a step between ``first`` and ``last``."""
         matrices = len(self.sites) * self.layout.adapted_layers
         start, target = self.config.init_rank * matrices, self.config.target_rank * matrices
         left = 1 - (step - first) / max(1, last - first)
@@ -198,7 +202,7 @@ class AdaLora(SitePart):
             self._uncertainty[name] = SMOOTHING * before + (1 - SMOOTHING) * (now - smoothed).abs()
 
     def _prune(self, budget: int) -> dict[str, Tensor]:
-        """Zero the e of the least important triplets; returns which are kept, (L, r) by site."""
+        """Set e of the least important triplets to zero. Returns which are kept, (L, r) for each site."""
         scores = {site: self._importance(site) for site in self.sites}
         every = torch.cat([score.flatten() for score in scores.values()])
         if (less := len(every) - budget) <= 0:

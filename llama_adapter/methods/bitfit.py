@@ -1,8 +1,8 @@
-"""BitFit: only biases are trained (arXiv 2106.10199).
+"""BitFit: trains only biases (arXiv 2106.10199).
 
     y + b        for each linear projection y = W x
 
-Decoders of the LLaMA family have no biases of their own; those that have some get another added to them.
+Decoders of the LLaMA family have no biases. Where a decoder has some, another bias is added to each.
 
 Shapes: L adapted layers, R sets of a part's tensors (1 or B).
 """

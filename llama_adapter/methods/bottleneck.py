@@ -1,11 +1,11 @@
 """Bottleneck adapters: sequential (Houlsby et al., arXiv 1902.00751) and parallel (He et al., 2110.04366).
 
-After attention and after the MLP, with h what the sub-layer gives and x what it reads:
+They act after attention and after the MLP. With h the output of the sub-layer and x its input:
 
     h + U act(D h + b) + c        sequential
     h + U act(D x + b) + c        parallel
 
-U and c start at zero, so that an untrained adapter leaves the decoder as it is.
+U and c start at zero, so that an untrained adapter leaves the decoder unchanged.
 
 Shapes: L adapted layers, R sets of a part's tensors (1 or B), D hidden size, W width of the bottleneck.
 """
@@ -34,7 +34,7 @@ class BottleneckConfig(PartConfig):
     """The settings of bottleneck adapters."""
 
     bottleneck_width: int = 16
-    placement: str = "sequential"  # reads the sub-layer's output; "parallel": its input
+    placement: str = "sequential"  # reads the sub-layer's output; "parallel" reads its input
 
     def __post_init__(self) -> None:
         if self.bottleneck_width < 1:
@@ -47,9 +47,9 @@ class Bottleneck(SitePart):
     """Two small matrices with biases after each sub-layer.
 
     Attributes:
-        SITE.down: D, (L, W, D), and SITE.down_bias: b, (L, W), drawn as torch's own linear layers.
-        SITE.up: U, (L, D, W), and SITE.up_bias: c, (L, D), zero at the start. In a parallel one all four are
-            called ``parallel_...``: rows of one batch may have either.
+        SITE.down: D, (L, W, D), and SITE.down_bias: b, (L, W), drawn like those of torch's linear layers.
+        SITE.up: U, (L, D, W), and SITE.up_bias: c, (L, D), zero at the start. In a parallel adapter all four
+            names start with ``parallel_``, since rows of one batch may have either kind.
     """
 
     kind = "bottleneck"

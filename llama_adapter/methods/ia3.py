@@ -4,8 +4,8 @@ Keys, values and the MLP's hidden layer are rescaled, element by element:
 
     y * l        for y = W_k x, W_v x and the up projection
 
-It is kept as y + s * y with s = l - 1, which is zero at the start. The paper rescales what the MLP's last
-projection reads. In a gated MLP, down(act(gate(x)) * up(x)), that is the same as rescaling up's output.
+The part stores s = l - 1, which is zero at the start, and computes y + s * y. The paper rescales the input of
+the MLP's last projection. In a gated MLP, down(act(gate(x)) * up(x)), rescaling up's output does the same.
 
 Shapes: L adapted layers, R sets of a part's tensors (1 or B).
 """
@@ -32,7 +32,7 @@ class Ia3Config(PartConfig):
 
 
 class Ia3(SitePart):
-    """A factor for each output of the keys', values' and up projections.
+    """A factor for each output of the key, value and up projections.
 
     Attributes:
         NAME.scale: l - 1, (L, out), zero at the start.

@@ -1,10 +1,10 @@
 """Low-rank adaptation: LoRA (arXiv 2106.09685), and rsLoRA with another scale (arXiv 2312.03732).
 
-A projection gives, in place of y = W x,
+A projection computes, in place of y = W x,
 
     y + s B A x        s = alpha / r, or alpha / sqrt(r) with rsLoRA
 
-B starts at zero, so that an untrained adapter leaves the decoder as it is.
+B starts at zero, so that an untrained adapter leaves the decoder unchanged.
 
 Shapes: L adapted layers, R sets of a part's tensors (1 or B), r rank.
 """

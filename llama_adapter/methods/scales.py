@@ -1,12 +1,12 @@
 """Scales and biases of a frozen decoder's projections: bias tuning (LLaMA-Adapter V2, arXiv 2304.15010, 3.1).
 
-In an adapted layer each linear projection gives ``y + s * y + b`` in place of y = W x, with s and b learnt
-from zero: an untrained adapter leaves the decoder as it is. That is the paper's s' (W x + b') with s' = 1 + s
-and b' = b / s'; 1 + s itself would lose small steps in bfloat16. Other than there, norms and the layers below
-the adapted ones stay as they are, and the frozen weights alone give the prompts' keys and values.
+In an adapted layer each linear projection computes ``y + s * y + b`` in place of y = W x. Both s and b start
+at zero, so an untrained adapter leaves the decoder unchanged. The paper writes s' (W x + b'), where s' = 1 +
+s and b' = b / s'. Storing 1 + s itself would lose small steps in bfloat16. Unlike in the paper, norms and
+layers below the adapted ones are not changed, and only the frozen weights make the prompts' keys and values.
 
-Shapes: B rows, T tokens, L adapted layers, S scales and biases of a layer, R sets of them (1 or B), W a
-projection's width.
+Shapes: B rows, T tokens, L adapted layers, S scales and biases of a layer, R sets of them (1 or B), W width
+of a projection.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from llama_adapter.methods.terms import Term
 
 @dataclass(frozen=True)
 class ScalesConfig(PartConfig):
-    """Scales and biases have no settings.
+    """Scales and biases have no settings that a user chooses.
 
     Attributes:
-        width: S of an adapter that was stored without the names of its projections (format version 1); 0: it
-            follows from them.
+        width: S, for an adapter that was stored without the names of its projections (format version 1). 0:
+        it
+            follows from the projections.
     """
 
     width: int = field(default=0, metadata={"derived": True})
@@ -41,10 +42,11 @@ class ScalesConfig(PartConfig):
 
 
 class Scales(SitePart):
-    """A scale and a bias of each output of each projection.
+    """A scale and a bias for each output of each projection.
 
     Attributes:
-        values: (L, S), of each projection, sorted by name, its scales and then its biases; zero at the start.
+        values: (L, S). For each projection, sorted by name, its scales and then its biases. Zero at the
+        start.
     """
 
     kind = "scales"

@@ -1,7 +1,7 @@
-"""The compiled products with quantised matrices (kernels.cpp), built by the machine's own C++ compiler.
+"""Compiled products with quantised matrices (kernels.cpp), built by the machine's own C++ compiler.
 
-They are compiled once, in a few seconds, for the processor at hand, and kept in the user's cache folder.
-Where there is no compiler, `load_kernels` gives None and the callers compute with torch, slowly.
+They are compiled once, in a few seconds, for this machine's processor, and kept in the user's cache folder.
+Without a compiler, `load_kernels` returns None, and callers compute with torch, slowly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llama_adapter.weights.locations import cache_folder
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 OPTIMISATION = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-# For the processor at hand, with threads; what a compiler refuses is left out, the last first.
+# For this processor, with threads. If the compiler refuses an option, it is left out, starting from the last.
 WISHES = (
     ("-march=native", "-fopenmp"),
     ("-mcpu=native", "-fopenmp"),
@@ -49,7 +49,7 @@ class Matrix(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
-    """A root-mean-square norm; without a weight there is none."""
+    """A root-mean-square norm. Without a weight there is no norm."""
 
     _fields_ = (("weight", ctypes.c_void_p), ("epsilon", ctypes.c_double))
 
@@ -65,13 +65,13 @@ class Layer(ctypes.Structure):
 
 
 class Rows(ctypes.Structure):
-    """A tensor of an adapter, and how far its part for one row of the batch is from the next row's."""
+    """A tensor of an adapter, and the distance from one row of the batch to the next."""
 
     _fields_ = (("start", ctypes.c_void_p), ("stride", ctypes.c_int64))
 
 
 class More(ctypes.Structure):
-    """Keys and values that are no token's."""
+    """Keys and values that belong to no token."""
 
     _fields_ = (
         ("keys", Rows),
@@ -83,7 +83,7 @@ class More(ctypes.Structure):
 
 
 class Term(ctypes.Structure):
-    """One thing that an adapter does at one site; kernels.cpp says what each field is."""
+    """One thing that an adapter does at one site. kernels.cpp describes the fields."""
 
     _fields_ = (
         *((name, Rows) for name in ("scale", "bias", "down", "down_bias", "up")),
@@ -106,7 +106,7 @@ class Added(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """One token of every row; kernels.cpp says what each field is."""
+    """One token of every row. kernels.cpp describes the fields."""
 
     _fields_ = (
         *(
@@ -146,9 +146,10 @@ def _load() -> ctypes.CDLL | None:
 
 
 def load_kernels() -> ctypes.CDLL | None:
-    """The compiled functions; None, with a line on standard error, where they cannot be built.
+    """The compiled functions; None, with a line on standard error, if they can't be built.
 
-    ``linear``, ``dequantize`` and ``decode`` of kernels.cpp; they release Python's lock while they compute.
+    They are ``linear``, ``dequantize`` and ``decode`` of kernels.cpp. They release Python's lock while they
+    compute.
     """
     with _LOADING:
         return _load()
@@ -160,10 +161,10 @@ def kernel_folder() -> Path:
 
 
 def _build() -> Path:
-    """The compiled library's file, compiled if it is not there.
+    """The file of the compiled library. It is compiled if it is not there.
 
     Raises:
-        OSError: there is no compiler, or the folder cannot be written.
+        OSError: there is no compiler, or the folder can't be written.
         subprocess.SubprocessError: the compiler failed.
     """
     names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
@@ -192,7 +193,7 @@ def _build() -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by machines."""
+    """A description of what -march=native depends on: several machines may share a home folder."""
     described = Path("/proc/cpuinfo")  # Linux
     if described.is_file():
         lines = described.read_text(errors="replace").splitlines()
