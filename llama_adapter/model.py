@@ -17,6 +17,7 @@ from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.attention import is_sharded
+from llama_adapter.methods.own_weights import counterpart
 from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
 from llama_adapter.methods.probe import attention_layers, prepare_decoder
 from llama_adapter.methods.state import AdapterState
@@ -139,7 +140,10 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
             self._readers.check(self.decoder)
         if part is None or part is self.decoder:
             kwargs |= {"labels": labels, "logits_to_keep": logits_to_keep}
-        output: CausalLMOutputWithPast = (self.decoder if part is None else part.forward)(
+        computing: Any = self.decoder if part is None else part.forward
+        if state.decoder is not None:
+            computing = state.decoder if part is None else counterpart(part, self.decoder, state.decoder)
+        output: CausalLMOutputWithPast = computing(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,

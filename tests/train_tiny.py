@@ -48,29 +48,47 @@ def rows(count: int) -> tuple[list[Example], dict[PictureFile, torch.Tensor]]:
     return made, features
 
 
+def build(method: str | None, output: Path, settings: TrainingSettings = SETTINGS) -> Trainer:
+    """The training of a tiny model: prompts that see, or another method on the text of the same rows."""
+    model = build_tiny_model(vision=VISION)
+    made, features = rows(13)
+    if method is not None:
+        model.delete_adapter("tiny")
+        model.new_adapter("tiny", method=method, seed=1)
+        made = [dataclasses.replace(example, images=()) for example in made]
+    return Trainer(model, "tiny", made, {"made": made[:6]}, settings, output, {"source": "made"}, features)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--stop-after", type=int, help="the second process asks for it, in this step")
     parser.add_argument("--shard", action="store_true")
+    parser.add_argument("--methods", nargs="*", default=[], help="each in a folder of its own in --output")
     parser.add_argument("--epochs", type=int, default=SETTINGS.epochs)
     parser.add_argument("--checkpoint-every", type=int, default=SETTINGS.checkpoint_every)
     arguments = parser.parse_args()
     # The last thing called at the exit: a group that is still there can abort the process while Python ends.
     atexit.register(lambda: print(f"group at exit: {torch.distributed.is_initialized()}\n", end=""))
     running = processes.running_processes()
-    model = build_tiny_model(vision=VISION)
+    for method in arguments.methods:
+        build(method, arguments.output / method).run()
+    if arguments.methods:
+        return
+    asked = {name: getattr(arguments, name) for name in ("epochs", "checkpoint_every")}
+    trainer = build(None, arguments.output, dataclasses.replace(SETTINGS, **asked))
     if arguments.shard:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         assert running.count > 1
+        decoder = trainer.model.decoder
         mesh = init_device_mesh("cpu", (running.count,))
-        for layer in model.decoder.modules():
+        for layer in decoder.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        fully_shard(model.decoder, mesh=mesh, reshard_after_forward=True)
+        fully_shard(decoder, mesh=mesh, reshard_after_forward=True)
         sharded = dataclasses.replace(running, sharded=True)
         training.running_processes = lambda: sharded
     if arguments.stop_after and running.index == 1:
@@ -82,12 +100,6 @@ def main() -> None:
             return accumulate(*args, **kwargs)  # type: ignore[arg-type]
 
         training.accumulate_gradient = stopping
-    made, features = rows(13)
-    asked = {name: getattr(arguments, name) for name in ("epochs", "checkpoint_every")}
-    settings = dataclasses.replace(SETTINGS, **asked)
-    trainer = Trainer(
-        model, "tiny", made, {"made": made[:6]}, settings, arguments.output, {"source": "made"}, features
-    )
     trainer.run(resume=arguments.resume)
     if arguments.shard:
         # DTensor's caches keep gloo's threads alive past the end of the group (a GPU's NCCL has none).

@@ -20,6 +20,7 @@ from llama_adapter.data.templates import Turn
 from llama_adapter.decoding.batch import Batch, Row
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import Answer, Request, Said
+from llama_adapter.methods.state import AdapterState
 from llama_adapter.model import LlamaAdapter
 
 
@@ -99,11 +100,17 @@ class Engine:
                 if not newcomers:
                     self._working = bool(rows)
                     return self._working
-            for ticket in newcomers:
+            for place, ticket in enumerate(newcomers):
                 ticket.started = time.perf_counter()
                 asked = ticket.request
                 try:
-                    rows[ticket] = batch.join(asked.question, asked.project(), asked.sampling)
+                    if ticket.adapter is None:
+                        ticket.adapter = asked.project()
+                    if not batch.takes(ticket.adapter):
+                        with self._lock:  # until the others are answered; who came later comes later
+                            self._waiting.extendleft(reversed(newcomers[place:]))
+                        return True
+                    rows[ticket] = batch.join(asked.question, ticket.adapter, asked.sampling)
                 except Exception as error:  # the others are none the worse for it
                     ticket.end(error)
                 else:
@@ -116,7 +123,10 @@ class _Ticket:
     Attributes:
         closed: nobody wants more of it.
         started: when the reading of the question began, by the performance counter.
+        adapter: what the request's ``project`` gave, once it was asked.
     """
+
+    adapter: AdapterState | None = None
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self.request = request

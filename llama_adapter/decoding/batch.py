@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import TokenChooser
-from llama_adapter.methods.state import AdapterState, merge_states
+from llama_adapter.methods.state import AdapterState, merge_states, share_a_decoder
 
 
 @dataclass(eq=False)
@@ -54,6 +54,10 @@ class Batch:
         self._forward = forward
         self._cache = DynamicCache()
         self._adapter: AdapterState | None = None
+
+    def takes(self, adapter: AdapterState) -> bool:
+        """Whether one decoder computes this adapter and those of the rows, so that it can join them."""
+        return share_a_decoder([adapter, *(row.adapter for row in self.rows)])
 
     def join(self, question: Tensor, adapter: AdapterState, sampling: Sampling) -> Row:
         """Read a question, (1, T), choose the first token of its answer, and add its row."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.config import AdapterConfig
+from llama_adapter.methods.own_weights import WeightsPart
 from llama_adapter.methods.part import Inputs, Part, State
 from llama_adapter.methods.projection import Projection
 from llama_adapter.methods.prompts import Prompts
@@ -62,7 +63,8 @@ class Adapter(nn.ModuleDict):
         states: dict[type[Part], State] = {}
         for part in self.parts:
             part.add_state(states, Inputs(features, owners, rows))
-        return AdapterState(self.config.shape.num_layers, states)
+        owner = self.find(WeightsPart)
+        return AdapterState(self.config.shape.num_layers, states, None if owner is None else owner.decoder())
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters by the name of the group that has a learning rate of its own."""
@@ -70,6 +72,10 @@ class Adapter(nn.ModuleDict):
         for part in self.parts:
             groups |= part.parameter_groups()
         return groups
+
+    def rate_factors(self) -> dict[str, float]:
+        """What the learning rate of a group is multiplied by; see `Part.rate_factors`."""
+        return {name: factor for part in self.parts for name, factor in part.rate_factors().items()}
 
     def use_projections(self, projections: Mapping[str, tuple[int, int]]) -> None:
         """Check that its parts fit the projections of a decoder's layers, and name them where it did not yet.

@@ -57,7 +57,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, state: dict[str, Tensor] 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = (adapter.state_dict() if state is None else state).items()
-    kept = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors}
+    kept = {name: tensor.detach().to("cpu", _kept_dtype(tensor)).contiguous() for name, tensor in tensors}
     with write_atomically(folder / WEIGHTS_FILE) as path:
         path.write_bytes(save(kept, metadata={"format": "pt"}))  # save_file would hide it from other users
     write_json(folder / CONFIG_FILE, adapter.config.to_dict())
@@ -258,12 +258,20 @@ def _build_adapter(config: AdapterConfig, state: dict[str, Tensor], source: str)
         if state[name].shape != expected[name].shape:
             found, wanted = tuple(state[name].shape), tuple(expected[name].shape)
             raise UsageError(f"{source}: {name!r} has the shape {found}, its config says {wanted}")
+        if state[name].is_floating_point() != expected[name].is_floating_point():
+            kinds = [str(own[name].dtype).removeprefix("torch.") for own in (state, expected)]
+            raise UsageError(f"{source}: {name!r} has numbers of type {kinds[0]}, expected {kinds[1]}")
         if not torch.isfinite(state[name]).all():
             raise UsageError(f"{source}: {name!r} has values that are not finite; train again")
     # Copied, since products differ in their last digits where a tensor begins at an odd place in the file.
-    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    copies = {name: tensor.to(_kept_dtype(tensor), copy=True) for name, tensor in state.items()}
     adapter.load_state_dict(copies, assign=True)
     return adapter
+
+
+def _kept_dtype(tensor: Tensor) -> torch.dtype:
+    """float32, but whole numbers stay as they are."""
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
 def import_pth(path: str | Path, *, base: str, shape: DecoderShape, raw_gates: bool = False) -> Adapter:

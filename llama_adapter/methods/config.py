@@ -13,7 +13,7 @@ from llama_adapter.methods.part import PartConfig
 from llama_adapter.methods.projection import VisionConfig
 from llama_adapter.methods.prompts import PromptsConfig
 from llama_adapter.methods.shape import DecoderShape, Layout
-from llama_adapter.methods.table import METHODS, PARTS, option_names
+from llama_adapter.methods.table import METHODS, PARTS, check_composition, option_names
 
 FORMAT_VERSION = 2  # version 1 knew prompts, a projection and scales alone, each in a place of its own
 C = TypeVar("C", bound=PartConfig)
@@ -67,6 +67,7 @@ class AdapterConfig:
                 f"parts: {', '.join(kinds) or 'none'} given; expected some of {', '.join(PARTS)}, in this "
                 "order"
             )
+        check_composition([PARTS[kind] for kind in kinds])
         if self.vision is not None:
             prompts = self.find(PromptsConfig)
             if prompts is None:

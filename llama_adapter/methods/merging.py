@@ -1,7 +1,8 @@
 """An adapter folded into a decoder's own weights: the result is a plain decoder, with the same logits.
 
 Parts that act at projections and are linear in what these give can be folded: scales and biases, IA3, BitFit,
-LoRA. Prompts, pictures and bottleneck adapters compute something of their own, and cannot.
+LoRA. Those that change weights are in them already. Prompts, pictures and bottleneck adapters compute
+something of their own, and cannot.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.attention import PREFIX
+from llama_adapter.methods.own_weights import WeightsPart, copy_decoder
 from llama_adapter.methods.sites import SitePart, detach_sites, locate_projections
 from llama_adapter.methods.table import PARTS
 
@@ -34,6 +36,8 @@ def merge_adapter(decoder: PreTrainedModel, adapter: Adapter) -> PreTrainedModel
     Raises:
         UsageError: a part that cannot be folded, by name; quantised weights; biases that the family lacks.
     """
+    if (owner := adapter.find(WeightsPart)) is not None:
+        return _plain(copy_decoder(owner.decoder(), owner.config.weights).requires_grad_(False))
     lasting = [part.kind for part in adapter.parts if not (isinstance(part, SitePart) and part.foldable)]
     if lasting:
         foldable = [k for k, part in PARTS.items() if issubclass(part, SitePart) and part.foldable]
@@ -49,21 +53,22 @@ def merge_adapter(decoder: PreTrainedModel, adapter: Adapter) -> PreTrainedModel
             weight, bias = folded.get(name) or _read(name, module)
             exact = {key: tensor.to(weight) for key, tensor in own.items()}
             folded[name] = part.fold(exact, weight, bias)
-    changed = {id(decoder.get_submodule(name).weight) for name in folded}
-    changed |= {id(decoder.get_submodule(name).bias) for name in folded}
-    kept = {id(p): p for p in (*decoder.parameters(), *decoder.buffers()) if id(p) not in changed}
-    merged = copy.deepcopy(decoder, kept)  # the memo lets both share these
-    detach_sites(merged)
+    merged = copy_decoder(decoder, {f"{name}.{own}" for name in folded for own in ("weight", "bias")})
     _add_biases(merged, {name: bias for name, (_, bias) in folded.items() if bias is not None})
     for name, (weight, bias) in folded.items():
         module = merged.get_submodule(name)
         module.weight.data.copy_(weight.T if isinstance(module, Conv1D) else weight)  # type: ignore[operator]
         if bias is not None:
             module.bias.data.copy_(bias)  # type: ignore[operator]
-    merged.set_attn_implementation(
-        str(merged.config.get_text_config()._attn_implementation).removeprefix(PREFIX)
-    )
-    return merged
+    return _plain(merged)
+
+
+def _plain(decoder: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a prepared decoder as it was before, in place."""
+    detach_sites(decoder)
+    attention = str(decoder.config.get_text_config()._attn_implementation)
+    decoder.set_attn_implementation(attention.removeprefix(PREFIX))
+    return decoder
 
 
 def _read(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ Shapes: R sets of a part's tensors, L adapted layers; N pictures, F features of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from llama_adapter.common.processes import Processes
 from llama_adapter.methods.attention import compute_dtype
 from llama_adapter.methods.shape import Layout
 
@@ -63,10 +64,12 @@ class Part(nn.Module):
         size: the option that makes the part larger or smaller; None where it has only one size.
         layout: what it was built for.
         differs_in_packs: whether the rows of one packed sequence may have different ones.
+        alone: whether it is the only part of an adapter.
     """
 
     kind: ClassVar[str]
     differs_in_packs: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
     Config: ClassVar[type[PartConfig]]
     learning_rate: ClassVar[float] = 1e-3
     size: ClassVar[str | None] = None
@@ -88,6 +91,11 @@ class Part(nn.Module):
         """The settings of a new part with what only its decoder tells; as they are by default."""
         return config
 
+    @classmethod
+    def adapts(cls, config: Any, num_layers: int) -> int | None:
+        """How many of the topmost layers it changes, where it says so itself; None: any number."""
+        return None
+
     def initialise(self, decoder: PreTrainedModel, input_sizes: Tensor) -> None:
         """Fit a new part to the decoder that it will adapt; does nothing by default.
 
@@ -95,9 +103,12 @@ class Part(nn.Module):
             input_sizes: (L,), the root mean square of what each adapted layer's attention reads.
         """
 
-    @classmethod
-    def attach(cls, decoder: PreTrainedModel) -> None:
-        """Register what the part needs on a decoder, once; does nothing by default."""
+    def attach(self, decoder: PreTrainedModel) -> None:
+        """Register what the part needs on the decoder that it adapts; does nothing by default.
+
+        Raises:
+            UsageError: it is not for this decoder.
+        """
 
     def add_state(self, states: dict[type[Part], State], inputs: Inputs) -> None:
         """Add the tensors that a forward pass reads to those of the parts before, with gradients.
@@ -165,6 +176,19 @@ class Part(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters by the name of the group that has a learning rate of its own."""
         return {self.kind: list(self.parameters())}
+
+    def rate_factors(self) -> dict[str, float]:
+        """What the learning rate of a group is multiplied by, for groups that have no rate of their own."""
+        return {}
+
+    def begin(self, rows: int, backward: Callable[[int], object], processes: Processes) -> None:
+        """What training does before its first step; nothing by default. A run that is resumed does without.
+
+        Args:
+            rows: how many there are to train on.
+            backward: adds the gradient of the mean loss of one of them, by its number from 0.
+            processes: of the run. Each has all rows, and all must end up with the same.
+        """
 
     def penalty(self) -> Tensor | None:
         """What training adds to the loss of a step, with a gradient; None by default: nothing."""

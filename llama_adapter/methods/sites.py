@@ -40,8 +40,7 @@ class SitePart(Part):
 
     foldable: ClassVar[bool] = False
 
-    @classmethod
-    def attach(cls, decoder: PreTrainedModel) -> None:
+    def attach(self, decoder: PreTrainedModel) -> None:
         attach_sites(decoder)
 
     @staticmethod
@@ -112,6 +111,16 @@ def locate_projections(decoder: PreTrainedModel) -> dict[str, tuple[int, str]]:
         for attention, layer in _layers(decoder)
         for site, module in _projections(layer).items()
     }
+
+
+def locate_layer_weights(decoder: PreTrainedModel) -> dict[str, int]:
+    """The layer that each weight in one belongs to, by its name in the decoder."""
+    numbers = {
+        id(weight): layer_index(attention)
+        for attention, layer in _layers(decoder)
+        for weight in layer.parameters()
+    }
+    return {name: numbers[id(weight)] for name, weight in decoder.named_parameters() if id(weight) in numbers}
 
 
 def choose_projections(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.attention import layer_index
@@ -30,10 +31,12 @@ class AdapterState:
         num_layers: of the decoder.
         parts: each part's tensors, (R, L, ...), by name, in the order in which the parts act. Empty: the bare
             base.
+        decoder: which one computes, where it is not the base (`llama_adapter.methods.own_weights`).
     """
 
     num_layers: int
     parts: Mapping[type[Part], Mapping[str, Tensor]]
+    decoder: PreTrainedModel | None = None
     if TYPE_CHECKING:  # no fields: fully sharded layers copy the state with `dataclasses.replace`
         # By the decoder's layer, each cut once: a cut a layer would have a gradient as large as all layers.
         _layers: tuple[dict[type[Part], State], ...] = field(init=False, repr=False)
@@ -87,9 +90,9 @@ class AdapterState:
         """
         parts = {}
         for part, tensors in self.parts.items():
-            layers = next(iter(tensors.values())).shape[1]
-            parts[part] = part.precompute(dict(tensors), attentions[-layers:])
-        return AdapterState(self.num_layers, parts)
+            layers = max((tensor.shape[1] for tensor in tensors.values()), default=0)
+            parts[part] = part.precompute(dict(tensors), attentions[-layers:]) if layers else dict(tensors)
+        return AdapterState(self.num_layers, parts, self.decoder)
 
     def of_row(self, row: int) -> AdapterState:
         """That of one row, R = 1."""
@@ -105,6 +108,7 @@ class AdapterState:
         return AdapterState(
             self.num_layers,
             {part: {name: change(t) for name, t in tensors.items()} for part, tensors in self.parts.items()},
+            self.decoder,
         )
 
     def check_packed(self) -> None:
@@ -125,6 +129,12 @@ def merge_states(states: Sequence[AdapterState]) -> AdapterState:
     first = states[0]
     if all(state is first for state in states):
         return first
+    if not share_a_decoder(states):
+        kinds = sorted({kind for state in states if state.decoder is not None for kind in state.kinds})
+        raise UsageError(
+            f"an adapter of {' or '.join(kinds)} has a decoder of its own, so its rows cannot share a batch "
+            "with others; ask for them separately"
+        )
     present = dict.fromkeys(part for state in states for part in state.parts)
     kinds = list(PARTS)
     ordered = sorted(present, key=lambda part: kinds.index(part.kind) if part.kind in kinds else len(kinds))
@@ -132,4 +142,9 @@ def merge_states(states: Sequence[AdapterState]) -> AdapterState:
     for part in ordered:
         rows = [state.parts.get(part) for state in states]
         merged[part] = part.merge([None if row is None else dict(row) for row in rows])
-    return AdapterState(first.num_layers, merged)
+    return AdapterState(first.num_layers, merged, first.decoder)
+
+
+def share_a_decoder(states: Sequence[AdapterState]) -> bool:
+    """Whether one decoder computes all of these, so that they can be the rows of one batch."""
+    return all(state.decoder is states[0].decoder for state in states)

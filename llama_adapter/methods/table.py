@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.adalora import AdaLora
 from llama_adapter.methods.bitfit import BitFit
 from llama_adapter.methods.bottleneck import Bottleneck
+from llama_adapter.methods.full import Full
 from llama_adapter.methods.ia3 import Ia3
 from llama_adapter.methods.lora import Lora
 from llama_adapter.methods.part import Part, PartConfig
@@ -17,6 +18,8 @@ from llama_adapter.methods.prefix import Prefix
 from llama_adapter.methods.projection import Projection, VisionConfig
 from llama_adapter.methods.prompts import Prompts
 from llama_adapter.methods.scales import Scales
+from llama_adapter.methods.selected import Selected
+from llama_adapter.methods.top_layers import TopLayers
 
 # In the order in which they act where several act on the same output.
 _PARTS: tuple[type[Part], ...] = (
@@ -29,6 +32,9 @@ _PARTS: tuple[type[Part], ...] = (
     Lora,
     AdaLora,
     Bottleneck,
+    Full,
+    TopLayers,
+    Selected,
 )
 PARTS: dict[str, type[Part]] = {part.kind: part for part in _PARTS}  # by kind, in that order
 METHODS = tuple(
@@ -40,7 +46,7 @@ def parts_of_method(method: str) -> list[type[Part]]:
     """The parts that a method string names, "prompts" or "prompts+scales", in the order of the table.
 
     Raises:
-        UsageError: an unknown part, or the same one twice.
+        UsageError: an unknown part, the same one twice, or one beside others that stands alone.
     """
     named = [kind.strip() for kind in method.split("+")]
     for kind in named:
@@ -50,7 +56,19 @@ def parts_of_method(method: str) -> list[type[Part]]:
             )
         if named.count(kind) > 1:
             raise UsageError(f"method {method!r} has {kind!r} twice; name it once")
-    return [PARTS[kind] for kind in METHODS if kind in named]
+    parts = [PARTS[kind] for kind in METHODS if kind in named]
+    check_composition(parts)
+    return parts
+
+
+def check_composition(parts: Sequence[type[Part]]) -> None:
+    """Raise UsageError where a part that stands alone has others beside it."""
+    for part in parts:
+        if part.alone and len(parts) > 1:
+            others = ", ".join(other.kind for other in parts if other is not part)
+            raise UsageError(
+                f"{part.kind} trains the base's own weights and goes with nothing else; leave out {others}"
+            )
 
 
 def option_names(settings: type[PartConfig]) -> list[str]:

@@ -102,8 +102,6 @@ class NamedAdapters(PassedOn):
         if seed is not None and not -(2**63) <= seed < 2**64:
             raise UsageError(f"seed: {seed} given; expected a whole number below 2**64")
         shape = self.shape
-        if adapted_layers is None:
-            adapted_layers = default_adapted_layers(shape.num_layers)
         dated = template == "chat" and self.tokenizer is not None and writes_date(self.tokenizer)
         if dated and template_date is None:
             template_date = datetime.date.today().isoformat()
@@ -111,7 +109,18 @@ class NamedAdapters(PassedOn):
             PARTS[AdapterConfig.kind_of(part)].complete(part, self.decoder)
             for part in build_configs(method, options, vision)
         )
-        at_sites = any(issubclass(PARTS[AdapterConfig.kind_of(part)], SitePart) for part in parts)
+        kinds = [PARTS[AdapterConfig.kind_of(part)] for part in parts]
+        for kind, part in zip(kinds, parts, strict=True):
+            if (settled := kind.adapts(part, shape.num_layers)) is not None:
+                if adapted_layers not in (None, settled):
+                    raise UsageError(
+                        f"adapted layers: {adapted_layers} given; {kind.kind} says itself which it changes "
+                        f"({settled} here), so leave it out"
+                    )
+                adapted_layers = settled
+        if adapted_layers is None:
+            adapted_layers = default_adapted_layers(shape.num_layers)
+        at_sites = any(issubclass(kind, SitePart) for kind in kinds)
         config = AdapterConfig(
             base=self.base,
             shape=shape,

@@ -142,9 +142,10 @@ def parameter_groups(adapter: Adapter, settings: TrainingSettings) -> list[dict[
                 f"--rate {name}={settings.rates[name]}: this adapter has no group {name!r}; it has "
                 f"{', '.join(groups)}"
             )
-    peak = settings.peak_learning_rate
+    peak, factors = settings.peak_learning_rate, adapter.rate_factors()
     return [
-        {"params": parameters, "peak": settings.rates.get(name, peak)} for name, parameters in groups.items()
+        {"params": parameters, "peak": settings.rates.get(name, peak * factors.get(name, 1.0))}
+        for name, parameters in groups.items()
     ]
 
 
@@ -204,6 +205,11 @@ class Trainer:
         assert isinstance(adapter, Adapter)
         adapter.requires_grad_(True)
         processes = running_processes()
+        if processes.sharded and any(part.alone for part in adapter.parts):
+            raise UsageError(
+                f"{adapter.config.method} trains the decoder's own weights, which cannot be sharded; launch "
+                "with configs/ddp.yaml"
+            )
         processes.shard(self.model.decoder)
         adapter.to(self.model.decoder.device)  # sharding may have moved the decoder
         optimizer = torch.optim.AdamW(
@@ -245,6 +251,9 @@ class Trainer:
         elif resume:
             folder.line.say("there is no checkpoint yet: starting from the beginning")
         with folder.metrics(progress.step), frozen_products(self.model):
+            if state is None:
+                for part in adapter.parts:
+                    part.begin(len(self.train_examples), self._backward, processes)
             self._steps(adapter, optimizer, progress, folder)
         processes.any(False)  # all wait here until the main process has written its files
         return progress.best_loss
@@ -375,6 +384,17 @@ class Trainer:
                 penalty.backward()
         limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
         return loss, float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), limit))
+
+    def _backward(self, row: int) -> None:
+        """Add the gradient of the mean loss of one row, by its place among those to train on."""
+        accumulate_gradient(
+            self.model,
+            [self.train_examples[row]],
+            device=self.model.decoder.device,
+            max_tokens=self.settings.max_tokens,
+            features=self.features,
+            adapter=self.adapter,
+        )
 
     def _validate(self, adapter: Adapter, progress: _Progress, folder: RunFolder | Onlooker) -> None:
         rows, losses, tokens, done = self._validation_rows, {}, 0, 0

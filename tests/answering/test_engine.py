@@ -33,6 +33,9 @@ def model() -> LlamaAdapter:
     eyes = model.new_adapter("eyes", prompt_length=4, adapted_layers=3, vision=VISION, seed=3)
     torch.nn.init.normal_(eyes.prompts.gates, generator=torch.Generator().manual_seed(3))
     open_eyes(model)
+    generator = torch.Generator().manual_seed(4)
+    for changes in model.new_adapter("full", method="full").parameters():
+        torch.nn.init.normal_(changes, std=0.05, generator=generator)
     return model
 
 
@@ -55,7 +58,7 @@ def test_twenty_at_once_are_answered_as_one_by_one(rows: int, model: LlamaAdapte
     pictures = [draw_picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "green", "blue")]
     asked: list[tuple[str, dict[str, Any]]] = []
     for number in range(20):
-        adapter = draw.choice(["one", "two", "eyes", NO_ADAPTER])
+        adapter = draw.choice(["one", "two", "eyes", "full", NO_ADAPTER])  # "full" shares no batch
         sampling = Sampling(
             max_new_tokens=draw.randint(1, 30),
             temperature=draw.choice([0, 0.1, 1.5]),

@@ -19,6 +19,7 @@ from llama_adapter.common.processes import Processes, running_processes
 from llama_adapter.data.records import Example
 from llama_adapter.packing.pack import deal
 from tests.conftest import CHECKOUT
+from tests.train_tiny import build
 
 
 def free_port() -> int:
@@ -134,6 +135,15 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
     record = json.loads((output / "run.json").read_text())
     assert record["made_by"]["processes"] == 2
     assert set(json.loads((alone / "run.json").read_text())) == set(record)
+
+
+def test_two_processes_train_other_methods_as_one(tmp_path: Path) -> None:
+    """Each has an extra: a penalty and the choice of ranks, gradients that are handed on, chosen weights."""
+    methods = ("adalora", "full", "selected")
+    train(tmp_path / "two", "--methods", *methods, config=None)
+    for method in methods:
+        build(method, tmp_path / "one" / method).run()
+        expect_same(tmp_path / "two" / method, tmp_path / "one" / method)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(alone: Path, tmp_path: Path) -> None:

@@ -36,9 +36,14 @@ def test_an_adapter_breaks_no_graph_that_the_base_leaves_whole(family: str, ids:
     assert explain(model)(ids, **options).graph_break_count == base
 
 
-def test_one_graph_has_the_logits_and_gradients_of_the_model(ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("method", ["prompts", "prefix", "adalora"])
+def test_one_graph_has_the_logits_and_gradients_of_the_model(method: str, ids: torch.Tensor) -> None:
     model = build_tiny_model("llama")
     adapter = model.get_adapter("tiny")
+    if method != "prompts":
+        adapter = model.new_adapter("own", method=method, adapted_layers=2, seed=1)
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
     expected = model(ids, use_cache=False).logits
     expected.square().mean().backward()
     gradients = [parameter.grad for parameter in adapter.parameters()]
@@ -59,3 +64,15 @@ def test_a_strict_export_answers_as_the_model(ids: torch.Tensor) -> None:
     other = torch.stack(random_rows(7, 7, seed=1))
     expected = model(other, use_cache=False).logits
     torch.testing.assert_close(program.module()(other, use_cache=False).logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_compiled_model_follows_the_weights_that_an_adapter_changes(ids: torch.Tensor) -> None:
+    model = build_tiny_model("llama")
+    adapter = model.new_adapter("own", method="full")
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        expected = model(ids, use_cache=False).logits
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, rtol=0, atol=1e-5)
+        for parameter in adapter.parameters():
+            parameter.add_(0.01)

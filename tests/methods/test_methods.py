@@ -21,6 +21,7 @@ from llama_adapter.methods.probe import attention_layers
 from llama_adapter.methods.state import merge_states
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.packing.pack import answer_loss, pack
+from llama_adapter.quantization.linear import quantize_decoder
 from tests.tiny_models import build_tiny_decoder, build_tiny_model
 from tests.train_tiny import rows
 
@@ -144,6 +145,25 @@ def test_two_threads_use_different_methods_at_once() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(ask, names))
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora", "ia3", "bitfit", "sequential", "prefix"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_on_a_quantised_base_it_is_what_it_is_on_the_rounded_weights(name: str, format: str) -> None:
+    decoder, rounded = build_tiny_decoder(), build_tiny_decoder()
+    quantize_decoder(decoder, format)
+    for key, module in decoder.named_modules():
+        if isinstance(weight := getattr(module, "weight", None), Tensor):
+            rounded.get_submodule(key).weight.data.copy_(weight)
+    models = [LlamaAdapter(own, base="tiny") for own in (decoder, rounded)]
+    adapters = [add(model, name).requires_grad_(True) for model in models]
+    adapters[1].load_state_dict(adapters[0].state_dict())
+    found, expected = (logits(model, TOKENS, name) for model in models)
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    for own in (found, expected):
+        own.square().mean().backward()
+    for (key, parameter), other in zip(adapters[0].named_parameters(), adapters[1].parameters(), strict=True):
+        assert (parameter.grad - other.grad).norm() < 0.05 * other.grad.norm(), key
 
 
 # --- against PEFT -------------------------------------------------------------------------------------------

@@ -1,0 +1,34 @@
+"""Full fine-tuning: every weight of the decoder is trained, W = W0 + delta, delta zero at the start.
+
+Embeddings, norms and the head are among them. It is what the other methods are measured against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from llama_adapter.methods.own_weights import DenseWeightsPart, WeightsConfig
+
+
+@dataclass(frozen=True)
+class FullConfig(WeightsConfig):
+    """Full fine-tuning has no settings."""
+
+
+class Full(DenseWeightsPart):
+    """A change of every weight."""
+
+    kind = "full"
+    Config = FullConfig
+    learning_rate = 3e-5
+
+    @classmethod
+    def adapts(cls, config: Any, num_layers: int) -> int:
+        return num_layers
+
+    @classmethod
+    def choose_weights(cls, config: FullConfig, decoder: PreTrainedModel) -> list[str]:
+        return [name for name, _ in decoder.named_parameters()]
