@@ -77,6 +77,32 @@ def answer_records(
     return answers
 
 
+def answer_questions(
+    model: LlamaAdapter,
+    questions: Sequence[list[int]],
+    ends: Sequence[int],
+    *,
+    adapter: str | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """The greedy answers to questions of text, in their order, both as tokens.
+
+    Args:
+        ends: tokens that end an answer, and are no part of it.
+        adapter: None takes the active one.
+    """
+    waiting = deque(sorted(range(len(questions)), key=lambda i: -len(questions[i])))
+    state = model.project(adapter)
+
+    def take(most: int) -> list[_Asked]:
+        some = [waiting.popleft() for _ in range(min(most, len(waiting)))]
+        return [(i, questions[i], state) for i in some]
+
+    said = dict(_greedily(model, take, ends, max_new_tokens, batch_size))
+    return [said[i] for i in range(len(questions))]
+
+
 @torch.no_grad()
 def answer_likelihoods(
     model: LlamaAdapter,

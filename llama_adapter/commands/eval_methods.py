@@ -46,7 +46,11 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.m
     parser.add_argument(
         "--rows", type=positive_int, default=2000, help="rows to train on, of each source (2000)"
     )
-    parser.add_argument("--validation-rows", type=positive_int, default=200, help="rows kept back (200)")
+    parser.add_argument(
+        "--validation-rows",
+        type=positive_int,
+        help="rows kept back, of each source (a fifth of --rows, but 16 to 200)",
+    )
     parser.add_argument(
         "--parameters",
         type=positive_int,
@@ -74,7 +78,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.m
     setting = Setting(
         data=tuple(arguments.data),
         rows=arguments.rows,
-        validation_rows=arguments.validation_rows,
+        validation_rows=arguments.validation_rows or min(200, max(16, arguments.rows // 5)),
         max_length=arguments.max_length,
         plan=AdapterPlan(
             base=arguments.base or DEFAULT_BASE,

@@ -12,13 +12,11 @@ the base with the adapter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from llama_adapter.answering.questions import load_questions
+from llama_adapter.answering.records_answered import answer_questions
 from llama_adapter.data.records import IGNORED, Example, Record
 from llama_adapter.data.templates import end_token_ids
-from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.decoding.streams import stream_tokens
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.packing.pack import mean_answer_loss
 
@@ -44,24 +42,17 @@ def answer_as_base(
     """
     assert model.tokenizer is not None
     ends = end_token_ids(model.template(NO_ADAPTER), model.tokenizer)
-    greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-    forward = partial(model, adapter=NO_ADAPTER)
-    examples = []
-    for row, text in enumerate(questions, start=1):
-        asked = model.prepare_request(text, adapter=NO_ADAPTER, sampling=greedy)
-        tokens = list(stream_tokens(forward, asked.question, asked.sampling, ends))
-        if tokens:
-            question = asked.question[0].tolist()
-            examples.append(Example(question + tokens, [IGNORED] * len(question) + tokens, (), row))
-    return examples
+    asked = [model.encode_question(text, adapter=NO_ADAPTER) for text in questions]
+    said = answer_questions(model, asked, ends, adapter=NO_ADAPTER, max_new_tokens=max_new_tokens)
+    return [
+        Example(question + answer, [IGNORED] * len(question) + answer, (), row)
+        for row, (question, answer) in enumerate(zip(asked, said, strict=True), start=1)
+        if answer
+    ]
 
 
-def forgetting(model: LlamaAdapter, answers: Sequence[Example], *, adapter: str) -> float | None:
-    """How much an adapter raises the loss of the base's own answers, nats a token; None without answers."""
+def loss_of_answers(model: LlamaAdapter, answers: Sequence[Example], *, adapter: str) -> float | None:
+    """The mean loss of the base's own answers with an adapter, nats a token; None without answers."""
     if not answers:
         return None
-    losses = {
-        name: mean_answer_loss(model, answers, device=model.decoder.device, adapter=name)[0]
-        for name in (NO_ADAPTER, adapter)
-    }
-    return losses[adapter] - losses[NO_ADAPTER]
+    return mean_answer_loss(model, answers, device=model.decoder.device, adapter=adapter)[0]

@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import statistics
 import sys
@@ -31,7 +32,8 @@ from llama_adapter.answering.scoring import is_right
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import alone_in, write_json
 from llama_adapter.common.memory import process_memory
-from llama_adapter.comparison.own_answers import answer_as_base, forgetting
+from llama_adapter.comparison.folder import RUN_FOLDER
+from llama_adapter.comparison.own_answers import answer_as_base, loss_of_answers
 from llama_adapter.comparison.sizes import choose_sizes
 from llama_adapter.data.records import Example, PictureFile, Record
 from llama_adapter.data.templates import CAPTION_QUESTIONS
@@ -51,9 +53,10 @@ from llama_adapter.training.trainer import TrainingSettings
 from llama_adapter.vision.features import picture_features
 
 STOPPED = 130  # exit code of a run that Ctrl-C ended
-RESULT_FILE, LOG_FILE, RUN_FOLDER = "result.json", "log.txt", "adapter"
+RESULT_FILE, LOG_FILE = "result.json", "log.txt"
 MAX_NEW_TOKENS = 16  # for an answer to a question about a picture
-DECODED_TOKENS, DECODED_ROUNDS = 16, 7
+DECODED_TOKENS, DECODED_ROUNDS = 16, 5
+VALIDATIONS = 4  # in a run without --validate-every; a row then takes a third of the time of training
 
 # What is measured in each run, in the order of results.json.
 MEASURED = (
@@ -91,7 +94,7 @@ class Run:
     method: str
     rate: float
     seed: int
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, Any]
     folder: Path
 
     def __str__(self) -> str:
@@ -152,18 +155,22 @@ def prepare(
     if not setting.answers.exists():
         answers = answer_as_base(model, questions)
         kept = [{"input_ids": own.input_ids, "labels": own.labels} for own in answers]
-        write_json(setting.answers, {"base": model.base, "answers": kept})
+        loss = loss_of_answers(model, answers, adapter=NO_ADAPTER)
+        write_json(setting.answers, {"base": model.base, "loss": loss, "answers": kept})
     if parameters is None:
         return {method: {} for method in methods}
     layers = default_adapted_layers(model.shape.num_layers)
     layout = Layout(model.shape, layers, projections_of(model.decoder, layers))
-    return {method: choose_sizes(method, parameters, layout) for method in methods}
+    return {method: choose_sizes(method, parameters, model.decoder, layout) for method in methods}
 
 
-def load_answers(file: Path) -> list[Example]:
-    """Load the answers that `prepare` saved."""
-    answers = json.loads(file.read_text(encoding="utf-8"))["answers"]
-    return [Example(own["input_ids"], own["labels"], (), row) for row, own in enumerate(answers, start=1)]
+def load_answers(file: Path) -> tuple[list[Example], float | None]:
+    """Load the base's answers and their loss under the base, as `prepare` saved them."""
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    answers = [
+        Example(own["input_ids"], own["labels"], (), row) for row, own in enumerate(kept["answers"], start=1)
+    ]
+    return answers, kept["loss"]
 
 
 # --- a run --------------------------------------------------------------------------------------------------
@@ -191,7 +198,15 @@ def carry_out(setting: Setting, run: Run) -> dict[str, Any]:
     kept_back = [record for source in task.sources for record in source.validation]
     seeing = any(record.images for record in kept_back)
     rates = rates_of(run.method, run.rate, seeing=seeing)
-    settings = dataclasses.replace(setting.training, learning_rate=run.rate, rates=rates, seed=run.seed)
+    training = setting.training
+    steps = training.total_steps(sum(len(source.train) for source in task.sources))
+    settings = dataclasses.replace(
+        training,
+        learning_rate=run.rate,
+        rates=rates,
+        seed=run.seed,
+        validate_every=training.validate_every or math.ceil(steps / VALIDATIONS),
+    )
     plan = dataclasses.replace(setting.plan, method=run.method, options=dict(run.sizes))
     output = run.folder / RUN_FOLDER
     model = train(
@@ -212,17 +227,30 @@ def carry_out(setting: Setting, run: Run) -> dict[str, Any]:
     kind, score = score_task(model, kept_back, task.problems, features)
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
-    return {
+    measured = {
         "validation_loss": min(own["validation_loss"] for own in metrics if "validation_loss" in own),
         "task": kind,
         "task_score": score,
-        "forgetting": forgetting(model, load_answers(setting.answers), adapter=name),
+        "forgetting": forgetting(model, setting.answers, adapter=name),
         "parameters": sum(parameter.numel() for parameter in adapter.parameters()),
         "bytes": (output / WEIGHTS_FILE).stat().st_size,
         "rows_per_second": rows_per_second(metrics, settings.batch_size),
         "peak_mb": None if peak is None else peak / 1e6,
         "decode_vs_base": decode_vs_base(model, name),
     }
+    shutil.rmtree(output / "checkpoints")  # several times as large as the base, where that is trained
+    return measured
+
+
+def forgetting(model: LlamaAdapter, answers: Path, *, adapter: str) -> float | None:
+    """The rise of the loss of the base's own answers with an adapter, nats a token; None without answers.
+
+    Args:
+        answers: the file that `prepare` wrote.
+    """
+    examples, by_base = load_answers(answers)
+    by_adapter = loss_of_answers(model, examples, adapter=adapter)
+    return None if by_adapter is None or by_base is None else by_adapter - by_base
 
 
 def score_task(

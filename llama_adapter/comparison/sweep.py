@@ -23,13 +23,13 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import write_atomically, write_json
 from llama_adapter.common.progress import ProgressLine, clock
 from llama_adapter.comparison import plots
+from llama_adapter.comparison.folder import RESULTS_FILE, RUN_FOLDER, best_runs, run_folder, validation_curve
 from llama_adapter.comparison.own_answers import kept_apart
-from llama_adapter.comparison.results import at_best, best_rate, markdown, rate_grid, summarise
+from llama_adapter.comparison.results import best_rate, markdown, rate_grid, summarise
 from llama_adapter.comparison.running import (
     LOG_FILE,
     MEASURED,
     RESULT_FILE,
-    RUN_FOLDER,
     STOPPED,
     Run,
     Setting,
@@ -106,7 +106,7 @@ class Comparison:
             raise UsageError(f"no run came to a result; {runs[0]['method']}: {runs[0]['error']}")
         return results
 
-    def _runs(self, runs: Sequence[dict[str, Any]], sizes: dict[str, dict[str, int]]) -> Iterator[Run]:
+    def _runs(self, runs: Sequence[dict[str, Any]], sizes: dict[str, dict[str, Any]]) -> Iterator[Run]:
         """All runs in order. ``runs`` are the results so far; later runs take their rate from them."""
         for method in self.methods:
             for rate in self._grid(method):
@@ -116,9 +116,8 @@ class Comparison:
                 if (best := best_rate(runs, method)) is not None:
                     yield self._run(method, best, seed, sizes)
 
-    def _run(self, method: str, rate: float, seed: int, sizes: dict[str, dict[str, int]]) -> Run:
-        folder = self.output / method / f"rate-{rate:g}-seed-{seed}"
-        return Run(method, rate, seed, sizes[method], folder)
+    def _run(self, method: str, rate: float, seed: int, sizes: dict[str, dict[str, Any]]) -> Run:
+        return Run(method, rate, seed, sizes[method], run_folder(self.output, method, rate, seed))
 
     def _grid(self, method: str) -> list[float]:
         return rate_grid(parts_of_method(method)[0].learning_rate, self.rates)
@@ -166,7 +165,7 @@ class Comparison:
         found = _outcome(process.exitcode, result)
         if found["error"] is not None:
             raise UsageError(found["error"])
-        sizes: dict[str, dict[str, int]] = found["value"]
+        sizes: dict[str, dict[str, Any]] = found["value"]
         for method, own in sizes.items():
             if self.parameters is not None:
                 chosen = ", ".join(f"{name} {size}" for name, size in own.items()) or "has one size only"
@@ -220,7 +219,7 @@ class Comparison:
     def _write(self, results: dict[str, Any]) -> None:
         """Write results.json, the table and the plots, each atomically."""
         setting = self.setting
-        write_json(self.output / "results.json", results)
+        write_json(self.output / RESULTS_FILE, results)
         about = (
             f"{results['rows']:,} rows of {', '.join(Path(data).name for data in setting.data)}, "
             f"{results['validation_rows']:,} kept back, on {results['base']}; {setting.training.epochs} "
@@ -231,16 +230,9 @@ class Comparison:
         if results["best"]:
             plots.draw_fronts(results, self.output)
             plots.draw_curves(
-                {method: self._curve(results, method) for method in results["best"]}, self.output
+                {method: validation_curve(run) for method, run in best_runs(self.output, results).items()},
+                self.output,
             )
-
-    def _curve(self, results: dict[str, Any], method: str) -> list[tuple[int, float]]:
-        best = at_best(results["runs"], method)[0]
-        metrics = (
-            self._run(method, best["rate"], best["seed"], {method: {}}).folder / RUN_FOLDER / "metrics.jsonl"
-        )
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        return [(own["step"], own["validation_loss"]) for own in lines if "validation_loss" in own]
 
 
 def _result(run: Run) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.comparison.own_answers import answer_as_base, forgetting, kept_apart
+from llama_adapter.comparison.own_answers import answer_as_base, kept_apart, loss_of_answers
 from llama_adapter.comparison.running import RESULT_FILE, rates_of, rows_per_second, start
 from llama_adapter.comparison.sizes import choose_sizes
 from llama_adapter.data.records import IGNORED, Record
@@ -34,7 +34,7 @@ def test_the_bases_own_answers_are_what_it_says() -> None:
     )
 
 
-def test_forgetting_is_the_rise_of_the_loss() -> None:
+def test_the_loss_of_the_bases_own_answers_is_that_of_a_padded_pass() -> None:
     model = build_tiny_model(tokenizer=build_tiny_tokenizer(), max_position_embeddings=1024)
     examples = answer_as_base(model, ["What is the answer?", "Why?"], max_new_tokens=6)
     losses = {}
@@ -46,11 +46,11 @@ def test_forgetting_is_the_rise_of_the_loss() -> None:
             summed += tokens * float(model(input_ids=ids, labels=labels, adapter=name).loss.detach())
             count += tokens
         losses[name] = summed / count
-    rise = forgetting(model, examples, adapter="tiny")
-    assert rise == pytest.approx(losses["tiny"] - losses["none"], abs=1e-5) and abs(rise) > 1e-3
-    assert forgetting(model, [], adapter="tiny") is None
+    found = {name: loss_of_answers(model, examples, adapter=name) for name in losses}
+    assert found == pytest.approx(losses, abs=1e-5) and abs(losses["tiny"] - losses["none"]) > 1e-3
+    assert loss_of_answers(model, [], adapter="tiny") is None
     model.new_adapter("untrained")
-    assert forgetting(model, examples, adapter="untrained") == 0
+    assert loss_of_answers(model, examples, adapter="untrained") == found["none"]
 
 
 def test_a_question_that_a_row_asks_is_left_out() -> None:
@@ -74,12 +74,23 @@ def test_rows_a_second_leave_validations_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["prompts", "prefix", "lora", "adalora", "bottleneck", "prompts+lora", "prompts+scales", "ia3"]
+    "method",
+    [
+        *("prompts", "prefix", "lora", "adalora", "bottleneck", "prompts+lora", "prompts+scales", "ia3"),
+        *("top-layers", "selected"),
+    ],
 )
 def test_methods_are_sized_alike(method: str) -> None:
     model = build_tiny_model()
     layout = Layout(model.shape, 3, projections_of(model.decoder, 3))
-    sizes = choose_sizes(method, 20_000, layout)
+    sizes = choose_sizes(method, 20_000, model.decoder, layout)
+    if method == "selected":
+        total = sum(own.numel() for own in model.decoder.model.layers.parameters())
+        assert sizes["share"] * total == pytest.approx(min(20_000, total), rel=1e-3)
+        return
+    if method == "top-layers":
+        assert sizes == {"top_layers": 3}, "a layer has about 7,700 weights"
+        return
     counts = []
     for change in (-1, 0, 1):
         changed = {name: size + change for name, size in sizes.items() if name != "target_rank"}
