@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,19 +18,23 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.hub import cached_file
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.probe import prepare_decoder
 from llama_adapter.methods.shape import DecoderShape
 from llama_adapter.quantization.formats import check_format
+from llama_adapter.quantization.gguf_files import load_gguf
 from llama_adapter.quantization.linear import quantize_decoder
 from llama_adapter.quantization.stored import load_stored, store, stored_file
 from llama_adapter.weights.hub import gated_error
+from llama_adapter.weights.locations import gguf_in
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -61,18 +67,28 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return choices[dtype]
 
 
-def load_tokenizer(base: str, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id; a missing padding token becomes the end token.
+def load_tokenizer(base: str, *, gguf_file: str | None = None, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a hub id or a GGUF file; a missing padding token becomes the end token.
 
-    ``options`` are those of transformers' ``from_pretrained``, as ``revision`` and ``token``.
+    A tokenizer in files of its own beside a GGUF file is taken before the one in it, which leaves things out.
+
+    Args:
+        gguf_file: as in `load_decoder`.
+        options: those of transformers' ``from_pretrained``, as ``revision`` and ``token``.
     """
     with _clear_errors(base):
-        tokenizer = AutoTokenizer.from_pretrained(base, **options)
+        file = _find_gguf(base, gguf_file, options)
+        if file is not None and any((file.parent / name).is_file() for name in _TOKENIZERS):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent)
+        else:
+            place, named = _source(base, file)
+            tokenizer = AutoTokenizer.from_pretrained(place, **named, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 HUB_OPTIONS = frozenset(  # of transformers' from_pretrained, for config, tokenizer and weights alike
     {"cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "token"}
     | {"subfolder", "trust_remote_code"}
@@ -80,22 +96,33 @@ HUB_OPTIONS = frozenset(  # of transformers' from_pretrained, for config, tokeni
 
 
 def load_decoder(
-    base: str, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None, **options: Any
+    base: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    gguf_file: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
-    """Load a causal decoder from a folder or hub id, frozen and ready for adapters.
+    """Load a causal decoder, frozen and ready for adapters, from a folder, a hub id or a GGUF file.
+
+    A GGUF file's blocks stay as they are on a CPU, unless ``quantize`` or a ``quantization_config`` says
+    otherwise. Elsewhere they are dequantised, and a line on standard error says so.
 
     Args:
         device: where it goes, unless ``options`` has a ``device_map``.
         quantize: the format that its weights are kept in (`quantization.formats`); None: as they are.
-        options: whatever transformers' ``from_pretrained`` takes.
+        gguf_file: the name of the GGUF file to take in the folder or of the hub id.
+        options: whatever else transformers' ``from_pretrained`` takes.
 
     Raises:
         UsageError: not found, gated, no decoder, of a family that cannot be adapted, or a format that is not
             known or not for the device.
     """
+    on_cpu = device.type == "cpu" and options.get("device_map") is None
     if quantize is not None:
         check_format(quantize)
-        if device.type != "cpu" or options.get("device_map") is not None:
+        if not on_cpu:
             place = options.get("device_map") or device.type
             raise UsageError(f"quantize: {quantize} runs on a CPU only, not on {place!r}; choose device cpu")
     if options.get("quantization_config") is not None and options.get("device_map") is None:
@@ -103,29 +130,55 @@ def load_decoder(
     hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
     decoder: Any
     with _clear_errors(base):
+        file = _find_gguf(base, gguf_file, hub)
+        place, named = _source(base, file)
         # First, so that a hub out of reach is waited for once.
-        config = AutoConfig.from_pretrained(base, **hub)
+        config = AutoConfig.from_pretrained(place, **named, **hub)
+        as_it_is = file is not None and quantize is None and options.get("quantization_config") is None
+        if file is not None and as_it_is and on_cpu:
+            return prepare_decoder(load_gguf(file, config, dtype))
+        by_default = not options
+        if file is not None:
+            # Or transformers would go on to treat what it has dequantised as quantised.
+            options.setdefault("quantization_config", GgufConfig(dequantize=True))
+        if as_it_is:
+            kind = str(dtype).removeprefix("torch.")
+            print(
+                f"{base}: its weights become {kind}; blocks of GGUF are kept on a CPU only", file=sys.stderr
+            )
         if quantize is None:
-            decoder = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, **options)
+            decoder = AutoModelForCausalLM.from_pretrained(
+                place, config=config, dtype=dtype, **named, **options
+            )
         else:
-            decoder = _load_quantized(base, config, quantize, options)
+            path = stored_file(str(file or base), config, quantize) if by_default else None
+            decoder = _load_quantized(place, config, quantize, path, {**named, **options})
     placed = options.get("device_map") is not None
     return prepare_decoder(decoder if placed else decoder.to(device, dtype))
 
 
 def _load_quantized(
-    base: str, config: PreTrainedConfig, format: str, options: dict[str, Any]
+    place: str, config: PreTrainedConfig, format: str, path: Path | None, options: dict[str, Any]
 ) -> PreTrainedModel:
-    """A decoder as it was quantised before, or quantised now and kept for the next time."""
-    path = None if options else stored_file(base, config, format)
-    decoder: Any = None if path is None else load_stored(base, config, path)
+    """A decoder as `path` keeps it, or quantised now and kept there (None: nowhere) for the next time."""
+    decoder: Any = None if path is None else load_stored(place, config, path)
     if decoder is None:
         # As the file has them, often in 16 bits: quantising makes float32 of one weight at a time.
-        decoder = AutoModelForCausalLM.from_pretrained(base, config=config, dtype="auto", **options)
+        decoder = AutoModelForCausalLM.from_pretrained(place, config=config, dtype="auto", **options)
         quantize_decoder(decoder, format)
         if path is not None:
             store(decoder, path)
     return decoder
+
+
+def _find_gguf(base: str, gguf_file: str | None, hub: dict[str, Any]) -> Path | None:
+    """The GGUF file that a base is, holds or is asked to be; None where it is no GGUF."""
+    return gguf_in(base) if gguf_file is None else Path(str(cached_file(base, gguf_file, **hub)))
+
+
+def _source(base: str, file: Path | None) -> tuple[str, dict[str, str]]:
+    """What transformers' ``from_pretrained`` takes for a base: first argument and keywords."""
+    return (base, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
 
 
 class _clear_errors:
@@ -193,10 +246,16 @@ def decoder_shape(config: PreTrainedConfig) -> DecoderShape:
 def load_shape(base: str) -> DecoderShape:
     """The sizes of the decoder in a folder or of a hub id; its weights are not read."""
     with _clear_errors(base):
-        return decoder_shape(AutoConfig.from_pretrained(base))
+        return decoder_shape(_load_config(base))
 
 
 def load_structure(base: str) -> PreTrainedModel:
     """The decoder in a folder or of a hub id without its weights (on the meta device), prepared."""
     with _clear_errors(base), torch.device("meta"):
-        return prepare_decoder(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)))
+        return prepare_decoder(AutoModelForCausalLM.from_config(_load_config(base)))
+
+
+def _load_config(base: str) -> PreTrainedConfig:
+    place, named = _source(base, gguf_in(base))
+    config: PreTrainedConfig = AutoConfig.from_pretrained(place, **named)
+    return config

@@ -10,6 +10,9 @@ offset, numbers of -127 to 127), int4 its Q4_1 (numbers of 0 to 15).
 
 A decoder in int4 keeps its embedding and its head in int8: there four bits cost the most.
 
+The matrices of a GGUF file keep the file's own blocks, with scales and offsets among the numbers. Their
+arithmetic is gguf-py's.
+
 Shapes: N rows, K columns, C = ceil(K / 32) blocks of a row.
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import gguf
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +30,8 @@ from llama_adapter.common.errors import UsageError
 BLOCK = 32
 INT8, INT4 = "int8", "int4"
 FORMATS = (INT8, INT4)
-CODES = {INT8: 1, INT4: 2}  # what kernels.cpp calls them
+GGUF_KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")  # that kernels.cpp reads
+CODES = {name: code for code, name in enumerate((*FORMATS, *GGUF_KINDS), start=1)}  # what it calls them
 
 
 @dataclass(frozen=True)
@@ -34,18 +39,19 @@ class Quantized:
     """A quantised matrix.
 
     Attributes:
-        format: one of `FORMATS`.
+        format: one of `FORMATS` or of `GGUF_KINDS`.
         columns: K.
         numbers: int8 (N, K), or for int4 uint8 (N, 16 C): of each block 16 bytes, whose low halves are the
-            numbers of columns 0 to 15 and whose high halves those of columns 16 to 31.
-        scales: float16 (N, C).
+            numbers of columns 0 to 15 and whose high halves those of columns 16 to 31. Of a GGUF kind uint8
+            (N, bytes of a row), as the file has them.
+        scales: float16 (N, C); None of a GGUF kind.
         offsets: float16 (N, C), or None.
     """
 
     format: str
     columns: int
     numbers: Tensor
-    scales: Tensor
+    scales: Tensor | None
     offsets: Tensor | None = None
 
 
@@ -108,6 +114,10 @@ def _quantize_int4(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantize(quantized: Quantized) -> Tensor:
     """The matrix that it stands for, float32 (N, K)."""
     numbers = quantized.numbers
+    if quantized.format in GGUF_KINDS:
+        kind = gguf.GGMLQuantizationType[quantized.format]
+        return torch.from_numpy(gguf.dequantize(numbers.cpu().numpy(), kind)).to(numbers.device)
+    assert quantized.scales is not None
     if quantized.format == INT4:
         halves = numbers.unflatten(1, (-1, 16))
         numbers = torch.cat((halves & 15, halves >> 4), dim=-1).flatten(1)

@@ -4,7 +4,8 @@
 // are turned into floats in registers, so memory is read at the quantised size and the arithmetic is float32.
 //
 // A matrix is (rows, columns), row after row, each cut into blocks of 32 inputs. A weight is
-// scale * number + offset, with one scale (and in some formats one offset) a block.
+// scale * number + offset, with one scale (Q6_K has two) and in some formats one offset a block. The formats of
+// GGUF are read as their files have them: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 //
 // Shapes: B rows of a batch, D hidden size, H heads, G key-value heads, d head width, S places of the cache,
 // K prompts.
@@ -57,6 +58,41 @@ inline void floats_of_halves(const uint8_t* from, Floats& low, Floats& high) {
 #endif
 }
 
+// Eight weights of a 4, 5 or 6 bit format: the low or high halves of eight bytes, and on top of each the bits
+// under `mask` of eight more bytes. Both are shifted to the right first.
+inline Floats floats_of_bits(const uint8_t* halves, int shift, const uint8_t* tops, int top_shift, int mask, int less) {
+#ifdef __AVX2__
+    const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(halves)));
+    const __m256i top = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(tops)));
+    const __m256i number = _mm256_and_si256(_mm256_srl_epi32(low, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(15));
+    const __m256i more =
+        _mm256_and_si256(_mm256_srl_epi32(top, _mm_cvtsi32_si128(top_shift)), _mm256_set1_epi32(mask));
+    return _mm256_cvtepi32_ps(
+        _mm256_sub_epi32(_mm256_or_si256(number, _mm256_slli_epi32(more, 4)), _mm256_set1_epi32(less)));
+#else
+    Floats to;
+    for (int i = 0; i < 8; i++)
+        to[i] = ((halves[i] >> shift & 15) | (tops[i] >> top_shift & mask) << 4) - less;
+    return to;
+#endif
+}
+
+// Eight weights of a 5 bit format whose fifth bits are those of one byte.
+inline Floats floats_of_five(const uint8_t* halves, int shift, uint8_t tops, int less) {
+#ifdef __AVX2__
+    const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(halves)));
+    const __m256i number = _mm256_and_si256(_mm256_srl_epi32(low, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(15));
+    const __m256i places = _mm256_setr_epi32(4, 3, 2, 1, 0, 0, 0, 0), back = _mm256_setr_epi32(0, 0, 0, 0, 0, 1, 2, 3);
+    const __m256i top = _mm256_srlv_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(tops), places), back);
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(
+        _mm256_or_si256(number, _mm256_and_si256(top, _mm256_set1_epi32(16))), _mm256_set1_epi32(less)));
+#else
+    Floats to;
+    for (int i = 0; i < 8; i++) to[i] = ((halves[i] >> shift & 15) | (tops >> i & 1) << 4) - less;
+    return to;
+#endif
+}
+
 inline float sum(Floats v) {
     return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
 }
@@ -78,24 +114,25 @@ inline float to_float(uint16_t half) {
 
 // What Python hands over (see kernels.py, which has the same fields).
 extern "C" struct Matrix {
-    int64_t format;  // 0 float32, 1 int8, 2 int4
+    int64_t format;  // 0 float32, 1 int8, 2 int4, 3 to 10 those of GGUF (CODES of formats.py)
     int64_t rows, columns;
-    const void* numbers;
-    const uint16_t* scales;   // float16, (rows, blocks)
+    const void* numbers;      // of GGUF: (rows, bytes of a row), scales and offsets among them
+    const uint16_t* scales;   // float16, (rows, blocks); int8 and int4 only
     const uint16_t* offsets;  // float16, (rows, blocks); int4 only
     const float* bias;        // (rows,) or null
 };
 
 namespace {
 
-// One row of a matrix; unpack() gives the 32 numbers of a block, its scale and its offset.
+// One row of a matrix; unpack() gives the 32 numbers of a block, scale() and offset() what they are to be
+// multiplied by and added to. Where there are two scales, second_scale() is that of the last 16.
 struct Int8Row {
     const int8_t* numbers;
     const uint16_t* scales;
     Int8Row(const Matrix& m, int64_t row)
         : numbers(static_cast<const int8_t*>(m.numbers) + row * m.columns),
           scales(m.scales + row * ((m.columns + BLOCK - 1) / BLOCK)) {}
-    static constexpr bool has_offset = false;
+    static constexpr bool has_offset = false, two_scales = false;
     inline float scale(int64_t block) const { return to_float(scales[block]); }
     inline float offset(int64_t) const { return 0; }
     inline void unpack(int64_t block, Floats to[4]) const {
@@ -114,7 +151,7 @@ struct Int4Row {
         scales = m.scales + row * blocks;
         offsets = m.offsets + row * blocks;
     }
-    static constexpr bool has_offset = true;
+    static constexpr bool has_offset = true, two_scales = false;
     inline float scale(int64_t block) const { return to_float(scales[block]); }
     inline float offset(int64_t block) const { return to_float(offsets[block]); }
     inline void unpack(int64_t block, Floats to[4]) const {
@@ -131,13 +168,149 @@ struct Int4Row {
 struct FloatRow {
     const float* numbers;
     FloatRow(const Matrix& m, int64_t row) : numbers(static_cast<const float*>(m.numbers) + row * m.columns) {}
-    static constexpr bool has_offset = false;
+    static constexpr bool has_offset = false, two_scales = false;
     inline float scale(int64_t) const { return 1; }
     inline float offset(int64_t) const { return 0; }
     inline void unpack(int64_t block, Floats to[4]) const {
         for (int part = 0; part < 4; part++) to[part] = load(numbers + block * BLOCK + part * 8);
     }
     inline float number(int64_t column) const { return numbers[column]; }
+};
+
+// A row as GGUF stores it: blocks of `Size` weights in `Bytes` bytes. All blocks are full.
+template <int64_t Size, int64_t Bytes>
+struct GgufRow {
+    const uint8_t* blocks;
+    GgufRow(const Matrix& m, int64_t row)
+        : blocks(static_cast<const uint8_t*>(m.numbers) + row * (m.columns / Size) * Bytes) {}
+    static constexpr bool has_offset = false, two_scales = false;
+    inline float number(int64_t) const { return 0; }  // of a block that is not full
+    inline float offset(int64_t) const { return 0; }
+
+   protected:
+    inline const uint8_t* at(int64_t block) const { return blocks + block * BLOCK / Size * Bytes; }
+    static inline float half(const uint8_t* from) {
+        uint16_t bits;
+        std::memcpy(&bits, from, sizeof bits);
+        return to_float(bits);
+    }
+};
+
+struct Q8_0Row : GgufRow<32, 34> {  // scale, 32 numbers
+    using GgufRow::GgufRow;
+    inline float scale(int64_t block) const { return half(at(block)); }
+    inline void unpack(int64_t block, Floats to[4]) const {
+        const int8_t* numbers = reinterpret_cast<const int8_t*>(at(block) + 2);
+        for (int part = 0; part < 4; part++) to[part] = floats_of(numbers + part * 8);
+    }
+};
+
+struct Q4_0Row : GgufRow<32, 18> {  // scale, 16 bytes of halves
+    using GgufRow::GgufRow;
+    inline float scale(int64_t block) const { return half(at(block)); }
+    inline void unpack(int64_t block, Floats to[4]) const {
+        for (int part = 0; part < 2; part++) {
+            floats_of_halves(at(block) + 2 + part * 8, to[part], to[part + 2]);
+            to[part] -= 8;
+            to[part + 2] -= 8;
+        }
+    }
+};
+
+struct Q4_1Row : GgufRow<32, 20> {  // scale, offset, 16 bytes of halves
+    using GgufRow::GgufRow;
+    static constexpr bool has_offset = true;
+    inline float scale(int64_t block) const { return half(at(block)); }
+    inline float offset(int64_t block) const { return half(at(block) + 2); }
+    inline void unpack(int64_t block, Floats to[4]) const {
+        for (int part = 0; part < 2; part++)
+            floats_of_halves(at(block) + 4 + part * 8, to[part], to[part + 2]);
+    }
+};
+
+struct Q5_0Row : GgufRow<32, 22> {  // scale, 4 bytes of fifth bits, 16 bytes of halves
+    using GgufRow::GgufRow;
+    inline float scale(int64_t block) const { return half(at(block)); }
+    inline void unpack(int64_t block, Floats to[4]) const {
+        const uint8_t* from = at(block);
+        for (int part = 0; part < 4; part++)
+            to[part] = floats_of_five(from + 6 + part % 2 * 8, part / 2 * 4, from[2 + part], 16);
+    }
+};
+
+struct Q5_1Row : GgufRow<32, 24> {  // scale, offset, 4 bytes of fifth bits, 16 bytes of halves
+    using GgufRow::GgufRow;
+    static constexpr bool has_offset = true;
+    inline float scale(int64_t block) const { return half(at(block)); }
+    inline float offset(int64_t block) const { return half(at(block) + 2); }
+    inline void unpack(int64_t block, Floats to[4]) const {
+        const uint8_t* from = at(block);
+        for (int part = 0; part < 4; part++)
+            to[part] = floats_of_five(from + 8 + part % 2 * 8, part / 2 * 4, from[4 + part], 0);
+    }
+};
+
+// 256 weights: scale and offset of all, 12 bytes with 6 bits of scale and 6 of offset for each 32, the weights.
+template <int64_t Bytes>
+struct FourBitScales : GgufRow<256, Bytes> {
+    using GgufRow<256, Bytes>::GgufRow;
+    static constexpr bool has_offset = true;
+    inline float scale(int64_t block) const {
+        const uint8_t* from = this->at(block / 8 * 8);
+        const uint8_t* packed = from + 4;
+        const int64_t j = block % 8;
+        const int six = j < 4 ? packed[j] & 63 : (packed[j + 4] & 15) | packed[j - 4] >> 6 << 4;
+        return this->half(from) * static_cast<float>(six);
+    }
+    inline float offset(int64_t block) const {
+        const uint8_t* from = this->at(block / 8 * 8);
+        const uint8_t* packed = from + 4;
+        const int64_t j = block % 8;
+        const int six = j < 4 ? packed[j + 4] & 63 : packed[j + 4] >> 4 | packed[j] >> 6 << 4;
+        return -(this->half(from + 2) * static_cast<float>(six));
+    }
+};
+
+struct Q4_KRow : FourBitScales<144> {  // scales and offsets, 128 bytes of halves
+    using FourBitScales::FourBitScales;
+    inline void unpack(int64_t block, Floats to[4]) const {
+        const uint8_t* from = at(block / 8 * 8) + 16 + block % 8 / 2 * 32;
+        for (int part = 0; part < 4; part++) {
+            Floats low, high;
+            floats_of_halves(from + part * 8, low, high);
+            to[part] = block % 2 ? high : low;
+        }
+    }
+};
+
+struct Q5_KRow : FourBitScales<176> {  // scales and offsets, 32 bytes of fifth bits, 128 bytes of halves
+    using FourBitScales::FourBitScales;
+    inline void unpack(int64_t block, Floats to[4]) const {
+        const uint8_t* from = at(block / 8 * 8);
+        const int64_t j = block % 8;
+        for (int part = 0; part < 4; part++)
+            to[part] = floats_of_bits(from + 48 + j / 2 * 32 + part * 8, j % 2 * 4, from + 16 + part * 8, j, 1, 0);
+    }
+};
+
+struct Q6_KRow : GgufRow<256, 210> {  // 128 bytes of halves, 64 of pairs of bits, 16 scales, scale of all
+    using GgufRow::GgufRow;
+    static constexpr bool two_scales = true;
+    inline float scale(int64_t block) const { return scale_of(block, 0); }
+    inline float second_scale(int64_t block) const { return scale_of(block, 1); }
+    inline void unpack(int64_t block, Floats to[4]) const {
+        const uint8_t* from = at(block / 8 * 8);
+        const int64_t j = block % 8, side = j / 4, k = j % 4;
+        const uint8_t *halves = from + side * 64 + k % 2 * 32, *pairs = from + 128 + side * 32;
+        for (int part = 0; part < 4; part++)
+            to[part] = floats_of_bits(halves + part * 8, k / 2 * 4, pairs + part * 8, k * 2, 3, 32);
+    }
+
+   private:
+    inline float scale_of(int64_t block, int64_t side) const {
+        const uint8_t* from = at(block / 8 * 8);
+        return half(from + 208) * static_cast<float>(reinterpret_cast<const int8_t*>(from + 192)[block % 8 * 2 + side]);
+    }
 };
 
 // One row of a matrix times T vectors: to[t] = row . x[t]
@@ -153,7 +326,11 @@ inline void dot(const Row& row, int64_t columns, const float* x, float* to) {
         for (int t = 0; t < T; t++) {
             const float* from = x + t * columns + block * BLOCK;
             const Floats x0 = load(from), x1 = load(from + 8), x2 = load(from + 16), x3 = load(from + 24);
-            total[t] += (numbers[0] * x0 + numbers[1] * x1 + numbers[2] * x2 + numbers[3] * x3) * scale;
+            if constexpr (Row::two_scales)
+                total[t] += (numbers[0] * x0 + numbers[1] * x1) * scale +
+                            (numbers[2] * x2 + numbers[3] * x3) * row.second_scale(block);
+            else
+                total[t] += (numbers[0] * x0 + numbers[1] * x1 + numbers[2] * x2 + numbers[3] * x3) * scale;
             if (Row::has_offset) total[t] += (x0 + x1 + x2 + x3) * offset;
         }
     }
@@ -192,6 +369,14 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int6
         case 0: return product<FloatRow>(m, first, last, x, count, y, stride);
         case 1: return product<Int8Row>(m, first, last, x, count, y, stride);
         case 2: return product<Int4Row>(m, first, last, x, count, y, stride);
+        case 3: return product<Q8_0Row>(m, first, last, x, count, y, stride);
+        case 4: return product<Q4_0Row>(m, first, last, x, count, y, stride);
+        case 5: return product<Q4_1Row>(m, first, last, x, count, y, stride);
+        case 6: return product<Q5_0Row>(m, first, last, x, count, y, stride);
+        case 7: return product<Q5_1Row>(m, first, last, x, count, y, stride);
+        case 8: return product<Q4_KRow>(m, first, last, x, count, y, stride);
+        case 9: return product<Q5_KRow>(m, first, last, x, count, y, stride);
+        case 10: return product<Q6_KRow>(m, first, last, x, count, y, stride);
     }
 }
 
@@ -205,6 +390,8 @@ void expand(const Matrix& m, int64_t row, float* to) {
         const float scale = weights.scale(block), offset = weights.offset(block);
         for (int part = 0; part < 4; part++) {
             Floats values = numbers[part] * scale;
+            if constexpr (Row::two_scales)
+                if (part >= 2) values = numbers[part] * weights.second_scale(block);
             if (Row::has_offset) values += offset;
             std::memcpy(to + block * BLOCK + part * 8, &values, sizeof values);
         }
@@ -234,6 +421,14 @@ extern "C" void dequantize(const Matrix* m, int64_t first, int64_t last, float* 
             case 0: expand<FloatRow>(*m, row, out); break;
             case 1: expand<Int8Row>(*m, row, out); break;
             case 2: expand<Int4Row>(*m, row, out); break;
+            case 3: expand<Q8_0Row>(*m, row, out); break;
+            case 4: expand<Q4_0Row>(*m, row, out); break;
+            case 5: expand<Q4_1Row>(*m, row, out); break;
+            case 6: expand<Q5_0Row>(*m, row, out); break;
+            case 7: expand<Q5_1Row>(*m, row, out); break;
+            case 8: expand<Q4_KRow>(*m, row, out); break;
+            case 9: expand<Q5_KRow>(*m, row, out); break;
+            case 10: expand<Q6_KRow>(*m, row, out); break;
         }
     }
 }

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from llama_adapter.quantization.formats import CODES, INT4, INT8, Quantized, dequantize, quantize
+from llama_adapter.quantization.formats import (
+    CODES,
+    FORMATS,
+    INT4,
+    INT8,
+    Quantized,
+    dequantize,
+    quantize,
+)
 from llama_adapter.quantization.kernels import Matrix, load_kernels
 
 # Vectors up to which the kernel multiplies by the quantised weights themselves. Above, a slice of them is
@@ -33,7 +41,7 @@ class QuantizedWeight(nn.Module):
     """
 
     numbers: Tensor
-    scale_bits: Tensor
+    scale_bits: Tensor | None
     offset_bits: Tensor | None
 
     def __init__(self, quantized: Quantized) -> None:
@@ -41,18 +49,18 @@ class QuantizedWeight(nn.Module):
         self.format = quantized.format
         self.shape = torch.Size((quantized.numbers.shape[0], quantized.columns))
         self.register_buffer("numbers", quantized.numbers.contiguous())
-        self.register_buffer("scale_bits", quantized.scales.contiguous().view(torch.int16))
-        offsets = quantized.offsets
-        bits = None if offsets is None else offsets.contiguous().view(torch.int16)
-        self.register_buffer("offset_bits", bits)
+        for name, halves in (("scale_bits", quantized.scales), ("offset_bits", quantized.offsets)):
+            self.register_buffer(name, None if halves is None else halves.contiguous().view(torch.int16))
 
     def extra_repr(self) -> str:
         return f"{self.format}, {tuple(self.shape)}"
 
     def rows(self, which: slice | Tensor) -> Quantized:
         """Some rows of the matrix."""
-        offsets = None if self.offset_bits is None else self.offset_bits[which].view(torch.float16)
-        scales = self.scale_bits[which].view(torch.float16)
+        scales, offsets = (
+            None if bits is None else bits[which].view(torch.float16)
+            for bits in (self.scale_bits, self.offset_bits)
+        )
         return Quantized(self.format, self.shape[1], self.numbers[which], scales, offsets)
 
     @property
@@ -62,27 +70,11 @@ class QuantizedWeight(nn.Module):
 
     def matrix(self, bias: Tensor | None = None) -> Matrix:
         """What the kernels take; valid while the tensors are where they are."""
-        offsets = None if self.offset_bits is None else self.offset_bits.data_ptr()
-        return Matrix(
-            format=CODES[self.format],
-            rows=self.shape[0],
-            columns=self.shape[1],
-            numbers=self.numbers.data_ptr(),
-            scales=self.scale_bits.data_ptr(),
-            offsets=offsets,
-            bias=None if bias is None else bias.data_ptr(),
-        )
+        return _matrix(self.rows(slice(None)), bias)
 
     def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
         """Rows first to last of the matrix that the numbers stand for, float32 (last - first, K)."""
-        last = self.shape[0] if last is None else last
-        kernels = load_kernels() if self.numbers.device.type == "cpu" else None
-        if kernels is None:
-            return dequantize(self.rows(slice(first, last)))
-        rows = torch.empty(last - first, self.shape[1])
-        matrix = self.matrix()
-        kernels.dequantize(ctypes.addressof(matrix), first, last, rows.data_ptr(), torch.get_num_threads())
-        return rows
+        return _floats(self.rows(slice(first, last)))
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: (T, N) from (T, K), with a gradient of ``x`` where it needs one."""
@@ -120,6 +112,33 @@ class QuantizedWeight(nn.Module):
         rows = self.shape[0]
         step = max(1, min(rows, SLICE // self.shape[1]))
         return [(first, min(rows, first + step)) for first in range(0, rows, step)]
+
+
+def _matrix(quantized: Quantized, bias: Tensor | None = None) -> Matrix:
+    scales, offsets = (
+        None if halves is None else halves.data_ptr() for halves in (quantized.scales, quantized.offsets)
+    )
+    return Matrix(
+        format=CODES[quantized.format],
+        rows=quantized.numbers.shape[0],
+        columns=quantized.columns,
+        numbers=quantized.numbers.data_ptr(),
+        scales=scales,
+        offsets=offsets,
+        bias=None if bias is None else bias.data_ptr(),
+    )
+
+
+def _floats(quantized: Quantized) -> Tensor:
+    """The matrix that it stands for, float32 (N, K), by the kernels where there are any."""
+    kernels = load_kernels() if quantized.numbers.device.type == "cpu" else None
+    if kernels is None:
+        return dequantize(quantized)
+    rows = quantized.numbers.shape[0]
+    floats = torch.empty(rows, quantized.columns)
+    matrix = _matrix(quantized)
+    kernels.dequantize(ctypes.addressof(matrix), 0, rows, floats.data_ptr(), torch.get_num_threads())
+    return floats
 
 
 class _Product(torch.autograd.Function):
@@ -189,7 +208,7 @@ class QuantizedEmbedding(_Quantized):
         self.num_embeddings, self.embedding_dim = quantized.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = dequantize(self.quantized.rows(ids.reshape(-1)))
+        rows = _floats(self.quantized.rows(ids.reshape(-1)))
         return rows.view(*ids.shape, self.embedding_dim).to(self.compute_dtype)
 
 
@@ -199,9 +218,18 @@ def read_bytes(decoder: nn.Module) -> int:
     return sum({id(module.quantized): module.quantized.nbytes for module in modules}.values())
 
 
+def kept_bytes(decoder: nn.Module) -> int:
+    """Bytes of all of a decoder's weights and buffers; what several modules share counts once."""
+    tensors = [*decoder.parameters(), *decoder.buffers()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
 def format_of(decoder: nn.Module) -> str | None:
-    """The format of a decoder's layers; None where they are not quantised by us."""
+    """The format of a decoder's layers, "gguf" for a GGUF file's; None where we did not quantise them."""
     formats = {module.quantized.format for module in decoder.modules() if isinstance(module, QuantizedLinear)}
+    if formats - {*FORMATS}:
+        return "gguf"
     return INT4 if INT4 in formats else next(iter(formats), None)
 
 

@@ -39,11 +39,12 @@ def stored_file(base: str, config: PreTrainedConfig, format: str) -> Path | None
     """Where a base's quantised weights are, or will be; None where nothing tells its versions apart.
 
     Args:
-        base: a folder, or a hub id whose config was loaded.
+        base: a folder, a GGUF file, or a hub id whose config was loaded.
     """
     folder = Path(base)
-    if folder.is_dir():
-        files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
+    if folder.exists():
+        within = folder.iterdir() if folder.is_dir() else [folder]
+        files = sorted(path for path in within if path.suffix in _WEIGHTS)
         state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         version = json.dumps([str(folder.resolve()), state])
     else:
@@ -72,6 +73,7 @@ def store(decoder: PreTrainedModel, path: Path) -> None:
             shared[name] = first
             continue
         stored = weight.rows(slice(None))
+        assert stored.scales is not None
         formats[name], columns[name] = stored.format, stored.columns
         tensors |= {f"{name}.numbers": stored.numbers, f"{name}.scales": stored.scales}
         if stored.offsets is not None:

@@ -69,12 +69,14 @@ class Folders(NamedAdapters):
         """Load a decoder, without an adapter.
 
         Args:
-            base: a name in the weights folders, a folder, or a hub id of a decoder of transformers.
+            base: a name in the weights folders, a folder, a hub id, or a GGUF file of a decoder of
+                transformers.
             weights: where names are looked for (see `locations.weights_folders`).
             device: cpu, cuda or mps. None takes the fastest one available.
             dtype: float32, bfloat16 or float16, by name or as a torch dtype. None takes what is fast on the
                 device.
-            quantize: the format of the decoder's weights: int8 or int4. None keeps them as they are.
+            quantize: the format of the decoder's weights: int8 or int4. None keeps them as they are, those
+                of a GGUF file in its blocks.
             **options: those of transformers' ``from_pretrained``: ``device_map``, ``quantization_config``,
                 ``revision``, ``token``, ``cache_dir``, ``trust_remote_code`` and others.
 
@@ -91,7 +93,9 @@ class Folders(NamedAdapters):
         decoder = load_decoder(
             found, device=chosen, dtype=choose_dtype(dtype, chosen), quantize=quantize, **options
         )
-        tokenizer = load_tokenizer(found, **{n: v for n, v in options.items() if n in HUB_OPTIONS})
+        tokenizer = load_tokenizer(
+            found, **{n: v for n, v in options.items() if n in HUB_OPTIONS or n == "gguf_file"}
+        )
         name = locations.name_of(found, kind="base", weights=weights)
         return cls(decoder, tokenizer, base=name, weights=weights)
 

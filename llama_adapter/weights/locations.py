@@ -70,6 +70,8 @@ def resolve(name_or_path: str, *, kind: Kind, weights: str | Path | None = None)
     known = list_weights(kind, weights)
     if name_or_path in known:
         return str(known[name_or_path])
+    if kind == "base" and path.endswith(".gguf") and os.path.isfile(path):
+        return path
     if os.path.exists(path):
         raise UsageError(f"{name_or_path!r} is a file: give the folder of the {kind}")
     # weights/typo looks like a hub id too. But where a folder weights/ exists, it was meant as a path.
@@ -95,6 +97,27 @@ def resolve(name_or_path: str, *, kind: Kind, weights: str | Path | None = None)
         f"no {kind} {name_or_path!r}: it is no folder, no name in {places} and no hub id (owner/name); "
         f"there: {available}"
     )
+
+
+def gguf_in(base: str) -> Path | None:
+    """The GGUF file that a base is, or the one in its folder, if no other weights are there; else None.
+
+    Args:
+        base: what `resolve` found.
+
+    Raises:
+        UsageError: a folder with several.
+    """
+    path = Path(base)
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or any(file.suffix in (".safetensors", ".bin") for file in path.iterdir()):
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UsageError(f"{base!r} holds several GGUF files ({names}); give the path of one of them")
+    return found[0] if found else None
 
 
 def name_of(found: str, *, kind: Kind, weights: str | Path | None = None) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import gguf
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from llama_adapter.quantization import linear
-from llama_adapter.quantization.formats import FORMATS, dequantize, quantize
+from llama_adapter.quantization.formats import FORMATS, GGUF_KINDS, dequantize, quantize
 from llama_adapter.quantization.kernels import load_kernels
 from llama_adapter.quantization.linear import (
     FEW_VECTORS,
@@ -19,6 +20,7 @@ from llama_adapter.quantization.linear import (
     QuantizedWeight,
     quantize_decoder,
 )
+from tests.tiny_gguf import random_gguf_weight
 from tests.tiny_models import build_tiny_decoder
 
 COMPILED = pytest.mark.skipif(load_kernels() is None, reason="there is no C++ compiler")
@@ -54,6 +56,27 @@ def test_the_product_is_that_of_the_dequantised_weight(
     bias, x = random_input(outputs), random_input(tokens, inputs)
     module = QuantizedLinear(weight, torch.float32, bias)
     torch.testing.assert_close(module(x[None]), F.linear(x, plain, bias)[None], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
+@pytest.mark.parametrize("columns", [256, 768])
+def test_blocks_of_gguf_stand_for_exactly_what_gguf_py_says(way: str, kind: str, columns: int) -> None:
+    stored = random_gguf_weight(kind, 9, columns)
+    weight = QuantizedWeight(stored)
+    expected = torch.from_numpy(gguf.dequantize(stored.numbers.numpy(), gguf.GGMLQuantizationType[kind]))
+    assert torch.equal(weight.dequantize(), expected)
+    assert torch.equal(weight.dequantize(3, 7), expected[3:7])
+    ids = torch.tensor([[8, 0], [3, 8]])
+    assert torch.equal(QuantizedEmbedding(weight, torch.float32)(ids), F.embedding(ids, expected))
+
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
+@pytest.mark.parametrize("tokens", [1, 7, 50])
+def test_products_with_blocks_of_gguf(way: str, kind: str, tokens: int) -> None:
+    weight = QuantizedWeight(random_gguf_weight(kind, 40))
+    x = random_input(tokens, 256)
+    expected = F.linear(x, dequantize(weight.rows(slice(None))))
+    torch.testing.assert_close(weight.multiply(x, None), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -1,0 +1,108 @@
+"""Tiny GGUF files with random blocks of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from llama_adapter.quantization.formats import Quantized
+from tests.tiny_models import build_tiny_decoder
+
+WIDTH = 256  # the smallest that all kinds have whole blocks of
+# The bytes at which a block has its float16 scale and offset, and their ratio for weights of mean zero.
+_HALVES: dict[str, tuple[int, tuple[int, float] | None]] = {
+    "Q8_0": (0, None),
+    "Q4_0": (0, None),
+    "Q4_1": (0, (2, -7.5)),
+    "Q5_0": (0, None),
+    "Q5_1": (0, (2, -15.5)),
+    "Q4_K": (0, (2, 7.5)),
+    "Q5_K": (0, (2, 15.5)),
+    "Q6_K": (208, None),
+}
+
+
+def random_blocks(kind: str, rows: int, columns: int = WIDTH, *, seed: int = 0) -> np.ndarray[Any, Any]:
+    """(rows, bytes of a row) uint8, random but for the scales: weights of about 1 / sqrt(K)."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    draw = np.random.default_rng(seed)
+    blocks = draw.integers(0, 256, (rows * columns // block, size), dtype=np.uint8)
+    if kind not in _HALVES:  # nobody computes with them
+        return blocks.reshape(rows, -1)
+    place, offset = _HALVES[kind]
+    spread = draw.uniform(0.5, 1.5, len(blocks))
+
+    def write(scale: float) -> None:
+        for at, factor in ((place, 1.0), *([] if offset is None else [offset])):
+            halves = (scale * factor * spread).astype(np.float16)
+            blocks[:, at : at + 2] = halves[:, None].view(np.uint8)
+
+    write(1e-3)
+    values = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    write(1e-3 * columns**-0.5 / float(values.std()))
+    return blocks.reshape(rows, -1)
+
+
+def random_gguf_weight(kind: str, rows: int, columns: int = WIDTH, *, seed: int = 0) -> Quantized:
+    """A random matrix in GGUF's blocks."""
+    return Quantized(kind, columns, torch.from_numpy(random_blocks(kind, rows, columns, seed=seed)), None)
+
+
+def build_tiny_gguf(
+    path: Path,
+    family: str = "llama",
+    kinds: Sequence[str] = tuple(_HALVES),
+    *,
+    left_over: str | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
+    """Write a tiny decoder as a GGUF file, its matrices of the kinds in turn; returns that decoder.
+
+    The decoder's own matrices are not in the file, but its norms and biases are.
+
+    Args:
+        left_over: the name of one more tensor, which no decoder has.
+    """
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "head_dim": WIDTH // 4, "num_hidden_layers": 2}
+    decoder = build_tiny_decoder(family, **{**sizes, **settings})
+    config: Any = decoder.config
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_eos_token_id(config.eos_token_id)
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    number = 0
+    for name, value in decoder.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        called = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert called is not None
+        if value.ndim == 2 and (kind := kinds[number % len(kinds)]) != "F32":
+            blocks = random_blocks(kind, *value.shape, seed=number)
+            writer.add_tensor(called, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+        else:
+            writer.add_tensor(called, value.float().numpy())
+        number += value.ndim == 2
+    if left_over is not None:
+        writer.add_tensor(left_over, np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return decoder
