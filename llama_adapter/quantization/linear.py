@@ -6,6 +6,7 @@ Shapes: N outputs, K inputs, T tokens.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from llama_adapter.quantization.formats import (
 from llama_adapter.quantization.kernels import Matrix, load_kernels
 
 # Vectors up to which the kernel multiplies by the quantised weights themselves. Above, a slice of them is
-# turned into floats at a time, small enough to stay in the cache, for the library's matrix product.
+# turned into floats at a time for the library's matrix product. Smaller slices would stay in nearer caches,
+# but the library prepares the vectors anew for each.
 FEW_VECTORS = 16
-SLICE = 1 << 20  # weights
+SLICE = 1 << 22  # weights
 
 
 class QuantizedWeight(nn.Module):
@@ -97,21 +99,26 @@ class QuantizedWeight(nn.Module):
             )
             return product
         product = x.new_empty(tokens, outputs)
-        for first, last in self._slices():
-            product[:, first:last] = x @ self.dequantize(first, last).T
+        for first, last, panel in self._panels():
+            torch.mm(x, panel.T, out=product[:, first:last])
         return product if bias is None else product.add_(bias.float())
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """``gradient @ weight``: (T, K) from (T, N)."""
-        found = gradient.new_zeros(gradient.shape[0], self.shape[1], dtype=torch.float32)
-        for first, last in self._slices():
-            found.addmm_(gradient[:, first:last].float(), self.dequantize(first, last))
+        found = gradient.new_empty(gradient.shape[0], self.shape[1], dtype=torch.float32)
+        for first, last, panel in self._panels():
+            found.addmm_(gradient[:, first:last].float(), panel, beta=1 if first else 0)
         return found
 
-    def _slices(self) -> list[tuple[int, int]]:
-        rows = self.shape[0]
-        step = max(1, min(rows, SLICE // self.shape[1]))
-        return [(first, min(rows, first + step)) for first in range(0, rows, step)]
+    def _panels(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Slices in float32, one after the other in the same memory: first row, last row, the slice."""
+        rows, columns = self.shape
+        slices = -(-rows * columns // SLICE)
+        step = -(-rows // slices)
+        panel = torch.empty(step, columns, device=self.numbers.device)
+        for first in range(0, rows, step):
+            last = min(rows, first + step)
+            yield first, last, _floats(self.rows(slice(first, last)), panel[: last - first])
 
 
 def _matrix(quantized: Quantized, bias: Tensor | None = None) -> Matrix:
@@ -129,13 +136,14 @@ def _matrix(quantized: Quantized, bias: Tensor | None = None) -> Matrix:
     )
 
 
-def _floats(quantized: Quantized) -> Tensor:
-    """The matrix that it stands for, float32 (N, K), by the kernels where there are any."""
+def _floats(quantized: Quantized, out: Tensor | None = None) -> Tensor:
+    """The matrix that it stands for, float32 (N, K), in `out` if given; by the kernels if there are any."""
     kernels = load_kernels() if quantized.numbers.device.type == "cpu" else None
     if kernels is None:
-        return dequantize(quantized)
+        floats = dequantize(quantized)
+        return floats if out is None else out.copy_(floats)
     rows = quantized.numbers.shape[0]
-    floats = torch.empty(rows, quantized.columns)
+    floats = torch.empty(rows, quantized.columns) if out is None else out
     matrix = _matrix(quantized)
     kernels.dequantize(ctypes.addressof(matrix), 0, rows, floats.data_ptr(), torch.get_num_threads())
     return floats
@@ -144,7 +152,7 @@ def _floats(quantized: Quantized) -> Tensor:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
+        ctx.weight = weight  # as it is stored: the backward pass turns it into floats anew
         ctx.dtype = x.dtype
         return weight._product(x, bias)
 
