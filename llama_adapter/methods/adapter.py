@@ -1,4 +1,4 @@
-"""An adapter: the only trainable module, a list of parts."""
+"""An adapter: a list of parts, and the only module that is trained."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ P = TypeVar("P", bound=Part)
 
 
 class Adapter(nn.ModuleDict):
-    """The parts of an adapter by kind; its parameters are called by the part's kind and their own name.
+    """The parts of an adapter by kind. A parameter's name is the part's kind, a dot, and its own name.
 
     Attributes:
-        config: what it is made of and belongs to.
-        prompts, projection, scales: the parts of these kinds, where it has them; `find` asks for any part.
+        config: what the adapter is made of, and the base that it belongs to.
+        prompts, projection, scales: the parts of these kinds, if it has them. `find` gives any part.
     """
 
     prompts: Prompts
@@ -47,18 +47,18 @@ class Adapter(nn.ModuleDict):
         return list(self.values())  # type: ignore[arg-type]
 
     def find(self, part: type[P]) -> P | None:
-        """The part of a class; None where the adapter has none."""
+        """The part of a class, or None."""
         return next((own for own in self.parts if isinstance(own, part)), None)
 
     def state(
         self, features: Tensor | None = None, owners: Tensor | None = None, rows: int = 1
     ) -> AdapterState:
-        """What the adapter adds to a forward pass, with gradients.
+        """Everything that the adapter adds to a forward pass, with gradients.
 
         Args:
-            features: (N, F), of all pictures of all rows; None where there is none.
+            features: (N, F), of all pictures of all rows; None without pictures.
             owners: (N,), the row that each picture belongs to.
-            rows: how many rows there are; it counts only where there are pictures.
+            rows: how many rows there are. It matters only with pictures.
         """
         states: dict[type[Part], State] = {}
         for part in self.parts:
@@ -67,21 +67,22 @@ class Adapter(nn.ModuleDict):
         return AdapterState(self.config.shape.num_layers, states, None if owner is None else owner.decoder())
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trainable parameters by the name of the group that has a learning rate of its own."""
+        """The trainable parameters, by the names of groups that can have a learning rate of their own."""
         groups: dict[str, list[nn.Parameter]] = {}
         for part in self.parts:
             groups |= part.parameter_groups()
         return groups
 
     def rate_factors(self) -> dict[str, float]:
-        """What the learning rate of a group is multiplied by; see `Part.rate_factors`."""
+        """Factors for the learning rates of groups; see `Part.rate_factors`."""
         return {name: factor for part in self.parts for name, factor in part.rate_factors().items()}
 
     def use_projections(self, projections: Mapping[str, tuple[int, int]]) -> None:
-        """Check that its parts fit the projections of a decoder's layers, and name them where it did not yet.
+        """Check that the parts fit the projections of a decoder's layers. Stores the projections' names if
+        missing.
 
         Raises:
-            UsageError: the decoder has other ones.
+            UsageError: the decoder has other projections.
         """
         config = self.config
         scales = config.find(ScalesConfig)

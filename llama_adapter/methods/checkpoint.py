@@ -1,12 +1,12 @@
-"""An adapter as a folder of a few MB, and the authors' .pth.
+"""Adapters on disk: as a folder of a few MB, and as the authors' .pth.
 
-The folder has llama_adapter_config.json and adapter_model.safetensors. PEFT's folders are read too
+A folder has llama_adapter_config.json and adapter_model.safetensors. PEFT's folders can be read too
 (`llama_adapter.methods.peft_folders`).
 
-Loading is strict (every key, every shape) and reads weights only: no pickled code ever runs.
+Loading checks every key and every shape, and reads only weights: pickled code is never run.
 
-What other trainers save is a model's state: of each adapter its tensors and its config (as a tensor of
-bytes) under ``adapters.NAME.``. A folder with such a model.safetensors is read too.
+Other trainers save a model's state dict. It has each adapter's tensors and its config (as a tensor of bytes)
+under ``adapters.NAME.``. A folder with such a model.safetensors can be read too.
 """
 
 from __future__ import annotations
@@ -40,47 +40,47 @@ from llama_adapter.weights import locations
 from llama_adapter.weights.hub import gated_error
 
 CONFIG_FILE = "llama_adapter_config.json"
-FORMER_CONFIG_FILE = "adapter_config.json"  # PEFT's name too: its files have a "peft_type"
+FORMER_CONFIG_FILE = "adapter_config.json"  # also PEFT's name for its config, which has a "peft_type"
 WEIGHTS_FILE = "adapter_model.safetensors"
-STATE_FILE = "model.safetensors"  # what transformers' Trainer writes
+STATE_FILE = "model.safetensors"  # written by transformers' Trainer
 STATE_PREFIX = "adapters."
-# What tensors were called in format version 1. Those of a projection kept their names.
+# The names of tensors in format version 1. The tensors of a projection have kept their names.
 _FORMER_NAMES = {"prompts": "prompts.embeddings", "gates": "prompts.gates", "tuning": "scales.values"}
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write the adapter's two files; each appears whole or not at all. Weights are kept in float32.
+    """Write the adapter's two files, each atomically. Weights are stored in float32.
 
     Args:
-        state: the tensors, by the names that they have in the adapter; None takes the adapter's own.
+        state: the tensors, by their names in the adapter; None takes the adapter's own.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = (adapter.state_dict() if state is None else state).items()
     kept = {name: tensor.detach().to("cpu", _kept_dtype(tensor)).contiguous() for name, tensor in tensors}
     with write_atomically(folder / WEIGHTS_FILE) as path:
-        path.write_bytes(save(kept, metadata={"format": "pt"}))  # save_file would hide it from other users
+        path.write_bytes(save(kept, metadata={"format": "pt"}))  # save_file makes it unreadable for others
     write_json(folder / CONFIG_FILE, adapter.config.to_dict())
     former = folder / FORMER_CONFIG_FILE
     if former.is_file() and "peft_type" not in _read_json(former):
-        former.unlink()  # of the adapter that this one replaces
+        former.unlink()  # it belongs to the adapter that this one replaces
 
 
 def encode_config(config: AdapterConfig, *, active: bool) -> Tensor:
-    """A config as bytes in a tensor, for a model's state; ``active``: the adapter answers by default."""
+    """A config as a tensor of bytes, for a model's state dict. ``active``: it answers by default."""
     text = json.dumps({**config.to_dict(), "active": active}, sort_keys=True)
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def adapter_folder(name: str, *, subfolder: str = "", **hub: Any) -> Path:
-    """The local folder of an adapter, fetched from the hub where ``name`` is a hub id.
+    """The local folder of an adapter. If ``name`` is a hub id, it is downloaded.
 
     Args:
-        subfolder: of the adapter in ``name``.
+        subfolder: the adapter's folder inside ``name``.
         hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
 
     Raises:
-        UsageError: no such repository or revision, or no way to reach it.
+        UsageError: there is no such repository or revision, or it can't be reached.
     """
     if Path(name).is_dir():
         return Path(name) / subfolder
@@ -106,7 +106,7 @@ def adapter_folder(name: str, *, subfolder: str = "", **hub: Any) -> Path:
 
 
 def _is_state(name: str, hub: dict[str, Any]) -> bool:
-    """Whether a repository's weights, of which only the names are fetched, are adapters."""
+    """Whether a repository's weights are a state dict with adapters. Only their names are downloaded."""
     options = {option: hub[option] for option in ("revision", "token") if option in hub}
     try:
         metadata = get_safetensors_metadata(name, **options)
@@ -116,25 +116,26 @@ def _is_state(name: str, hub: dict[str, Any]) -> bool:
 
 
 def is_peft(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter of PEFT's, and none of ours."""
+    """Whether a folder holds an adapter of PEFT and none of ours."""
     return not (Path(folder) / CONFIG_FILE).is_file() and peft_config(folder) is not None
 
 
 def base_of(folder: str | Path) -> str:
-    """What the adapter in a folder calls its base. Raises UsageError as `read_config`."""
+    """The base that the adapter in a folder names. Raises UsageError as `read_config`."""
     values = peft_config(folder) if is_peft(folder) else None
     return read_config(folder).base if values is None else peft_base(values, folder)
 
 
 def read_config(folder: str | Path, *, weights: str | Path | None = None) -> AdapterConfig:
-    """The settings in an adapter folder.
+    """Read the config in an adapter folder.
 
     Args:
         weights: as in `load_adapter`.
 
     Raises:
-        UsageError: no adapter folder, not JSON, another version, a missing or unknown key; of PEFT's folders
-            as `load_adapter`.
+        UsageError: no adapter folder, not JSON, another version, or a missing or unknown key. For PEFT's
+        folders, as
+            `load_adapter`.
     """
     folder = Path(folder)
     if is_peft(folder):
@@ -171,19 +172,21 @@ def load_adapter(
     template: str | None = None,
     weights: str | Path | None = None,
 ) -> Adapter:
-    """Rebuild the adapter in a folder, in float32 on the CPU; of a trainer's several, the active one.
+    """Load the adapter in a folder, in float32 on the CPU. If a trainer saved several, this is the active
+    one.
 
-    Only PEFT's folders, which do not know the sizes of their base, ask for more than the folder:
+    The other arguments are only for PEFT's folders, which do not store the sizes of their base:
 
     Args:
-        decoder: its prepared base; None looks for the one that ``base``, or else PEFT's config, names.
-        base: what the decoder is called.
-        template: how turns are written for it; None takes the base's chat template, else "alpaca".
+        decoder: its prepared base; None looks for the base that ``base`` or PEFT's config names.
+        base: the name of the decoder.
+        template: the text format of turns; None takes the base's chat template, else "alpaca".
         weights: where the base is looked for (see `locations.weights_folders`).
 
     Raises:
-        UsageError: as `read_config`, and a truncated file, a missing or extra key, a wrong size; of PEFT's
-            folders whatever `read_peft` refuses.
+        UsageError: as `read_config`; also a truncated file, a missing or extra key, or a wrong size. For
+        PEFT's
+            folders, everything that `read_peft` refuses.
     """
     if is_peft(folder):
         named = base or peft_base(peft_config(folder) or {}, folder)
@@ -203,12 +206,12 @@ def load_adapter(
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """How turns are written for an adapter that does not say it: as the base's chat, if it has a template."""
+    """The text format of an adapter that names none: the base's chat template, or "alpaca" if it has none."""
     return "chat" if tokenizer is not None and tokenizer.chat_template else "alpaca"
 
 
 def load_state_file(path: Path) -> dict[str, Adapter]:
-    """The adapters in a model's saved state by name, the active one first; empty where it has none.
+    """The adapters in a model's saved state dict by name, the active one first. Empty if it has none.
 
     Raises:
         UsageError: as `load_adapter`.
@@ -244,9 +247,9 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 def _build_adapter(config: AdapterConfig, state: dict[str, Tensor], source: str) -> Adapter:
     try:
-        with torch.device("meta"):  # no memory for a shape that the file does not bear out
+        with torch.device("meta"):  # allocates nothing for sizes that the file may not have
             adapter = Adapter(config)
-    except (TypeError, RuntimeError):  # past what a tensor can have
+    except (TypeError, RuntimeError):  # sizes that no tensor can have
         raise UsageError(f"{source}: its config asks for sizes that no tensor has; copy it again") from None
     state = {_FORMER_NAMES.get(name, name): tensor for name, tensor in state.items()}
     expected = adapter.state_dict()
@@ -263,39 +266,39 @@ def _build_adapter(config: AdapterConfig, state: dict[str, Tensor], source: str)
             raise UsageError(f"{source}: {name!r} has numbers of type {kinds[0]}, expected {kinds[1]}")
         if not torch.isfinite(state[name]).all():
             raise UsageError(f"{source}: {name!r} has values that are not finite; train again")
-    # Copied, since products differ in their last digits where a tensor begins at an odd place in the file.
+    # Copied: the last digits of products depend on where a tensor starts in memory, and in the file it may be
+    # unaligned.
     copies = {name: tensor.to(_kept_dtype(tensor), copy=True) for name, tensor in state.items()}
     adapter.load_state_dict(copies, assign=True)
     return adapter
 
 
 def _kept_dtype(tensor: Tensor) -> torch.dtype:
-    """float32, but whole numbers stay as they are."""
+    """float32; but integers keep their dtype."""
     return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
 def import_pth(path: str | Path, *, base: str, shape: DecoderShape, raw_gates: bool = False) -> Adapter:
     """Read the authors' layout: ``adapter_query.weight`` (L * K, D) and ``layers.N.attention.gate``.
 
-    Their K is 10 and is not in the file; L follows from it. A layer has one gate a head, or, in their first
-    version, one for all heads. Gates of layers below the adapted ones are in their files too, though nothing
-    reads them: they are dropped.
+    Their K is 10 and is not in the file; L follows from it. A layer has one gate for each head or, in their
+    first version, one for all heads. Their files also have gates of layers below the adapted ones. Nothing
+    uses these, and they are ignored.
 
     Args:
-        base: the decoder that it was trained for, by name, folder or hub id.
+        base: the decoder that it was trained for: name, folder or hub id.
         shape: that decoder's sizes.
-        raw_gates: the file's gates are what prompts are multiplied by, as in the authors' inference code
-            (llama/model.py); else tanh of them is, as in their training code (alpaca_finetuning_v1) and here.
+        raw_gates: prompts are multiplied by the file's gates themselves, as in the authors' inference code
+            (llama/model.py). False: by tanh of the gates, as in their training code (alpaca_finetuning_v1)
+            and here.
 
     Raises:
-        UsageError: not such a file, sizes that do not fit the base, or a raw gate that is no tanh.
+        UsageError: no such file, sizes that do not fit the base, or a raw gate that can't be a tanh.
     """
     with open(path, "rb") as file:
         try:
             loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # there is no end to what the unpickler raises over bytes that are no pickle
+        except Exception as error:  # on bytes that are no pickle the unpickler raises all kinds of errors
             reason = " ".join(str(error).split())[:120]
             raise UsageError(f"{path} cannot be read as weights ({reason}); give the authors' .pth") from None
     found = loaded.get("model", loaded) if isinstance(loaded, dict) else None
@@ -341,13 +344,13 @@ def import_pth(path: str | Path, *, base: str, shape: DecoderShape, raw_gates: b
 
 
 def export_pth(adapter: Adapter, path: str | Path, *, raw_gates: bool = False) -> None:
-    """Write the authors' layout; layers that are not adapted get a gate of zero, as theirs do.
+    """Write the authors' layout. As in their files, layers that are not adapted get a gate of zero.
 
     Args:
-        raw_gates: write tanh of the gates, for code that applies none; see `import_pth`.
+        raw_gates: write tanh of the gates, for code that does not apply it; see `import_pth`.
 
     Raises:
-        UsageError: the layout has no room for this adapter.
+        UsageError: the layout can't represent this adapter.
     """
     config = adapter.config
     prompts = adapter.find(Prompts)

@@ -1,4 +1,4 @@
-"""What rebuilds an adapter: frozen dataclasses that are stored as JSON beside its weights."""
+"""The config from which an adapter is rebuilt: frozen dataclasses, stored as JSON beside its weights."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from llama_adapter.methods.prompts import PromptsConfig
 from llama_adapter.methods.shape import DecoderShape, Layout
 from llama_adapter.methods.table import METHODS, PARTS, check_composition, option_names
 
-FORMAT_VERSION = 2  # version 1 knew prompts, a projection and scales alone, each in a place of its own
+FORMAT_VERSION = 2  # version 1 had fixed fields for prompts, a projection and scales only
 C = TypeVar("C", bound=PartConfig)
 
 
 @dataclass(frozen=True)
 class ScienceQAConfig:
-    """How ScienceQA's problems are best put to an adapter that was trained on them.
+    """How to ask ScienceQA's problems of an adapter that was trained on them.
 
     Attributes:
         format: an official name, such as QCM-A.
-        caption: a machine's caption of the picture is part of the context.
-        answer: how its answers are read, the best way on validation ("generate", "letter" or "option"); None:
-            it was not measured.
+        caption: whether a machine's caption of the picture is part of the context.
+        answer: the way to answer that was best on validation ("generate", "letter" or "option"). None: it was
+        not
+            measured.
     """
 
     format: str
@@ -37,21 +38,21 @@ class ScienceQAConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter's parts and what it belongs to."""
+    """An adapter's parts, and the base that it belongs to."""
 
     base: str  # name, folder or hub id of the decoder
     shape: DecoderShape
-    adapted_layers: int  # L, the topmost ones
+    adapted_layers: int  # L, how many layers are adapted, counted from the top
     parts: tuple[PartConfig, ...] = (PromptsConfig(),)  # in the order of `table.PARTS`
-    template: str = "alpaca"  # how turns were written when it was trained
+    template: str = "alpaca"  # the text format of turns in training
     projections: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # see `Layout`
     scienceqa: ScienceQAConfig | None = None
-    training: dict[str, Any] = field(default_factory=dict)  # how it was made; shown, never interpreted
+    training: dict[str, Any] = field(default_factory=dict)  # how it was trained; shown, but never interpreted
     template_date: str | None = (
-        None  # the day that a chat template writes, as 2026-11-28; None: today, or none
+        None  # the date that a chat template writes, such as 2026-11-28; None: today, or none
     )
 
-    quantization: str | None = None  # of the decoder's weights when it was trained; None: as they are
+    quantization: str | None = None  # of the decoder's weights in training; None: not quantised
 
     def __post_init__(self) -> None:
         if self.template_date is not None and not _is_date(self.template_date):
@@ -86,28 +87,28 @@ class AdapterConfig:
         return next(kind for kind, cls in PARTS.items() if cls.Config is type(part))
 
     def find(self, settings: type[C]) -> C | None:
-        """The settings of a class; None where the adapter has no such part."""
+        """The settings of a class, or None if the adapter has no such part."""
         return next((part for part in self.parts if isinstance(part, settings)), None)
 
     @property
     def method(self) -> str:
-        """The parts as a method string, such as "prompts+scales"; the projection is not named there."""
+        """The parts as a method string, such as "prompts+scales". It does not name the projection."""
         return "+".join(kind for kind in map(self.kind_of, self.parts) if kind in METHODS)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The settings of its parts, the projection's aside, as `LlamaAdapter.new_adapter` takes them."""
+        """The settings of its parts, except the projection's, as `LlamaAdapter.new_adapter` takes them."""
         own = [part for part in self.parts if not isinstance(part, VisionConfig)]
         return {name: getattr(part, name) for part in own for name in option_names(type(part))}
 
     @property
     def vision(self) -> VisionConfig | None:
-        """How it sees; None: it knows nothing of pictures."""
+        """How it sees pictures; None: it does not."""
         return self.find(VisionConfig)
 
     @property
     def prompt_length(self) -> int:
-        """K; 0 where it has no prompts."""
+        """K, or 0 without prompts."""
         prompts = self.find(PromptsConfig)
         return 0 if prompts is None else prompts.prompt_length
 
@@ -122,7 +123,7 @@ class AdapterConfig:
         return Layout(self.shape, self.adapted_layers, self.projections)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, with the shape's fingerprint for those who only compare."""
+        """A dict for JSON. It has the shape's fingerprint too, for programs that only compare."""
         values: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "base": self.base,
@@ -142,10 +143,10 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> AdapterConfig:
-        """Rebuild from ``to_dict``'s result; ``source`` names the file in errors.
+        """Rebuild a config from the result of ``to_dict``. ``source`` names the file in errors.
 
         Raises:
-            UsageError: another format version, a missing or unknown key, a wrong type, a changed shape.
+            UsageError: another format version, a missing or unknown key, a wrong type, or a changed shape.
         """
         values = dict(values)
         version = values.pop("format_version", None)
@@ -179,7 +180,10 @@ def _is_date(text: str) -> bool:
 
 
 def _chosen(part: PartConfig) -> dict[str, Any]:
-    """Its settings; what follows from others, or came later, only where it differs from its default."""
+    """A part's settings.
+
+    Derived fields, and fields that came later, only if they differ from their default.
+    """
     fields = {own.name: own for own in dataclasses.fields(part)}
     return {
         name: value
@@ -189,7 +193,7 @@ def _chosen(part: PartConfig) -> dict[str, Any]:
 
 
 def _without_tuples(value: Any) -> Any:
-    """As JSON has it."""
+    """The value with lists instead of tuples, as in JSON."""
     if isinstance(value, Mapping):
         return {name: _without_tuples(inner) for name, inner in value.items()}
     return [_without_tuples(inner) for inner in value] if isinstance(value, (list, tuple)) else value
@@ -231,7 +235,7 @@ def _build_projections(values: Any, source: str) -> dict[str, tuple[int, int]]:
 
 
 def _from_version_1(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """A config of format version 1 as one of version 2; what is wrong in it is found when that is read."""
+    """A config of format version 1 as one of version 2. Its errors are found when the result is read."""
     values = dict(values)
     parts = [{"kind": "prompts", **_moved(values, "prompt_length")}]
     if (vision := values.pop("vision", None)) is not None:
@@ -243,7 +247,7 @@ def _from_version_1(values: dict[str, Any], source: str) -> dict[str, Any]:
     training = values.get("training")
     data = training.get("data") if isinstance(training, dict) else None
     if isinstance(training, dict) and isinstance(data, dict) and "format" in data:
-        # How its problems were put was read from how it was made.
+        # In version 1, the way to ask ScienceQA's problems was among the training settings.
         values["scienceqa"] = {
             "format": data["format"],
             "caption": data.get("caption", False),
@@ -256,7 +260,7 @@ def _moved(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: values.pop(name) for name in names if name in values}
 
 
-# What a field's annotation allows, and how that is called.
+# What a field's annotation allows, and how errors call it.
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "str": ((str,), "str"),
     "int": ((int,), "int"),

@@ -1,12 +1,12 @@
-"""One token of a quantised decoder, through all of its layers in one compiled call.
+"""One token of a quantised decoder: all its layers in one compiled call.
 
-Reading int8 weights takes so little time that the Python around the layers' products, some thousand calls a
-token, costs more than they do. So a decoder whose layers are LLaMA's (root-mean-square norms, rotary
-embedding by halves, grouped keys, SiLU) takes its decoding steps through kernels.cpp, which runs all layers
-in a loop, the adapter included. Whether it computes the same as the decoder is found out by running both
-(`attach_decoding_step`). Everything else, such as questions and training, goes through the decoder's modules.
+Reading int8 weights is so fast that the Python code around the layers' products, about a thousand calls for
+each token, takes longer. So a decoder with LLaMA's layers (root-mean-square norms, rotary embedding by
+halves, grouped keys, SiLU) takes its decoding steps through kernels.cpp, which runs all layers in a loop,
+including the adapter. Both ways are run once to check that they compute the same (`attach_decoding_step`).
+Everything else, such as questions and training, goes through the decoder's modules.
 
-Shapes: B rows, D hidden size, H heads, G key-value heads, d head width, S places of the cache, K prompts.
+Shapes: B rows, D hidden size, H heads, G key-value heads, d head width, S positions of the cache, K prompts.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ _PROJECTIONS = {  # in the order of kernels.cpp
     "down": "mlp.down_proj",
 }
 _NORMS = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # where the family has them
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # in families that have them
 _SUBLAYERS = (ATTENTION, MLP)
-_SITES = (*_PROJECTIONS.values(), *_SUBLAYERS)  # as kernels.cpp numbers them
-_WIDEST_HEAD = 1024  # what the kernel has room for
-_MORE_PLACES = 256  # by which a cache's room grows at least
-_TOLERANCE = 1e-3  # of the largest hidden state
+_SITES = (*_PROJECTIONS.values(), *_SUBLAYERS)  # in the order of kernels.cpp
+_WIDEST_HEAD = 1024  # the kernel's limit
+_MORE_PLACES = 256  # by how many positions a cache grows, at least
+_TOLERANCE = 1e-3  # relative to the largest hidden state
 
 
 def attach_decoding_step(decoder: PreTrainedModel) -> None:
-    """Let a quantised decoder take its decoding steps in one compiled call, where it can.
+    """Let a quantised decoder take its decoding steps in one compiled call, if possible.
 
-    It cannot where there is no compiler, where its layers are built otherwise, or where a trial gives other
-    hidden states than its own modules; then it goes on as it is.
+    It is not possible without a compiler, if the layers are built differently, or if a trial gives other
+    hidden states than the decoder's own modules. Then the decoder is left as it is.
     """
     inner = decoder.base_model
     if not _is_like_llama(inner) or load_kernels() is None:
@@ -72,7 +72,7 @@ def attach_decoding_step(decoder: PreTrainedModel) -> None:
 
 
 def _is_like_llama(inner: nn.Module) -> bool:
-    """Whether all modules are those that the compiled step knows, with quantised weights."""
+    """Whether all modules are of kinds that the compiled step knows, with quantised weights."""
     layers = getattr(inner, "layers", None)
     config: Any = inner.config
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
@@ -103,7 +103,7 @@ def _is_like_llama(inner: nn.Module) -> bool:
 
 @torch.no_grad()
 def _agrees(inner: Any, step: DecodingStep) -> bool:
-    """Whether a trial of two rows, one of them padded, gives the decoder's own hidden states."""
+    """Whether a trial with two rows, one of them padded, gives the decoder's own hidden states."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 5, int(inner.config.hidden_size), generator=generator)
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -131,7 +131,7 @@ def _agrees(inner: Any, step: DecodingStep) -> bool:
 
 
 class _Room:
-    """A cache's keys and values with free places behind them: a new token is written, the others stay."""
+    """A cache's keys and values with free positions at the end, so that a new token needs no copying."""
 
     def __init__(self, layers: Any, length: int) -> None:
         like = layers[0].keys
@@ -145,7 +145,7 @@ class _Room:
         self.keys, self.values = array("q", places[::2]), array("q", places[1::2])
 
     def holds(self, layers: Any, length: int) -> bool:
-        """Whether it is still what the cache reads, with a place free."""
+        """Whether the cache still reads these tensors, and a position is free."""
         return (
             length < self.capacity
             and layers[0].keys.shape[0] == self.states.shape[1]
@@ -156,7 +156,7 @@ class _Room:
         )
 
     def show(self, layers: Any, length: int) -> None:
-        """Let the cache read the first places."""
+        """Let the cache read the first positions."""
         states = self.states[:, :, :, :length].unbind(0)
         for number, layer in enumerate(layers):
             layer.keys, layer.values = states[2 * number], states[2 * number + 1]
@@ -166,7 +166,7 @@ class DecodingStep:
     """The forward pass of a decoder's inner model, with compiled decoding steps.
 
     Attributes:
-        calls: how many steps were compiled ones.
+        calls: how many steps were taken in a compiled call.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -177,14 +177,14 @@ class DecodingStep:
         self._adapters: WeakKeyDictionary[Any, _Added] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy finds its own tensors' addresses."""
+        """A copy has to look up its own tensors' addresses."""
         return {**self.__dict__, "_prepared": None, "_adapters": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _adapters=WeakKeyDictionary())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the inner model's."""
+        """As the inner model's forward."""
         output = None if args else self._step(**kwargs)
         return type(self.inner).forward(self.inner, *args, **kwargs) if output is None else output
 
@@ -199,7 +199,7 @@ class DecodingStep:
         adapter: Any = None,
         **others: Any,
     ) -> BaseModelOutputWithPast | None:
-        """One token of each row; None where that is not what is asked for."""
+        """Compute one token of each row; None if the call asks for anything else."""
         tokens = input_ids if input_ids is not None else inputs_embeds
         layers = getattr(past_key_values, "layers", None)
         if (
@@ -270,19 +270,19 @@ class DecodingStep:
         return BaseModelOutputWithPast(hidden, past_key_values)
 
     def _added(self, adapter: Any, rows: int) -> _Added | None:
-        """What an adapter adds; None where its tensors are not of this many rows, or of one."""
+        """What an adapter adds; None if its tensors are neither for this many rows nor for one."""
         tensors = [tensor for part in adapter.parts.values() for tensor in part.values()]
         if any(len(tensor) not in (1, rows) for tensor in tensors):
             return None
         added = self._adapters.get(adapter)
         if added is None:
             added = _Added(adapter, self.inner)
-            if not any(tensor.requires_grad for tensor in tensors):  # those of a training change in place
+            if not any(tensor.requires_grad for tensor in tensors):  # a training changes its tensors in place
                 self._adapters[adapter] = added
         return added
 
     def _prepare(self) -> tuple[Any, list[Tensor]]:
-        """The frozen parts of all layers for the kernel, and the tensors that it will read."""
+        """The frozen parts of all layers for the kernel, and the tensors that it reads."""
         held: list[Tensor] = []
 
         def norm_of(module: Any) -> Norm:
@@ -293,7 +293,7 @@ class DecodingStep:
 
         def matrix_of(module: QuantizedLinear) -> Matrix:
             bias = None if module.bias is None else module.bias.detach().float().contiguous()
-            # Their storage has to outlive a module that is moved elsewhere.
+            # Keeps the memory alive even if the module is moved to another device.
             held.extend(buffer.detach() for buffer in module.quantized.buffers())
             if bias is not None:
                 held.append(bias)
@@ -312,7 +312,7 @@ class DecodingStep:
 
 
 def _starts(mask: Tensor | None, rows: int, places: int) -> Tensor | None:
-    """(B,) the first place of each row that is no padding; None where there is padding elsewhere."""
+    """(B,) the first position of each row that is not padding; None if there is padding elsewhere."""
     if mask is None:
         return torch.zeros(rows, dtype=torch.long)
     if mask.shape != (rows, places):
@@ -323,12 +323,12 @@ def _starts(mask: Tensor | None, rows: int, places: int) -> Tensor | None:
 
 
 class _Added:
-    """What an adapter adds to every layer, as kernels.cpp reads it. It holds the tensors that it names.
+    """What an adapter adds to every layer, in the form of kernels.cpp. It keeps the tensors alive.
 
     Attributes:
-        known: False where there is something in it that the kernel does not do.
-        address: of the first layer's.
-        ranks: of all terms of a layer, in the layer where they are the most.
+        known: False if the adapter does something that the kernel can't do.
+        address: the address of the first layer's part.
+        ranks: the sum of the ranks of a layer's terms, in the layer where it is largest.
     """
 
     def __init__(self, adapter: Any, inner: Any) -> None:
@@ -384,7 +384,7 @@ class _Added:
         return found
 
     def _rows(self, states: Tensor) -> Rows:
-        """The tensor as the kernel takes it: float32, each row's part contiguous."""
+        """The tensor in the kernel's form: float32, with each row's part contiguous."""
         states = states.float()
         if not states[0].is_contiguous():
             states = states.contiguous()
@@ -393,11 +393,11 @@ class _Added:
 
 
 def _is_known(part: type[Part]) -> bool:
-    """Whether a part acts in one of the ways that are looked at; another one may have hooks of its own."""
+    """Whether a part acts only in ways that the kernel knows. Another part may have hooks of its own."""
     asked = [(getattr(part, name), getattr(Part, name)) for name in ("prompts_of", "keys_of")]
     return hasattr(part, "terms") or any(own.__func__ is not usual.__func__ for own, usual in asked)
 
 
 def _stride(states: Tensor) -> int:
-    """From one row of the batch to the next; 0 where all read the same."""
+    """The distance from one row of the batch to the next; 0 if all read the same."""
     return 0 if states.shape[0] == 1 else states.stride(0)

@@ -1,6 +1,6 @@
-"""Full fine-tuning: every weight of the decoder is trained, W = W0 + delta, delta zero at the start.
+"""Full fine-tuning: trains every weight of the decoder, W = W0 + delta, where delta is zero at the start.
 
-Embeddings, norms and the head are among them. It is what the other methods are measured against.
+This includes embeddings, norms and the head. The other methods are compared with it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""An adapter folded into a decoder's own weights: the result is a plain decoder, with the same logits.
+"""Folds an adapter into a decoder's own weights. The result is a plain decoder with the same logits.
 
-Parts that act at projections and are linear in what these give can be folded: scales and biases, IA3, BitFit,
-LoRA. Those that change weights are in them already. Prompts, pictures and bottleneck adapters compute
-something of their own, and cannot.
+This is possible for parts that act at projections and are linear in their outputs: scales and biases, IA3,
+BitFit and LoRA. Parts that change weights have done it already. Prompts, pictures and bottleneck adapters
+compute something else and can't be folded.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from llama_adapter.methods.own_weights import WeightsPart, copy_decoder
 from llama_adapter.methods.sites import SitePart, detach_sites, locate_projections
 from llama_adapter.methods.table import PARTS
 
-# What the configs of some families call the switch for biases that a decoder was built without.
+# The names of the config setting, in some families, that gives a decoder biases.
 BIAS_SWITCHES = ("attention_bias", "mlp_bias", "use_bias")
 
 
 @torch.no_grad()
 def merge_adapter(decoder: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
-    """A decoder with an adapter folded in. It shares all weights that do not change with ``decoder``.
+    """A decoder with an adapter folded in. Weights that do not change are shared with ``decoder``.
 
-    Sums are made in float32 or better and kept in the dtype of each weight. Where the adapter adds biases and
-    the decoder has none, they are added if the family's config has a switch for them, which is then on.
+    Sums are computed in float32 or better and stored in the dtype of each weight. If the adapter adds biases
+    that the decoder does not have, they are added if the family's config has a setting for them, which is
+    then switched on.
 
     Raises:
-        UsageError: a part that cannot be folded, by name; quantised weights; biases that the family lacks.
+        UsageError: a part that can't be folded, by name; quantised weights; or biases that the family can't
+        have.
     """
     if (owner := adapter.find(WeightsPart)) is not None:
         return _plain(copy_decoder(owner.decoder(), owner.config.weights).requires_grad_(False))
@@ -64,7 +66,7 @@ def merge_adapter(decoder: PreTrainedModel, adapter: Adapter) -> PreTrainedModel
 
 
 def _plain(decoder: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a prepared decoder as it was before, in place."""
+    """A copy of a prepared decoder, made a plain one again, in place."""
     detach_sites(decoder)
     attention = str(decoder.config.get_text_config()._attn_implementation)
     decoder.set_attn_implementation(attention.removeprefix(PREFIX))
@@ -84,10 +86,10 @@ def _read(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _add_biases(decoder: PreTrainedModel, biases: dict[str, Tensor]) -> None:
-    """Give a decoder the biases that it lacks, as its family's own config would.
+    """Give a decoder the biases that it lacks, as its family's config would.
 
     Raises:
-        UsageError: the config has no switch for them.
+        UsageError: the config has no setting for them.
     """
     missing = {name for name in biases if getattr(decoder.get_submodule(name), "bias", None) is None}
     for switch in BIAS_SWITCHES:
@@ -112,7 +114,7 @@ def _add_biases(decoder: PreTrainedModel, biases: dict[str, Tensor]) -> None:
 
 
 def _biases_of(config: PreTrainedConfig) -> set[str]:
-    """The modules that have a bias in a decoder of this config."""
+    """The names of the modules that have a bias in a decoder with this config."""
     with torch.device("meta"):
         decoder = AutoModelForCausalLM.from_config(config)
     return {name.removesuffix(".bias") for name, _ in decoder.named_parameters() if name.endswith(".bias")}

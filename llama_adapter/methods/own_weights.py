@@ -1,12 +1,13 @@
-"""Parts that change weights of the decoder itself, W = W0 + delta: all, some layers', or single ones.
+"""Parts that change weights of the decoder itself, W = W0 + delta: all weights, those of some layers, or
+single ones.
 
-An adapter of such a part has a decoder of its own. It is a copy of the base in which the changed weights are
-W; all other tensors are those of the base, not copies. So the base stays as it is, other adapters are served
-beside it, and no state has to be put on modules and taken off again. But the rows of one batch go through one
-decoder: rows of such an adapter and rows of others cannot share a batch.
+An adapter with such a part has a decoder of its own: a copy of the base in which the changed weights are W.
+All other tensors are shared with the base. So the base stays unchanged, other adapters can be served beside
+it, and nothing has to be switched on modules. But the rows of one batch go through one decoder, so rows of
+such an adapter can't share a batch with rows of others.
 
-What is trained and saved is delta, in float32, zero at the start. Each gradient of W is handed to delta as
-soon as it is there. Weight decay draws W back to W0.
+What is trained and saved is delta, in float32. Each gradient of W is passed on to delta as soon as it is
+computed. Weight decay pulls W back to W0.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ from llama_adapter.methods.part import Inputs, Part, PartConfig, State
 from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import locate_projections, register_parameters
 
-_SAMPLED = 64  # values of each weight that the fingerprint of a base is made of
+_SAMPLED = 64  # values of each weight that go into the fingerprint of a base
 
 
 @dataclass(frozen=True)
 class WeightsConfig(PartConfig):
-    """What all parts that change weights keep.
+    """What all parts that change weights store.
 
     Attributes:
         weights: the shape of each weight that may change, by its name in the decoder.
-        fingerprint: of these weights in the base; the changes mean nothing to another one.
+        fingerprint: identifies the values of these weights in the base. With another base the changes are
+        useless.
     """
 
     weights: dict[str, Any] = field(default_factory=dict, metadata={"derived": True})
@@ -48,7 +50,7 @@ class WeightsConfig(PartConfig):
 
 
 class WeightsPart(Part):
-    """A part that changes weights of the decoder. It stands alone in an adapter."""
+    """A part that changes weights of the decoder. It is the only part of its adapter."""
 
     alone = True
     learning_rate = 1e-4
@@ -56,7 +58,7 @@ class WeightsPart(Part):
     config: WeightsConfig
     _own: OwnDecoder | None = None
 
-    # --- what each method says ------------------------------------------------------------------------------
+    # --- what each method defines ---------------------------------------------------------------------------
 
     @classmethod
     def choose_weights(cls, config: Any, decoder: PreTrainedModel) -> list[str]:
@@ -64,11 +66,11 @@ class WeightsPart(Part):
         raise NotImplementedError
 
     def write(self, name: str, weight: Tensor, base: Tensor) -> None:
-        """Make ``weight`` the sum of the base's and the change."""
+        """Set ``weight`` to the sum of the base's weight and the change."""
         raise NotImplementedError
 
     def take_gradient(self, name: str, gradient: Tensor) -> None:
-        """Add the gradient of a weight to that of its change."""
+        """Add the gradient of a weight to the gradient of its change."""
         raise NotImplementedError
 
     # --- what they share ------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ class WeightsPart(Part):
         return replace(config, weights=shapes, fingerprint=weights_fingerprint(decoder, names))
 
     def attach(self, decoder: PreTrainedModel) -> None:
-        """Take a decoder as the base.
+        """Use a decoder as the base.
 
         Raises:
             UsageError: quantised weights, or a base with other weights than the one that was changed.
@@ -96,7 +98,7 @@ class WeightsPart(Part):
         self._own = OwnDecoder(decoder)
 
     def decoder(self) -> PreTrainedModel:
-        """The decoder with the changes as they are now."""
+        """The decoder with the current changes."""
         assert self._own is not None, "attach it to a decoder first"
         return self._own.decoder(self)
 
@@ -109,10 +111,11 @@ class WeightsPart(Part):
 
 
 class OwnDecoder:
-    """A copy of a base with a part's weights, made when it is first asked for. Several threads may ask.
+    """A copy of a base with a part's weights. It is made at the first request, which may come from any
+    thread.
 
-    It is no module of the model: its weights are the base's and the part's, each of which is saved, moved and
-    counted as such.
+    It is not a module of the model: its weights belong to the base and to the part, and are saved, moved and
+    counted with these.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -123,7 +126,7 @@ class OwnDecoder:
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnDecoder:
-        """Of a copied part: on the same base, unless that is copied as well."""
+        """For a copied part: on the same base, unless the base is copied too."""
         return OwnDecoder(memo.get(id(self.base), self.base))
 
     def decoder(self, part: WeightsPart) -> PreTrainedModel:
@@ -144,7 +147,7 @@ class OwnDecoder:
                 self._copy = self._build(part, names)
                 self._made_of, self._written = made_of, []
             weights = [self._copy.get_parameter(name) for name in names]
-            # An optimiser's step and a loaded state count as new versions.
+            # A step of an optimiser and a loaded state both count as new versions.
             written = [(id(own), own._version) for own in (*part.parameters(), *part.buffers())]
             if written != self._written:
                 for name, weight, before in zip(names, weights, base, strict=True):
@@ -157,8 +160,8 @@ class OwnDecoder:
 
     def _build(self, part: WeightsPart, names: Sequence[str]) -> PreTrainedModel:
         configs = [own.config for own in self.base.modules() if isinstance(own, PreTrainedModel)]
-        made = copy_decoder(self.base, names, *configs)  # one config for both: it says what attention is used
-        # Weakly, since the weights live as long as the part that owns them.
+        made = copy_decoder(self.base, names, *configs)  # with the same config, which names the attention
+        # A weak reference: the weights live as long as the part that owns them.
         owner = weakref.ref(part)
         for name in names:
             weight = made.get_parameter(name).requires_grad_(True)
@@ -167,10 +170,10 @@ class OwnDecoder:
 
 
 def copy_decoder(decoder: PreTrainedModel, names: Collection[str], *shared: object) -> PreTrainedModel:
-    """A copy with parameters of its own under some names; all others, and buffers, are the same tensors.
+    """A copy with parameters of its own under some names. All other tensors are shared.
 
     Args:
-        shared: what else is not to be copied.
+        shared: other objects that should not be copied.
     """
     everything = decoder.named_parameters(remove_duplicate=False)
     own = {id(tensor) for name, tensor in everything if name in names}
@@ -181,7 +184,7 @@ def copy_decoder(decoder: PreTrainedModel, names: Collection[str], *shared: obje
 
 
 def counterpart(module: nn.Module, base: nn.Module, made: nn.Module) -> nn.Module:
-    """A base's module in a copy of it."""
+    """The module of a copy that corresponds to a module of the base."""
     name = next(name for name, own in base.named_modules() if own is module)
     return made.get_submodule(name)
 
@@ -194,7 +197,7 @@ def _hand_over(owner: weakref.ref[WeightsPart], name: str, weight: Tensor) -> No
 
 
 def _copy_flags(base: nn.Module, made: nn.Module) -> None:
-    """Set what can be switched on a base's modules in the same way on its copy's."""
+    """Give the copy's modules the same switches as the base's."""
     for module, own in zip(base.modules(), made.modules(), strict=True):
         own.training = module.training
         if isinstance(module, GradientCheckpointingLayer):
@@ -204,7 +207,7 @@ def _copy_flags(base: nn.Module, made: nn.Module) -> None:
 
 
 def _check_weights(kind: str, decoder: PreTrainedModel, names: Sequence[str]) -> None:
-    """Raise UsageError where a decoder lacks one of these weights, or keeps any in fewer than 16 bits."""
+    """Raise UsageError if a decoder lacks one of these weights, or stores one in fewer than 16 bits."""
     weights: dict[str, Any] = {f"{name}.weight": None for name in locate_projections(decoder)}
     weights |= dict.fromkeys(names)
     weights |= dict(decoder.named_parameters())
@@ -218,9 +221,9 @@ def _check_weights(kind: str, decoder: PreTrainedModel, names: Sequence[str]) ->
 
 
 def weights_fingerprint(decoder: PreTrainedModel, names: Sequence[str]) -> str:
-    """16 hex digits that name the values of weights, of which a sample is read.
+    """16 hexadecimal digits that identify the values of weights. Only a sample of the values is read.
 
-    In bfloat16, so that a base has the same one in float32 and in bfloat16.
+    The values are rounded to bfloat16, so that a base has the same fingerprint in float32 and in bfloat16.
     """
     digest = hashlib.sha256()
     for name in names:
@@ -234,7 +237,7 @@ class DenseWeightsPart(WeightsPart):
     """A change for every number of each weight.
 
     Attributes:
-        WEIGHT: the change of each weight, by the weight's name, in its shape; zero at the start.
+        WEIGHT: the change of a weight, with its name and shape. Zero at the start.
     """
 
     def __init__(self, config: Any, layout: Layout, generator: torch.Generator | None = None) -> None:

@@ -1,14 +1,14 @@
-"""What every method is: a part of an adapter, with settings, tensors and what it adds to a forward pass.
+"""The base class of methods: a part of an adapter, with settings, tensors and its effect on a forward pass.
 
-An adapter is a list of parts. A part owns parameters; `Part.add_state` turns them into the tensors that
+An adapter is a list of parts. A part owns parameters, and `Part.add_state` turns them into the tensors that
 one forward pass reads. These tensors travel as one object (`llama_adapter.methods.state.AdapterState`), a
-keyword of the decoder's forward, and never as state on modules: two threads, beams, mixed batches and
-recomputation in the backward pass would break on it.
+keyword of the decoder's forward, and never as state on modules. State would break with two threads, beams,
+mixed batches, and recomputation in the backward pass.
 
-The tensors of a state are batch-first, (R, L, ...): R is 1 where all rows share them, else the number of
-rows; L is the number of layers that the part adapts, the topmost ones. Filled with zeros they add nothing.
+The tensors of a state are batch-first, (R, L, ...). R is 1 if all rows share them, else the number of rows. L
+is the number of layers that the part adapts, counted from the top. Tensors of zeros add nothing.
 
-Shapes: R sets of a part's tensors, L adapted layers; N pictures, F features of one.
+Shapes: R sets of a part's tensors, L adapted layers; N pictures, F features of one picture.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ State = dict[str, Tensor]  # a part's tensors by name
 class PartConfig:
     """A part's settings, stored with the adapter. Each part has a subclass with its own fields.
 
-    Fields are options that users set by name, all but those with ``metadata={"derived": True}``. One that
-    a part got after its first release is marked ``"later": True``: folders name it only where it is not the
-    default, so that adapters without it stay what they were.
+    Fields are options that users set by name, except those with ``metadata={"derived": True}``. A field that
+    was added after a part's first release is marked ``"later": True``. It is written only if it differs from
+    its default, so that other adapters' folders do not change.
     """
 
 
@@ -44,7 +44,7 @@ class Inputs:
     """What a forward pass gives to the parts.
 
     Attributes:
-        features: (N, F), of all pictures of all rows; None where there is none.
+        features: (N, F), of all pictures of all rows; None without pictures.
         owners: (N,), the row that each picture belongs to.
         rows: how many rows there are.
     """
@@ -55,16 +55,15 @@ class Inputs:
 
 
 class Part(nn.Module):
-    """One method's share of an adapter.
+    """One method's part of an adapter.
 
     Attributes:
-        kind: the part's name: in method strings, in the adapter's config, before its tensors' names.
-        Config: the class of its settings.
-        learning_rate: the peak at which the method is usually trained; a comparison starts from it.
-        size: the option that makes the part larger or smaller; None where it has only one size.
-        layout: what it was built for.
-        differs_in_packs: whether the rows of one packed sequence may have different ones.
-        alone: whether it is the only part of an adapter.
+        kind: the part's name: in method strings, in the adapter's config, and before the names of its
+        tensors. Config: the class of its settings. learning_rate: the peak rate at which the method is
+        usually trained. A comparison starts from it. size: the option that makes the part larger or smaller;
+        None if it has only one size. layout: what it was built for. differs_in_packs: whether rows of one
+        packed sequence may have different tensors of this part. alone: whether it has to be the only part of
+        an adapter.
     """
 
     kind: ClassVar[str]
@@ -76,60 +75,63 @@ class Part(nn.Module):
     layout: Layout
 
     def __init__(self, config: Any, layout: Layout, generator: torch.Generator | None = None) -> None:
-        """Build the part with all its parameters, drawn from ``generator`` where they are random."""
+        """Build the part with all its parameters. Random values are drawn from ``generator``."""
         super().__init__()
         self.config = config
         self.layout = layout
 
     @classmethod
     def sized(cls, size: int) -> dict[str, Any]:
-        """The options of a size from 1, with which its parameters grow alike; none where it has only one."""
+        """The options for a size, from 1; the parameters grow in proportion.
+
+        Empty if it has only one size.
+        """
         return {} if cls.size is None else {cls.size: size}
 
     @classmethod
     def complete(cls, config: Any, decoder: PreTrainedModel) -> Any:
-        """The settings of a new part with what only its decoder tells; as they are by default."""
+        """The settings of a new part, with what only its decoder tells. By default they are not changed."""
         return config
 
     @classmethod
     def adapts(cls, config: Any, num_layers: int) -> int | None:
-        """How many of the topmost layers it changes, where it says so itself; None: any number."""
+        """How many of the topmost layers it adapts, if its settings decide that. None: any number."""
         return None
 
     def initialise(self, decoder: PreTrainedModel, input_sizes: Tensor) -> None:
-        """Fit a new part to the decoder that it will adapt; does nothing by default.
+        """Fit a new part to the decoder that it will adapt. Does nothing by default.
 
         Args:
-            input_sizes: (L,), the root mean square of what each adapted layer's attention reads.
+            input_sizes: (L,), the root mean square of the input of each adapted layer's attention.
         """
 
     def attach(self, decoder: PreTrainedModel) -> None:
-        """Register what the part needs on the decoder that it adapts; does nothing by default.
+        """Register what the part needs on the decoder that it adapts. Does nothing by default.
 
         Raises:
-            UsageError: it is not for this decoder.
+            UsageError: the part can't be used with this decoder.
         """
 
     def add_state(self, states: dict[type[Part], State], inputs: Inputs) -> None:
-        """Add the tensors that a forward pass reads to those of the parts before, with gradients.
+        """Add the tensors that a forward pass reads, with gradients, to those of the parts before.
 
-        By default the part's parameters, (L, ...) each, as (1, L, ...).
+        By default these are the part's parameters: each one, (L, ...), as (1, L, ...).
         """
         states[type(self)] = {name: value[None] for name, value in self.named_parameters()}
 
     @classmethod
     def precompute(cls, state: State, attentions: Sequence[nn.Module]) -> State:
-        """The state as it is best kept for many forward passes without gradients; a copy.
+        """A copy of the state in the form that is best for many forward passes without gradients.
 
         Args:
-            attentions: of the part's L layers.
+            attentions: those of the part's L layers.
         """
         dtype = compute_dtype(attentions[0])
         return {name: value.detach().to(dtype, copy=True) for name, value in state.items()}
 
     @classmethod
     def prompts_of(cls, state: State, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """What a layer reads from its prompts; None by default: the part has none.
+        """What a layer reads from its prompts. None by default: the part has no prompts.
 
         Args:
             state: the tensors of the layer, (R, ...) each.
@@ -141,29 +143,30 @@ class Part(nn.Module):
 
     @classmethod
     def keys_of(cls, state: State, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Keys and values that a layer reads in front of its tokens'; None by default: the part has none.
+        """Keys and values before those of a layer's tokens. None by default: the part has none.
 
         Args:
             state: the tensors of the layer, (R, ...) each.
 
         Returns:
-            keys and values, (R, G, K, d) each, G as the layer has them, and a mask, (R, K), False at padding,
+            keys and values, (R, G, K, d) each, with the layer's own G, and a mask, (R, K), False at padding,
             or None.
         """
         return None
 
     @classmethod
     def merge(cls, states: Sequence[State | None]) -> State:
-        """The states of several rows, (1, L, ...) each, as that of one batch, (B, L, ...).
+        """Merge the states of several rows, (1, L, ...) each, into that of one batch, (B, L, ...).
 
-        By default tensors are filled up with zeros: layers below the topmost, entries at the end of all other
-        dimensions, whole tensors where a row has none. A part that zeros do not switch off has its own.
+        By default tensors are padded with zeros: for layers below the topmost, at the end of all other
+        dimensions, and for whole tensors that a row does not have. A part that zeros do not switch off needs
+        its own method.
 
         Args:
-            states: of each row; None where its adapter lacks this part.
+            states: that of each row; None if its adapter does not have this part.
 
         Raises:
-            UsageError: the part cannot differ from row to row; the message names it.
+            UsageError: the part can't differ from row to row; the message names it.
         """
         merged = {}
         for name in dict.fromkeys(name for state in states for name in state or {}):
@@ -174,46 +177,51 @@ class Part(nn.Module):
         return merged
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trainable parameters by the name of the group that has a learning rate of its own."""
+        """The trainable parameters, by the names of groups that can have a learning rate of their own."""
         return {self.kind: list(self.parameters())}
 
     def rate_factors(self) -> dict[str, float]:
-        """What the learning rate of a group is multiplied by, for groups that have no rate of their own."""
+        """Factors for the learning rates of groups.
+
+        They do not apply to a group that was given its own rate.
+        """
         return {}
 
     def begin(self, rows: int, backward: Callable[[int], object], processes: Processes) -> None:
-        """What training does before its first step; nothing by default. A run that is resumed does without.
+        """Called by a training before its first step, but not by a resumed one. Does nothing by default.
 
         Args:
-            rows: how many there are to train on.
-            backward: adds the gradient of the mean loss of one of them, by its number from 0.
-            processes: of the run. Each has all rows, and all must end up with the same.
+            rows: how many rows there are to train on.
+            backward: adds the gradient of a row's mean loss. It takes the row's number, from 0.
+            processes: those of the run. Each has all rows, and all must get the same result.
         """
 
     def penalty(self) -> Tensor | None:
-        """What training adds to the loss of a step, with a gradient; None by default: nothing."""
+        """A term that training adds to the loss of a step, with a gradient. None by default."""
         return None
 
     def after_step(self, step: int, total: int) -> None:
-        """What training does after a step of the optimiser, with its gradients; nothing by default.
+        """Called by a training after each step of the optimiser, while gradients are there. Does nothing by
+        default.
 
         Args:
-            step: its number, from 1. total: how many steps the training has.
+            step: its number, from 1.
+            total: how many steps the training has.
         """
 
     def training_state(self) -> dict[str, Tensor]:
-        """What a training needs to go on, beside parameters and buffers; nothing by default.
+        """What a resumed training needs beside parameters and buffers. Nothing by default.
 
-        It is kept in checkpoints, not in the adapter's folder.
+        It is stored in checkpoints, not in the adapter's folder.
         """
         return {}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `training_state` gave."""
+        """Restore the result of `training_state`."""
 
 
 def _filled(value: Tensor, sizes: Sequence[int]) -> Tensor:
-    """A tensor (1, L, ...) filled up to ``sizes`` with zeros: layers in front, all else behind."""
+    """A tensor (1, L, ...) padded with zeros to ``sizes``: layers at the front, all else at the end."""
     missing = [size - own for size, own in zip(sizes, value.shape, strict=True)][1:]
     padding = [(missing[0], 0), *((0, behind) for behind in missing[1:])]
     return F.pad(value, [count for pair in reversed(padding) for count in pair])

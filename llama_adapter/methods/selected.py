@@ -1,12 +1,13 @@
-"""Selective fine-tuning: a share of the layers' weights, W_i = W0_i + d_i for the chosen i, d = 0 at first.
+"""Selective fine-tuning: trains a share of the layers' weights, W_i = W0_i + d_i for chosen i, d = 0 at the
+start.
 
-Chosen before the first step, by a score of each weight on a sample of the training rows:
+They are chosen before the first step, by a score of each weight on a sample of the training rows:
 
     fisher      sum over rows of (dL/dW_i)^2, the FISH mask (Sung et al., arXiv 2111.09839, eq. 4)
     gradient    |sum over rows of dL/dW_i|
 
-with L the mean loss of a row. Those with the highest scores in all layers together are trained, the others
-stay. Which they are is saved with the adapter.
+where L is the mean loss of a row. The weights with the highest scores in all layers together are trained; the
+others are frozen. The choice is saved with the adapter.
 
 Shapes: n chosen weights.
 """
@@ -37,9 +38,9 @@ _MILLIONTH = 1e-6
 class SelectedConfig(WeightsConfig):
     """The settings of selective fine-tuning."""
 
-    share: float = 0.01  # of the layers' weights that is trained
-    score: str = "fisher"  # what they are chosen by: fisher or gradient
-    sample_rows: int = 32  # of the training rows that they are scored on
+    share: float = 0.01  # the share of the layers' weights that is trained
+    score: str = "fisher"  # the score that chooses them: fisher or gradient
+    sample_rows: int = 32  # how many training rows the score is computed on
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -55,7 +56,9 @@ class Selected(WeightsPart):
 
     Attributes:
         changes: (n,), zero at the start.
-        places: (n,), where each is when the weights are laid end to end, rising; -1 while none is chosen.
+        places: (n,), the index of each chosen weight if all weights are laid end to end, in rising order; -1
+        before
+            the choice.
     """
 
     kind = "selected"
@@ -77,9 +80,9 @@ class Selected(WeightsPart):
         self.register_buffer("places", torch.full((count,), -1, dtype=torch.int32 if small else torch.int64))
         ends = torch.tensor(list(sizes.values()), device="cpu").cumsum(0).tolist() if sizes else []
         self._ranges = dict(zip(sizes, zip([0, *ends], ends, strict=False), strict=True))
-        self._scores: dict[str, Tensor] | None = None  # while weights are scored
+        self._scores: dict[str, Tensor] | None = None  # only while weights are scored
         self._found: tuple[tuple[int, int], dict[str, tuple[slice, Tensor]]] | None = None
-        self._unlike: set[str] = set()  # weights that may differ from the base elsewhere: others were chosen
+        self._unlike: set[str] = set()  # weights with values from an earlier choice that are to be reset
 
     @classmethod
     def adapts(cls, config: SelectedConfig, num_layers: int) -> int:
@@ -87,7 +90,7 @@ class Selected(WeightsPart):
 
     @classmethod
     def sized(cls, size: int) -> dict[str, float]:
-        """In millionths of the weights."""
+        """A size is a millionth of the weights."""
         return {"share": size * _MILLIONTH}
 
     @classmethod
@@ -105,7 +108,7 @@ class Selected(WeightsPart):
 
     @property
     def chosen(self) -> bool:
-        """Whether its weights are chosen."""
+        """Whether its weights have been chosen."""
         return bool(self.places[-1] >= 0)
 
     def add_state(self, states: dict[type[Part], State], inputs: Inputs) -> None:
@@ -139,7 +142,7 @@ class Selected(WeightsPart):
 
     @torch.no_grad()
     def choose(self, scores: Tensor) -> None:
-        """Train the n weights of the highest scores; of equal ones the first.
+        """Choose the n weights with the highest scores. Among equal scores the first are chosen.
 
         Args:
             scores: of all weights, laid end to end in the order of the config.
@@ -169,7 +172,7 @@ class Selected(WeightsPart):
         self.changes.grad[own] += gradient.take(places).to(self.changes.dtype)
 
     def _of(self, name: str) -> tuple[slice, Tensor]:
-        """Which of the changes are a weight's, and the places in it that they belong to."""
+        """The changes that belong to a weight, as a slice, and their indices in that weight."""
         version = (id(self.places), self.places._version)
         if self._found is None or self._found[0] != version:
             places, found = self.places.long(), {}

@@ -1,10 +1,10 @@
-"""What adapters add to one forward pass, as one object that travels through the decoder as a keyword.
+"""Everything that adapters add to one forward pass, as one object that the decoder passes on as a keyword.
 
-It holds tensors and nothing that changes: several threads may read it, many forward passes use it again, and
-    a layer that is computed again in the backward pass finds the same.
+It holds tensors and never changes. So several threads may read it, many forward passes may use it, and a
+layer that is recomputed in the backward pass finds the same values.
 
-Shapes: R rows, or 1 where all rows share; L adapted layers of a part, the topmost ones; K prompts, H heads, d
-    head width.
+Shapes: R rows, or 1 if all rows share; L layers that a part adapts, counted from the top; K prompts, H heads,
+d head width.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ class AdapterState:
     """The tensors of one or several rows' adapters, by part.
 
     Attributes:
-        num_layers: of the decoder.
-        parts: each part's tensors, (R, L, ...), by name, in the order in which the parts act. Empty: the bare
+        num_layers: the number of layers of the decoder.
+        parts: each part's tensors, (R, L, ...), by name, in the order in which the parts act. Empty for the
+        bare
             base.
-        decoder: which one computes, where it is not the base (`llama_adapter.methods.own_weights`).
+        decoder: the decoder that computes, if it is not the base (`llama_adapter.methods.own_weights`).
     """
 
     num_layers: int
     parts: Mapping[type[Part], Mapping[str, Tensor]]
     decoder: PreTrainedModel | None = None
-    if TYPE_CHECKING:  # no fields: fully sharded layers copy the state with `dataclasses.replace`
-        # By the decoder's layer, each cut once: a cut a layer would have a gradient as large as all layers.
+    if TYPE_CHECKING:  # not fields: fully sharded layers copy the state with `dataclasses.replace`
+        # By layer of the decoder, split once: the gradient of each single slice would be as large as all
+        # layers.
         _layers: tuple[dict[type[Part], State], ...] = field(init=False, repr=False)
         _sites: tuple[dict[str, Acting], ...] = field(init=False, repr=False)
 
@@ -72,21 +74,21 @@ class AdapterState:
         return None
 
     def keys_of(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """What a layer reads in front of its tokens; see `Part.keys_of`."""
+        """Keys and values before those of a layer's tokens; see `Part.keys_of`."""
         for part, state in self._layers[layer_index(attention)].items():
             if (found := part.keys_of(state, attention)) is not None:
                 return found
         return None
 
     def sites_of(self, layer: int) -> Mapping[str, Acting] | None:
-        """What acts at each site of a layer; None where nothing does."""
+        """The parts that act at each site of a layer; None if none does."""
         return self._sites[layer] or None
 
     def precompute(self, attentions: Sequence[nn.Module]) -> AdapterState:
-        """The same without gradients, as it is best kept for many forward passes; a copy.
+        """A copy without gradients, in the form that is best for many forward passes.
 
         Args:
-            attentions: all of the decoder's, by layer.
+            attentions: all attention layers of the decoder, in order.
         """
         parts = {}
         for part, tensors in self.parts.items():
@@ -95,11 +97,11 @@ class AdapterState:
         return AdapterState(self.num_layers, parts, self.decoder)
 
     def of_row(self, row: int) -> AdapterState:
-        """That of one row, R = 1."""
+        """The state of a single row, with R = 1."""
         return self._with(lambda tensor: tensor if len(tensor) == 1 else tensor[row : row + 1])
 
     def repeat(self, times: int) -> AdapterState:
-        """Each row so many times, one after the other, as beam search has them."""
+        """Each row ``times`` times in succession, in the order of beam search."""
         return self._with(
             lambda tensor: tensor if len(tensor) == 1 else tensor.repeat_interleave(times, dim=0)
         )
@@ -112,7 +114,7 @@ class AdapterState:
         )
 
     def check_packed(self) -> None:
-        """Raise UsageError where rows of a packed sequence have different parts, and cannot."""
+        """Raise UsageError if rows of a packed sequence differ in a part that has to be the same."""
         for part, tensors in self.parts.items():
             sets = max(map(len, tensors.values()), default=1)
             if sets > 1 and not part.differs_in_packs:
@@ -120,11 +122,11 @@ class AdapterState:
 
 
 def merge_states(states: Sequence[AdapterState]) -> AdapterState:
-    """The states of several rows, R = 1 each, as that of one batch; rows that all have the same keep it as it
-    is.
+    """Merge the states of several rows, R = 1 each, into that of one batch. If all rows have the same state,
+    it is kept as it is.
 
     Raises:
-        UsageError: a part that cannot differ from row to row.
+        UsageError: a part that can't differ from row to row.
     """
     first = states[0]
     if all(state is first for state in states):
@@ -146,5 +148,5 @@ def merge_states(states: Sequence[AdapterState]) -> AdapterState:
 
 
 def share_a_decoder(states: Sequence[AdapterState]) -> bool:
-    """Whether one decoder computes all of these, so that they can be the rows of one batch."""
+    """Whether the same decoder computes all of these, so that they can be the rows of one batch."""
     return all(state.decoder is states[0].decoder for state in states)

@@ -1,7 +1,7 @@
-"""Layer-wise fine-tuning: all weights of the topmost layers, W = W0 + delta, delta zero at the start.
+"""Layer-wise fine-tuning: trains all weights of the topmost layers, W = W0 + delta, delta zero at the start.
 
-The learning rate can fall with depth, as in ULMFiT (Howard and Ruder, arXiv 1801.06146, 3.2): a layer's is
-that of the layer above it, times `layer_decay`. The final norm and the head stay as they are.
+The learning rate can fall with depth, as in ULMFiT (Howard and Ruder, arXiv 1801.06146, 3.2): each layer has
+the rate of the layer above it, times `layer_decay`. The final norm and the head are not trained.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from llama_adapter.methods.sites import locate_layer_weights
 class TopLayersConfig(WeightsConfig):
     """The settings of layer-wise fine-tuning."""
 
-    top_layers: int = 2  # how many layers are trained, the topmost ones
-    layer_decay: float = 1.0  # learning rate of a layer to that of the layer above it
+    top_layers: int = 2  # how many layers are trained, counted from the top
+    layer_decay: float = 1.0  # a layer's learning rate divided by that of the layer above it
 
     def __post_init__(self) -> None:
         if self.top_layers < 1:
@@ -44,7 +44,7 @@ class TopLayers(DenseWeightsPart):
 
     @classmethod
     def complete(cls, config: TopLayersConfig, decoder: PreTrainedModel) -> TopLayersConfig:
-        """Fewer layers than asked for where the decoder has no more is an error, not a smaller adapter."""
+        """If the decoder has fewer layers than were asked for, this is an error, not a smaller adapter."""
         there = decoder.config.get_text_config().num_hidden_layers
         if config.top_layers > there:
             raise UsageError(f"top layers: {config.top_layers} given; the decoder has {there}")
@@ -57,7 +57,7 @@ class TopLayers(DenseWeightsPart):
         return [name for name, number in numbers.items() if number >= lowest]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """With falling rates a group for each layer, such as "layer-29"; else one."""
+        """If the rates fall, a group for each layer, such as "layer-29"; else one group."""
         if self.config.layer_decay == 1:
             return super().parameter_groups()
         groups: dict[str, list[nn.Parameter]] = {}
@@ -73,5 +73,5 @@ class TopLayers(DenseWeightsPart):
 
 
 def _layer(name: str) -> int:
-    """The number in a weight's name, "model.layers.29.mlp.up_proj.weight"."""
+    """The layer's number in a weight's name, such as "model.layers.29.mlp.up_proj.weight"."""
     return int(next(part for part in name.split(".") if part.isdigit()))

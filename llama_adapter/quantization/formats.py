@@ -1,17 +1,17 @@
-"""How quantised weights are stored, and the plain arithmetic of each format.
+"""The formats of quantised weights, and their plain arithmetic.
 
-A matrix (rows, columns) is cut, row by row, into blocks of 32 columns. Each weight of a block is stored as a
-small whole number, and stands for
+Each row of a matrix is cut into blocks of 32 columns. Each weight of a block is stored as a small integer,
+and stands for
 
     weight = scale * number + offset
 
-with one float16 scale a block, and for int4 one float16 offset. Both are GGUF's own: int8 is its Q8_0 (no
-offset, numbers of -127 to 127), int4 its Q4_1 (numbers of 0 to 15).
+with one float16 scale for each block and, for int4, one float16 offset. Both formats are GGUF's: int8 is its
+Q8_0 (without offset, numbers from -127 to 127), int4 its Q4_1 (numbers from 0 to 15).
 
-A decoder in int4 keeps its embedding and its head in int8: there four bits cost the most.
+A decoder in int4 has its embedding and its head in int8: four bits would lose most there.
 
-The matrices of a GGUF file keep the file's own blocks, with scales and offsets among the numbers. Their
-arithmetic is gguf-py's.
+The matrices of a GGUF file keep the file's own blocks, where scales and offsets stand among the numbers.
+gguf-py does their arithmetic.
 
 Shapes: N rows, K columns, C = ceil(K / 32) blocks of a row.
 """
@@ -30,8 +30,8 @@ from llama_adapter.common.errors import UsageError
 BLOCK = 32
 INT8, INT4 = "int8", "int4"
 FORMATS = (INT8, INT4)
-GGUF_KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")  # that kernels.cpp reads
-CODES = {name: code for code, name in enumerate((*FORMATS, *GGUF_KINDS), start=1)}  # what it calls them
+GGUF_KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")  # which kernels.cpp reads
+CODES = {name: code for code, name in enumerate((*FORMATS, *GGUF_KINDS), start=1)}  # their numbers there
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class Quantized:
     Attributes:
         format: one of `FORMATS` or of `GGUF_KINDS`.
         columns: K.
-        numbers: int8 (N, K), or for int4 uint8 (N, 16 C): of each block 16 bytes, whose low halves are the
-            numbers of columns 0 to 15 and whose high halves those of columns 16 to 31. Of a GGUF kind uint8
-            (N, bytes of a row), as the file has them.
-        scales: float16 (N, C); None of a GGUF kind.
+        numbers: for int8: int8 (N, K). For int4: uint8 (N, 16 C). Each block has 16 bytes, whose low halves
+        are the
+            numbers of columns 0 to 15 and whose high halves those of columns 16 to 31. For a GGUF kind: uint8
+            (N, bytes of a row), as in the file.
+        scales: float16 (N, C); None for a GGUF kind.
         offsets: float16 (N, C), or None.
     """
 
@@ -56,7 +57,7 @@ class Quantized:
 
 
 def check_format(name: str) -> str:
-    """The name of a format. Raises UsageError for any other."""
+    """The name of a format, unchanged. Raises UsageError if it is unknown."""
     if name not in FORMATS:
         raise UsageError(f"quantize: {name!r} is not known; choose one of {', '.join(FORMATS)}")
     return name
@@ -64,7 +65,7 @@ def check_format(name: str) -> str:
 
 @torch.no_grad()
 def quantize(weight: Tensor, format: str) -> Quantized:
-    """A matrix (N, K) in a format; each number is the nearest one by the scale as it is stored."""
+    """Quantise a matrix (N, K). Each number is the nearest one for the scale as it is stored."""
     columns = weight.shape[1]
     blocks = _blocks(weight.float())
     if format == INT8:
@@ -80,8 +81,8 @@ def quantize(weight: Tensor, format: str) -> Quantized:
 def _quantize_int4(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers (N, C, 32), scales and offsets (N, C) with a small squared error.
 
-    The first go from each block's smallest weight to its largest. Then scale and offset are fitted to the
-    numbers and the numbers chosen anew, in turn, and each block keeps the best that it had.
+    At first a block's numbers span its smallest to its largest weight. Then, in turn, scale and offset are
+    fitted to the numbers and the numbers are chosen again. Each block keeps its best result.
     """
     offsets = blocks.amin(-1).half()
     scales = ((blocks.amax(-1) - offsets.float()) / 15).half()
@@ -112,7 +113,7 @@ def _quantize_int4(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantize(quantized: Quantized) -> Tensor:
-    """The matrix that it stands for, float32 (N, K)."""
+    """The matrix that the numbers stand for, float32 (N, K)."""
     numbers = quantized.numbers
     if quantized.format in GGUF_KINDS:
         kind = gguf.GGMLQuantizationType[quantized.format]
@@ -128,11 +129,11 @@ def dequantize(quantized: Quantized) -> Tensor:
 
 
 def _blocks(matrix: Tensor) -> Tensor:
-    """(N, K) -> (N, C, 32), the last block filled up with zeros."""
+    """(N, K) -> (N, C, 32). The last block is padded with zeros."""
     return F.pad(matrix, (0, -matrix.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
 
 
 def _divide(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Blocks by their scales; a block of scale 0 is all zeros."""
+    """Blocks divided by their scales. A block with scale 0 gives zeros."""
     divisor = scales.float()[..., None]
     return torch.where(divisor == 0, 0.0, blocks / divisor)

@@ -1,8 +1,8 @@
-"""Decoders from GGUF files, their weights kept in the file's own blocks.
+"""Loads decoders from GGUF files. The weights keep the file's own blocks.
 
-transformers reads GGUF too, but dequantises every matrix of most families. It is asked here for what only it
-knows: the tensors' names in its own decoders, and the order of a matrix's rows. LLaMA's queries and keys have
-another one in GGUF; rows can be moved as blocks just as well as in floats.
+transformers reads GGUF too, but dequantises every matrix of most families. It is used here for what only it
+knows: the names of the tensors in its own decoders, and the order of a matrix's rows. GGUF has another order
+for LLaMA's queries and keys; rows can be moved as blocks just as they can be as floats.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 def load_gguf(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The decoder in a GGUF file. Its quantised matrices stay as they are; all else gets the dtype.
+    """Load the decoder in a GGUF file. Quantised matrices stay as they are; all else gets the dtype.
 
     A line on standard error names tensors that the decoder has no place for.
 
     Args:
-        config: what transformers makes of the file's metadata.
+        config: the config that transformers makes of the file's metadata.
 
     Raises:
-        UsageError: blocks of a kind that cannot be kept, or a file that does not fill the decoder.
+        UsageError: blocks of a kind that can't be kept, or a file that does not fill the decoder.
     """
     reader = gguf.GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    with no_init_weights():  # memory that is never written to takes no room
+    with no_init_weights():  # memory that is never written takes no space
         decoder: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     names = get_gguf_hf_weights_map(decoder, processor)
     missing = {name for name, _ in decoder.named_parameters()}
@@ -92,21 +92,22 @@ def _read_floats(tensor: Any, processor: Any) -> Tensor:
 
 
 def _read_blocks(path: Path, tensor: Any, processor: Any) -> QuantizedWeight:
-    """A matrix as the file has it, its rows in transformers' order."""
+    """A matrix as in the file, with its rows in transformers' order."""
     *stack, columns = (int(size) for size in tensor.shape[::-1])
     rows = stack[-1] if len(stack) == 1 else 0
     order = np.arange(rows, dtype=np.int64)[:, None]
     try:
         moved = processor.process(weights=order, name=tensor.name).weights
         fits = rows > 0 and np.array_equal(np.sort(moved, axis=0), order)
-    except (ValueError, TypeError, AttributeError, KeyError):  # it wants whole matrices, or stacks of them
+    except (ValueError, TypeError, AttributeError, KeyError):  # it needs whole matrices, or stacks of them
         fits = False
     if not fits:
         raise UsageError(
             f"{path.name}: {tensor.name} {tuple(tensor.shape[::-1])} is no matrix whose blocks can be kept; "
             "--quantize int8 quantises the file's weights anew"
         )
-    # Into memory of its own: a mapped file would have to stay as it is for as long as the decoder is used.
+    # Copied into memory of its own: a mapped file would have to stay unchanged as long as the decoder is
+    # used.
     blocks = np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.data_offset).reshape(rows, -1)
     if not np.array_equal(moved, order):
         blocks = blocks[moved[:, 0]]
@@ -116,7 +117,7 @@ def _read_blocks(path: Path, tensor: Any, processor: Any) -> QuantizedWeight:
 def _replace(
     decoder: PreTrainedModel, name: str, weight: QuantizedWeight, dtype: torch.dtype, tensor: str
 ) -> None:
-    """Put a quantised module in place of a module without weights."""
+    """Replace a module without weights by a quantised one."""
     module: Any = decoder.get_submodule(name)
     if type(module) not in (nn.Linear, nn.Embedding) or module.weight.shape != weight.shape:
         raise UsageError(
@@ -126,5 +127,5 @@ def _replace(
     if isinstance(module, nn.Embedding):
         decoder.set_submodule(name, QuantizedEmbedding(weight, dtype, module.padding_idx))
     else:
-        # Its bias is loaded later, with all that are floats.
+        # Its bias is loaded later, with all other floats.
         decoder.set_submodule(name, QuantizedLinear(weight, dtype, module.bias))

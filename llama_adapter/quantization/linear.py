@@ -1,4 +1,4 @@
-"""Modules with quantised weights that stand in for ``nn.Linear`` and ``nn.Embedding``.
+"""Modules with quantised weights that replace ``nn.Linear`` and ``nn.Embedding``.
 
 Shapes: N outputs, K inputs, T tokens.
 """
@@ -25,17 +25,18 @@ from llama_adapter.quantization.formats import (
 )
 from llama_adapter.quantization.kernels import Matrix, load_kernels
 
-# Vectors up to which the kernel multiplies by the quantised weights themselves. Above, a slice of them is
-# turned into floats at a time for the library's matrix product. Smaller slices would stay in nearer caches,
-# but the library prepares the vectors anew for each.
+# Up to this many vectors, the kernel multiplies with the quantised weights directly. For more, a slice of
+# them is converted to floats at a time, for the library's matrix product. Smaller slices would stay in faster
+# caches, but the library prepares the vectors again for each slice.
 FEW_VECTORS = 16
 SLICE = 1 << 22  # weights
 
 
 class QuantizedWeight(nn.Module):
-    """A quantised matrix, (N, K), which several modules may share, as an embedding and a head tied to it.
+    """A quantised matrix, (N, K). Several modules may share it, such as an embedding and a head tied to it.
 
-    Scales and offsets are kept as the bits of their float16, so that ``module.to(dtype)`` leaves them alone.
+    Scales and offsets are stored as the bits of their float16, so that ``module.to(dtype)`` does not convert
+    them.
 
     Attributes:
         format: see `formats`.
@@ -71,15 +72,15 @@ class QuantizedWeight(nn.Module):
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def matrix(self, bias: Tensor | None = None) -> Matrix:
-        """What the kernels take; valid while the tensors are where they are."""
+        """The matrix in the kernels' form. Valid as long as the tensors are not moved."""
         return _matrix(self.rows(slice(None)), bias)
 
     def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows first to last of the matrix that the numbers stand for, float32 (last - first, K)."""
+        """Rows first to last of the matrix that the numbers stand for: float32 (last - first, K)."""
         return _floats(self.rows(slice(first, last)))
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x @ weight.T + bias``: (T, N) from (T, K), with a gradient of ``x`` where it needs one."""
+        """``x @ weight.T + bias``: (T, N) from (T, K). Has a gradient for ``x`` if it needs one."""
         if torch.is_grad_enabled() and x.requires_grad:
             product: Tensor = _Product.apply(x, self, bias)
             return product
@@ -137,7 +138,7 @@ def _matrix(quantized: Quantized, bias: Tensor | None = None) -> Matrix:
 
 
 def _floats(quantized: Quantized, out: Tensor | None = None) -> Tensor:
-    """The matrix that it stands for, float32 (N, K), in `out` if given; by the kernels if there are any."""
+    """The matrix as float32 (N, K), in `out` if given. Uses the kernels if they are available."""
     kernels = load_kernels() if quantized.numbers.device.type == "cpu" else None
     if kernels is None:
         floats = dequantize(quantized)
@@ -152,7 +153,7 @@ def _floats(quantized: Quantized, out: Tensor | None = None) -> Tensor:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight  # as it is stored: the backward pass turns it into floats anew
+        ctx.weight = weight  # as stored: the backward pass converts it to floats again
         ctx.dtype = x.dtype
         return weight._product(x, bias)
 
@@ -174,22 +175,22 @@ class _Quantized(nn.Module):
     def __init__(self, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__()
         self.quantized = quantized
-        # Empty: it takes part in module.to(dtype).
+        # Empty; module.to(dtype) changes its dtype.
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the decoder around it computes in."""
+        """The dtype in which the decoder around it computes."""
         return self._like.dtype
 
     @property
     def weight(self) -> Tensor:
-        """(N, K), float32, made anew each time: for inspection, not for computing."""
+        """(N, K), float32, computed at each call: for inspection only."""
         return self.quantized.dequantize()
 
 
 class QuantizedLinear(_Quantized):
-    """``nn.Linear`` with a quantised weight. It computes in float32 and gives the dtype of its input.
+    """``nn.Linear`` with a quantised weight. It computes in float32 and returns the dtype of its input.
 
     Attributes:
         bias: (N,) or None.
@@ -221,20 +222,20 @@ class QuantizedEmbedding(_Quantized):
 
 
 def read_bytes(decoder: nn.Module) -> int:
-    """Bytes of the quantised weights that a token reads: all but an embedding's, of which it reads a row."""
+    """Bytes of the quantised weights that a token reads: all but the embedding, of which it reads one row."""
     modules = [module for module in decoder.modules() if isinstance(module, QuantizedLinear)]
     return sum({id(module.quantized): module.quantized.nbytes for module in modules}.values())
 
 
 def kept_bytes(decoder: nn.Module) -> int:
-    """Bytes of all of a decoder's weights and buffers; what several modules share counts once."""
+    """Bytes of all weights and buffers of a decoder. Shared ones count once."""
     tensors = [*decoder.parameters(), *decoder.buffers()]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def format_of(decoder: nn.Module) -> str | None:
-    """The format of a decoder's layers, "gguf" for a GGUF file's; None where we did not quantise them."""
+    """The format of a decoder's layers, "gguf" for a GGUF file's; None if we did not quantise them."""
     formats = {module.quantized.format for module in decoder.modules() if isinstance(module, QuantizedLinear)}
     if formats - {*FORMATS}:
         return "gguf"
@@ -245,8 +246,8 @@ def quantize_decoder(decoder: PreTrainedModel, format: str) -> None:
     """Replace every ``nn.Linear`` and the token embedding of a decoder by modules with quantised weights.
 
     One after the other, so that each float weight is freed before the next is quantised. A head that is tied
-    to the embedding stays tied. Norms, biases and what is no ``nn.Linear`` (a mixture's experts) stay as they
-    are. In int4 the embedding and the head are int8.
+    to the embedding stays tied. Norms, biases and modules other than ``nn.Linear`` (a mixture's experts) are
+    not changed. In int4 the embedding and the head are int8.
     """
     embedding, head = decoder.get_input_embeddings(), decoder.get_output_embeddings()
     outer = INT8 if format == INT4 else format

@@ -1,8 +1,9 @@
-"""Quantised decoders on disk: made at the first start, read at the next ones, which build no float weights.
+"""Quantised decoders on disk: written at the first start, read at later ones, which then build no float
+weights.
 
-One safetensors file for a base and a format, in the user's cache folder: it can always be made again.
-Quantised modules are stored as ``NAME.numbers``, ``NAME.scales`` and ``NAME.offsets``, all else under its own
-name; the metadata have the formats, and which modules share their weights.
+There is one safetensors file for a base and a format, in the user's cache folder. It can always be made
+again. Quantised modules are stored as ``NAME.numbers``, ``NAME.scales`` and ``NAME.offsets``, everything else
+under its own name. The metadata have the formats, and which modules share weights.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from llama_adapter.quantization.linear import QuantizedEmbedding, QuantizedLinea
 from llama_adapter.weights.locations import cache_folder
 
 VERSION = 1  # of the file's layout and of how weights are quantised
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".json")  # the files of a base that count
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".json")  # the files of a base that identify its version
 
 
 def stored_file(base: str, config: PreTrainedConfig, format: str) -> Path | None:
-    """Where a base's quantised weights are, or will be; None where nothing tells its versions apart.
+    """Where a base's quantised weights are or will be. None if versions of the base can't be told apart.
 
     Args:
         base: a folder, a GGUF file, or a hub id whose config was loaded.
@@ -56,9 +57,9 @@ def stored_file(base: str, config: PreTrainedConfig, format: str) -> Path | None
 
 
 def store(decoder: PreTrainedModel, path: Path) -> None:
-    """Write a quantised decoder, in place of those of the base's earlier versions.
+    """Write a quantised decoder. Files of earlier versions of the base are deleted.
 
-    Where that fails, a line on standard error says so: the next start is as slow as this one.
+    If that fails, a line on standard error says so. The next start is then as slow as this one.
     """
     tensors: dict[str, Tensor] = {}
     formats: dict[str, str] = {}
@@ -92,19 +93,19 @@ def store(decoder: PreTrainedModel, path: Path) -> None:
 
 
 def load_stored(base: str, config: PreTrainedConfig, path: Path) -> PreTrainedModel | None:
-    """The decoder whose quantised weights `path` holds; None where there is none, or it is damaged."""
+    """The decoder with the quantised weights in `path`. None if the file is missing or damaged."""
     if not path.is_file():
         return None
-    with no_init_weights():  # memory that is never written to takes no room
+    with no_init_weights():  # memory that is never written takes no space
         decoder: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     try:
         with safe_open(str(path), framework="pt") as file:
             _fill(decoder, file)
-    except (SafetensorError, KeyError, ValueError, RuntimeError):  # of another version, or cut off
+    except (SafetensorError, KeyError, ValueError, RuntimeError):  # another version, or incomplete
         return None
     try:
         decoder.generation_config = GenerationConfig.from_pretrained(base)
-    except OSError:  # a base without one
+    except OSError:  # the base has no generation config
         decoder.generation_config = GenerationConfig.from_model_config(config)
     return decoder.eval()
 
