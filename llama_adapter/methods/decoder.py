@@ -1,4 +1,4 @@
-"""Load a decoder of transformers: where to, in which dtype, with which tokenizer."""
+"""Loads a decoder of transformers with its tokenizer, on a device and in a dtype."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from llama_adapter.weights.locations import gguf_in
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The named device; by default CUDA, then MPS, then the CPU, whichever is there."""
+    """The named device. By default the first available of CUDA, MPS and the CPU."""
     if device is None or device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -48,7 +48,7 @@ def choose_device(device: str | None) -> torch.device:
     except RuntimeError:
         raise UsageError(f"device {device!r} is not known; choose cpu, cuda or mps") from None
     try:
-        torch.zeros(1, device=chosen).item()  # fails on "meta" as well, which cannot compute
+        torch.zeros(1, device=chosen).item()  # also fails on "meta", which can't compute
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {device!r} cannot be used here ({reason}); try cpu, cuda or mps") from None
@@ -56,7 +56,7 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The named dtype; by default bfloat16 on CUDA (where it is fast) and float32 elsewhere."""
+    """The named dtype. By default bfloat16 on CUDA (if it is fast there) and float32 elsewhere."""
     dtype = None if dtype is None else str(dtype).removeprefix("torch.")
     if dtype is None or dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -68,13 +68,13 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 
 def load_tokenizer(base: str, *, gguf_file: str | None = None, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a hub id or a GGUF file; a missing padding token becomes the end token.
+    """The tokenizer of a folder, a hub id or a GGUF file. A missing padding token becomes the end token.
 
-    A tokenizer in files of its own beside a GGUF file is taken before the one in it, which leaves things out.
+    The tokenizer in a GGUF file is incomplete. One in files beside it is preferred.
 
     Args:
         gguf_file: as in `load_decoder`.
-        options: those of transformers' ``from_pretrained``, as ``revision`` and ``token``.
+        options: those of transformers' ``from_pretrained``, such as ``revision`` and ``token``.
     """
     with _clear_errors(base):
         file = _find_gguf(base, gguf_file, options)
@@ -89,7 +89,7 @@ def load_tokenizer(base: str, *, gguf_file: str | None = None, **options: Any) -
 
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-HUB_OPTIONS = frozenset(  # of transformers' from_pretrained, for config, tokenizer and weights alike
+HUB_OPTIONS = frozenset(  # of transformers' from_pretrained, for config, tokenizer and weights
     {"cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "token"}
     | {"subfolder", "trust_remote_code"}
 )
@@ -106,18 +106,19 @@ def load_decoder(
 ) -> PreTrainedModel:
     """Load a causal decoder, frozen and ready for adapters, from a folder, a hub id or a GGUF file.
 
-    A GGUF file's blocks stay as they are on a CPU, unless ``quantize`` or a ``quantization_config`` says
-    otherwise. Elsewhere they are dequantised, and a line on standard error says so.
+    On a CPU a GGUF file's blocks are kept as they are, unless ``quantize`` or a ``quantization_config`` is
+    given. On other devices they are dequantised, and a line on standard error says so.
 
     Args:
-        device: where it goes, unless ``options`` has a ``device_map``.
-        quantize: the format that its weights are kept in (`quantization.formats`); None: as they are.
-        gguf_file: the name of the GGUF file to take in the folder or of the hub id.
-        options: whatever else transformers' ``from_pretrained`` takes.
+        device: where the decoder is loaded to, unless ``options`` has a ``device_map``.
+        quantize: the format for its weights (`quantization.formats`); None does not quantise.
+        gguf_file: the name of a GGUF file in the folder or the hub's repository.
+        options: all else that transformers' ``from_pretrained`` takes.
 
     Raises:
-        UsageError: not found, gated, no decoder, of a family that cannot be adapted, or a format that is not
-            known or not for the device.
+        UsageError: not found, gated, no decoder, of a family that can't be adapted, or a format that is
+        unknown or
+            not available on the device.
     """
     on_cpu = device.type == "cpu" and options.get("device_map") is None
     if quantize is not None:
@@ -126,20 +127,20 @@ def load_decoder(
             place = options.get("device_map") or device.type
             raise UsageError(f"quantize: {quantize} runs on a CPU only, not on {place!r}; choose device cpu")
     if options.get("quantization_config") is not None and options.get("device_map") is None:
-        options["device_map"] = {"": device}  # quantised where they will stay
+        options["device_map"] = {"": device}  # quantised on the device where they stay
     hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
     decoder: Any
     with _clear_errors(base):
         file = _find_gguf(base, gguf_file, hub)
         place, named = _source(base, file)
-        # First, so that a hub out of reach is waited for once.
+        # Before all else, so that an unreachable hub is waited for only once.
         config = AutoConfig.from_pretrained(place, **named, **hub)
         as_it_is = file is not None and quantize is None and options.get("quantization_config") is None
         if file is not None and as_it_is and on_cpu:
             return prepare_decoder(load_gguf(file, config, dtype))
         by_default = not options
         if file is not None:
-            # Or transformers would go on to treat what it has dequantised as quantised.
+            # Otherwise transformers would treat the dequantised weights as quantised.
             options.setdefault("quantization_config", GgufConfig(dequantize=True))
         if as_it_is:
             kind = str(dtype).removeprefix("torch.")
@@ -160,10 +161,10 @@ def load_decoder(
 def _load_quantized(
     place: str, config: PreTrainedConfig, format: str, path: Path | None, options: dict[str, Any]
 ) -> PreTrainedModel:
-    """A decoder as `path` keeps it, or quantised now and kept there (None: nowhere) for the next time."""
+    """The decoder stored in `path`, or one that is quantised now and stored there (None: not stored)."""
     decoder: Any = None if path is None else load_stored(place, config, path)
     if decoder is None:
-        # As the file has them, often in 16 bits: quantising makes float32 of one weight at a time.
+        # In the file's dtype, often 16 bits: quantising converts one weight at a time to float32.
         decoder = AutoModelForCausalLM.from_pretrained(place, config=config, dtype="auto", **options)
         quantize_decoder(decoder, format)
         if path is not None:
@@ -172,17 +173,17 @@ def _load_quantized(
 
 
 def _find_gguf(base: str, gguf_file: str | None, hub: dict[str, Any]) -> Path | None:
-    """The GGUF file that a base is, holds or is asked to be; None where it is no GGUF."""
+    """The GGUF file that a base is or contains, or that was asked for; None if there is none."""
     return gguf_in(base) if gguf_file is None else Path(str(cached_file(base, gguf_file, **hub)))
 
 
 def _source(base: str, file: Path | None) -> tuple[str, dict[str, str]]:
-    """What transformers' ``from_pretrained`` takes for a base: first argument and keywords."""
+    """The arguments of transformers' ``from_pretrained`` for a base: the first one, and keywords."""
     return (base, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
 
 
 class _clear_errors:
-    """Turns the many ways in which a model can fail to load into one line that says what to do."""
+    """Turns the many errors of loading a model into one line that says what to do."""
 
     def __init__(self, base: str) -> None:
         self.base = base
@@ -210,22 +211,22 @@ class _clear_errors:
 
 
 def checkpoint_activations(decoder: PreTrainedModel) -> None:
-    """Let the backward pass compute each layer again instead of keeping what is within it.
+    """Recompute each layer in the backward pass, instead of keeping its intermediate results.
 
     Raises:
-        UsageError: a family whose layers cannot.
+        UsageError: a family whose layers can't do this.
     """
     if not decoder.supports_gradient_checkpointing:
         family = decoder.config.get_text_config().model_type
         raise UsageError(f"decoders of the family {family!r} know no gradient checkpointing; leave it out")
-    # transformers renames it.
+    # transformers has renamed this method.
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     enable = getattr(decoder, next(name for name in names if hasattr(decoder, name)))
     enable({"use_reentrant": False})
-    decoder.disable_input_require_grads()  # or gradients would go down to the embeddings
+    decoder.disable_input_require_grads()  # otherwise gradients would be computed down to the embeddings
     for module in decoder.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # its own flag alone: it asks for that, and nothing in it may drop out
+            module.training = True  # only this module's flag, which it checks: dropouts inside stay off
 
 
 def decoder_shape(config: PreTrainedConfig) -> DecoderShape:
@@ -244,13 +245,13 @@ def decoder_shape(config: PreTrainedConfig) -> DecoderShape:
 
 
 def load_shape(base: str) -> DecoderShape:
-    """The sizes of the decoder in a folder or of a hub id; its weights are not read."""
+    """The sizes of the decoder in a folder or of a hub id. Its weights are not read."""
     with _clear_errors(base):
         return decoder_shape(_load_config(base))
 
 
 def load_structure(base: str) -> PreTrainedModel:
-    """The decoder in a folder or of a hub id without its weights (on the meta device), prepared."""
+    """The decoder of a folder or hub id without its weights (on the meta device), prepared."""
     with _clear_errors(base), torch.device("meta"):
         return prepare_decoder(AutoModelForCausalLM.from_config(_load_config(base)))
 

@@ -1,12 +1,14 @@
-"""Prepare a decoder for adapters: freeze it, switch its attention, and find out whether it can be adapted.
+"""Prepares a decoder for adapters: freezes it, switches its attention, and finds out whether it can be
+adapted.
 
 A table of model types would be out of date with every release of transformers, so nothing here asks for the
-type. Three short forward passes show what counts:
+type. Three short forward passes find out what matters:
 
-1. Some tokens, each at position 0, where rotary embedding changes nothing: which of a layer's modules and
-   columns give its keys and values, so that prompts can be treated alike (`keys_and_values`).
-2. Two tokens behind a long past that is only claimed: how far back each layer's mask lets them see.
-3. Two rows packed into one sequence: whether they come out as they do apart.
+1. Single tokens at position 0, where rotary embedding changes nothing. They show which modules and columns
+   of a layer give its keys and values, so that prompts can be treated the same way (`keys_and_values`).
+2. Two tokens after a long past that the cache only claims to have. They show how far back each layer's mask
+   lets them see.
+3. Two rows packed into one sequence. They show whether packed rows give the same results as separate ones.
 
 Shapes: B rows, T tokens, D hidden size, H heads, G key-value heads, d head width, N columns of a product.
 """
@@ -37,20 +39,20 @@ from llama_adapter.methods.decoding_step import attach_decoding_step
 from llama_adapter.methods.keys_and_values import Columns, KeysAndValues, Layout, Step, usual_form
 from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
 
-TOKENS = 8  # as many that in bfloat16, too, no two columns of a product agree on all of them
-LONG_PAST = 2**17  # tokens, where the decoder sets no limit
-# Tensors by keyword that an attention function may be given; sparse attention hands over a choice of tokens.
+TOKENS = 8  # so many that even in bfloat16 no two columns of a product are equal for all of them
+LONG_PAST = 2**17  # tokens, if the decoder sets no limit
+# Tensors that an attention function may be given as keywords. Sparse attention passes a choice of tokens.
 UNDERSTOOD = ("position_ids", "cache_position", "s_aux", "position_bias")
-LONGEST_ROW = 64  # tokens of a row of the packed pass
+LONGEST_ROW = 64  # tokens of a row in the packed pass
 
 
 def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
-    """Freeze a decoder, switch it to the gated attention and probe that every layer can be adapted.
+    """Freeze a decoder, switch it to the gated attention, and check that every layer can be adapted.
 
-    Without prompts the switched decoder computes exactly what it did, so one that is shared stays usable.
+    Without prompts the decoder computes exactly what it did before, so other users of it are not affected.
 
     Raises:
-        UsageError: a family that cannot be adapted, with the reason; the decoder is then as it was.
+        UsageError: a family that can't be adapted, with the reason. The decoder is then unchanged.
     """
     text_config = decoder.config.get_text_config()
     current = str(text_config._attn_implementation)
@@ -64,7 +66,7 @@ def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
         with _restoring_on_failure(decoder):
             decoder.eval()
             if computing_device(decoder).type == "meta":
-                _suppose_usual_forms(decoder)  # there is nothing to compute with: a shape is being looked at
+                _suppose_usual_forms(decoder)  # on the meta device there are no weights to compute with
                 _switch(decoder, register(current))
             else:
                 unknown = _find_forms(decoder, current)
@@ -79,13 +81,13 @@ def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
 
 
 def computing_device(decoder: PreTrainedModel) -> torch.device:
-    """The device that a decoder computes on, which is not where its weights lie if they are offloaded.
+    """The device that a decoder computes on. If its weights are offloaded, they are elsewhere.
 
-    The meta device where there is none: the decoder is only a shape.
+    The meta device if it can't compute: the decoder has only shapes.
     """
     if decoder.device.type != "meta":
         return decoder.device
-    for module in decoder.modules():  # accelerate's hooks bring the weights to where they are needed
+    for module in decoder.modules():  # accelerate's hooks bring weights to the device where they are needed
         hook = getattr(module, "_hf_hook", None)
         for single in getattr(hook, "hooks", (hook,)):
             if (device := getattr(single, "execution_device", None)) is not None:
@@ -95,21 +97,21 @@ def computing_device(decoder: PreTrainedModel) -> torch.device:
 
 
 def attention_layers(decoder: PreTrainedModel) -> list[nn.Module]:
-    """A prepared decoder's self-attention modules, by layer index."""
+    """The self-attention modules of a prepared decoder, in the order of its layers."""
     return sorted((m for m in decoder.modules() if hasattr(m, FORM)), key=layer_index)
 
 
 def attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states, (B, T, D), among what an attention is called with."""
+    """The hidden states, (B, T, D), among the arguments of an attention module."""
     found: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     return found
 
 
 @torch.no_grad()
 def input_sizes(decoder: PreTrainedModel) -> list[float]:
-    """Root mean square of what each attention of a prepared decoder reads, by layer index.
+    """The root mean square of the input of each attention in a prepared decoder, in the order of its layers.
 
-    It is taken over 32 random tokens. 1 where the weights are only shapes (the meta device).
+    It is measured on 32 random tokens. It is 1 if there are no weights (on the meta device).
     """
     layers = attention_layers(decoder)
     if computing_device(decoder).type == "meta":
@@ -117,13 +119,14 @@ def input_sizes(decoder: PreTrainedModel) -> list[float]:
     vocabulary = decoder.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
     read = hidden_states(decoder, tokens)
-    # The first token is left out: many decoders park attention there, and its states are unlike others.
+    # Without the first token: many decoders direct spare attention to it, and its states are unlike the
+    # others.
     return [float(read[layer][:, 1:].float().square().mean().sqrt()) for layer in layers]
 
 
 @torch.no_grad()
 def hidden_states(decoder: PreTrainedModel, tokens: Tensor) -> dict[nn.Module, Tensor]:
-    """What each attention of a prepared decoder reads of tokens, (B, T): (B, T, D), by the attention."""
+    """The input of each attention in a prepared decoder for tokens, (B, T): (B, T, D), by attention."""
     read: dict[nn.Module, Tensor] = {}
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -139,7 +142,7 @@ def hidden_states(decoder: PreTrainedModel, tokens: Tensor) -> dict[nn.Module, T
 
 
 def _switch(decoder: PreTrainedModel, implementation: str) -> None:
-    """Set the attention of the text's part alone: towers beside it may not know it."""
+    """Set the attention of the text part only: towers beside it may not support it."""
     text = decoder.config.get_text_config()
     name = next((n for n in decoder.config.sub_configs if getattr(decoder.config, n, None) is text), "")
     decoder.set_attn_implementation({name: implementation})
@@ -152,7 +155,7 @@ def _refuse(decoder: PreTrainedModel, reason: str) -> NoReturn:
 
 @contextmanager
 def _restoring_on_failure(decoder: PreTrainedModel) -> Iterator[None]:
-    """Put the decoder back as it was where anything within fails; an error of its own becomes a refusal."""
+    """Restore the decoder if anything inside fails. An error of the decoder itself becomes a refusal."""
     training = {module: module.training for module in decoder.modules()}
     configs = {id(m.config): m.config for m in decoder.modules() if isinstance(m, PreTrainedModel)}
     for config in list(configs.values()):
@@ -179,7 +182,7 @@ def _restoring_on_failure(decoder: PreTrainedModel) -> Iterator[None]:
 
 
 def _suppose_usual_forms(decoder: PreTrainedModel) -> None:
-    """Take the layers for what they look like, where there are no weights to compute with."""
+    """Assume the usual form for layers that look like it, without weights to compute with."""
     count = decoder.config.get_text_config().num_hidden_layers
     layers = [m for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "k_proj")]
     forms = [usual_form(layer) for layer in layers]
@@ -195,7 +198,7 @@ def _suppose_usual_forms(decoder: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a layer gave its attention function: query (B, H, T, d), key and value (B, G, T, d), a mask."""
+    """What a layer passed to its attention function: query (B, H, T, d), key and value (B, G, T, d), mask."""
 
     layer: nn.Module
     query: Tensor
@@ -203,24 +206,24 @@ class _Call:
     value: Tensor
     mask: Tensor | None
     window: int | None
-    modules_run: int  # of the layer, before this call
-    not_understood: str | None  # a tensor besides, by its keyword
+    modules_run: int  # how many modules of the layer ran before this call
+    not_understood: str | None  # the keyword of another tensor that was passed
 
 
 @dataclass
 class _Notes:
-    """Stands in for prompts in a forward pass; the layers that receive it have their calls written down."""
+    """Takes the place of prompts in a forward pass. The calls of layers that receive it are recorded."""
 
     calls: list[_Call] = field(default_factory=list)
-    hidden: dict[nn.Module, Tensor] = field(default_factory=dict)  # what each layer reads
-    # Of each layer, what its modules were given and gave, in the order in which they were run.
+    hidden: dict[nn.Module, Tensor] = field(default_factory=dict)  # the input of each layer
+    # For each layer, the inputs and outputs of its modules, in the order in which they ran.
     modules: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] = field(default_factory=dict)
 
 
 def _note_call(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """An attention function that notes what it is given and answers with zeros."""
+    """An attention function that records its arguments and returns zeros."""
     notes = kwargs.get("adapter")
     if isinstance(notes, _Notes):
         run = len(notes.modules.get(module, ()))
@@ -232,7 +235,7 @@ def _note_call(
 
 @contextmanager
 def _noting(decoder: PreTrainedModel, stock: str) -> Iterator[None]:
-    """Within it the decoder's layers note what they are called with instead of attending."""
+    """A context in which the decoder's layers record the calls of their attention, and do not attend."""
     name = f"{PREFIX}probe_{stock}"
     AttentionInterface.register(name, _note_call)
     AttentionMaskInterface.register(name, AttentionMaskInterface()[stock])
@@ -245,9 +248,9 @@ def _noting(decoder: PreTrainedModel, stock: str) -> Iterator[None]:
 
 @contextmanager
 def _random_hidden_states(decoder: PreTrainedModel, given: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Within it every layer reads random hidden states, which are put into ``given``.
+    """A context in which every layer reads random hidden states. These are stored in ``given``.
 
-    A decoder's own states would not do: those of a row's first token are much alike whatever the token is.
+    The decoder's own states would not do: those of a row's first token are nearly equal for all tokens.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -270,7 +273,7 @@ def _random_hidden_states(decoder: PreTrainedModel, given: dict[nn.Module, Tenso
 
 @contextmanager
 def _noting_modules(decoder: PreTrainedModel, notes: _Notes) -> Iterator[None]:
-    """Within it every layer reads random hidden states, and its modules note what they make of them."""
+    """A context in which every layer reads random hidden states, and its modules' outputs are recorded."""
 
     def note(layer: nn.Module, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
@@ -291,7 +294,7 @@ def _noting_modules(decoder: PreTrainedModel, notes: _Notes) -> Iterator[None]:
 
 
 def _indexed(decoder: PreTrainedModel) -> list[nn.Module]:
-    """The modules that say which layer they are; the attentions are among them."""
+    """The modules that know their layer's index. The attentions are among them."""
     return [m for m in decoder.modules() if isinstance(getattr(m, "layer_idx", None), int)]
 
 
@@ -300,10 +303,10 @@ def _indexed(decoder: PreTrainedModel) -> list[nn.Module]:
 
 @torch.no_grad()
 def _find_forms(decoder: PreTrainedModel, stock: str) -> list[nn.Module]:
-    """Run the first two passes and write down at each attention layer what they show.
+    """Run the first two passes, and store at each attention layer what they show.
 
     Returns:
-        the layers of which it is not known how far back they see.
+        the layers for which they do not show how far back it sees.
     """
     notes = _Notes()
     with _noting(decoder, stock), _noting_modules(decoder, notes):
@@ -311,7 +314,7 @@ def _find_forms(decoder: PreTrainedModel, stock: str) -> list[nn.Module]:
     _check_calls(decoder, notes)
     reaches = _reaches(decoder, stock)
     scalings = _rotary_scalings(decoder)
-    known: list[KeysAndValues] = []  # layers are mostly alike
+    known: list[KeysAndValues] = []  # most layers are alike
     for call in notes.calls:
         trace = _Trace(call, notes, scalings)
         form = next((form for form in known if trace.difference(form) is None), None)
@@ -355,7 +358,10 @@ def _check_calls(decoder: PreTrainedModel, notes: _Notes) -> None:
 
 
 def _rotary_scalings(decoder: PreTrainedModel) -> set[float]:
-    """What YaRN and LongRoPE multiply rotated keys by; prompts are not rotated, so not scaled either."""
+    """The factors by which YaRN and LongRoPE scale rotated keys.
+
+    Prompts are not rotated, so not scaled either.
+    """
     found = {1.0}
     for module in decoder.modules():
         for name, value in vars(module).items():
@@ -365,7 +371,7 @@ def _rotary_scalings(decoder: PreTrainedModel) -> set[float]:
 
 
 def _flat(states: Tensor) -> tuple[Tensor, tuple[int, ...], Layout] | None:
-    """States of `TOKENS` rows of one token -> (rows, N), the shape of one token's, and where tokens lie."""
+    """States of `TOKENS` rows of one token as (rows, N), the shape for one token, and where tokens are."""
     rows, *rest = states.shape
     if rows != TOKENS or not rest:
         return None
@@ -377,25 +383,25 @@ def _flat(states: Tensor) -> tuple[Tensor, tuple[int, ...], Layout] | None:
 
 
 class _Unknown(Exception):
-    """Columns that no module of the layer gives as they are."""
+    """Some columns are not the output of any module of the layer."""
 
 
 class _Trace:
-    """Finds, by their values, where a layer's keys and values come from."""
+    """Finds out, by comparing values, where a layer's keys and values come from."""
 
     def __init__(self, call: _Call, notes: _Notes, scalings: set[float]) -> None:
         self.call = call
         self.hidden = notes.hidden[call.layer]
         self.scalings = scalings
         self.tolerance = 3e-2 if call.key.dtype.itemsize < 4 else 1e-4
-        # Only what ran before the attention; what came after is computed from it.
+        # Only modules that ran before the attention. Later ones depend on its output.
         run = notes.modules[call.layer][: call.modules_run]
         self.modules = [(name, given, gave) for name, given, gave in run if _flat(given) and _flat(gave)]
         self.steps: list[Step] = []
-        self.step_of: dict[int, int] = {}  # of a run of a module, by its place
+        self.step_of: dict[int, int] = {}  # the step of each module run, by its index
 
     def find(self) -> KeysAndValues:
-        """The form of the layer. Where something stays unknown, one that `difference` will not accept."""
+        """The form of the layer. If something stays unknown, a form that `difference` does not accept."""
         nothing = Columns(())
         heads = self.call.key.shape[1]
         try:
@@ -409,14 +415,14 @@ class _Trace:
         return KeysAndValues(tuple(self.steps), keys, values, heads)
 
     def difference(self, form: KeysAndValues) -> str | None:
-        """What a form gives otherwise than the layer: keys or values; None where both are the same."""
+        """Which of keys and values a form computes differently from the layer; None if both are the same."""
         if not form.keys.pieces:
             return "keys"
         if not form.values.pieces:
             return "values"
         try:
             keys, values = form.of(self.call.layer, self.hidden)
-        except (RuntimeError, AttributeError):  # the form of another kind of layer
+        except (RuntimeError, AttributeError):  # the form is that of another kind of layer
             return "keys"
         expected = torch.stack([self.call.key / scaling for scaling in self.scalings])
         if keys.shape != self.call.key.shape or not self._close(keys, expected):
@@ -426,14 +432,14 @@ class _Trace:
         return None
 
     def _close(self, ours: Tensor, theirs: Tensor) -> bool:
-        """Whether each number is one of those expected of it, (alternatives, ...)."""
+        """Whether each number is one of those expected for it, (alternatives, ...)."""
         scale = theirs.abs().max().clamp_min(1e-6)
         return bool(((ours - theirs).abs().amin(0) / scale).max() <= self.tolerance)
 
     def _locate(self, target: Tensor, before: int, scalings: Iterable[float] = (1.0,)) -> Columns:
-        """Where the columns of (rows, N) come from: the hidden states or modules run before that place."""
+        """Where the columns of (rows, N) come from: hidden states, or the first `before` modules that ran."""
         sources = [self.hidden.flatten(1), *(module[2].flatten(1) for module in self.modules[:before])]
-        # Whole, as in most layers?
+        # All columns together, as in most layers?
         for source, states in enumerate(sources):
             if states.shape == target.shape and self._close(states, target[None]):
                 return Columns(((self._result(source), 0, states.shape[1]),))
@@ -460,7 +466,7 @@ class _Trace:
         return Columns(tuple(pieces))
 
     def _result(self, source: int) -> int:
-        """The result (see `Columns`) that a source is; a module becomes a step when it is first needed."""
+        """The number of the result (see `Columns`) of a source. A module becomes a step when first needed."""
         if source == 0:
             return 0
         if source not in self.step_of:
@@ -505,17 +511,17 @@ class _Reach:
 def _reaches(decoder: PreTrainedModel, stock: str) -> dict[nn.Module, _Reach]:
     """How far back each layer sees.
 
-    The masks of two tokens behind a long past tell, however long a window is, at the price of two tokens.
-    Empty where the decoder does not run so.
+    The masks of two tokens after a long past show it. So a window of any length costs only two tokens. Empty
+    if the decoder can't be run in this way.
     """
     config = decoder.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or LONG_PAST
-    # A pack may be longer than any row; decoders with learnt positions go no further than their limit.
+    # A pack may be longer than any row. Decoders with learnt positions can't go beyond their limit.
     for past in (max(LONG_PAST, limit), limit - 2):
         try:
             near, far = (_two_tokens(decoder, stock, behind) for behind in (0, past))
             break
-        except Exception:  # a family whose layers need more of a cache than keys and values
+        except Exception:  # a family whose cache has more than keys and values
             continue
     else:
         return {}
@@ -525,14 +531,14 @@ def _reaches(decoder: PreTrainedModel, stock: str) -> dict[nn.Module, _Reach]:
     reaches = {}
     for first, second in zip(near, far, strict=True):
         reaches[second.layer] = _reach(second, past, chunk)
-        # The same hidden states and positions: whatever differs hangs on the place in the sequence.
+        # Hidden states and positions are the same, so any difference depends on the place in the sequence.
         if not (torch.equal(first.query, second.query) and torch.equal(first.key, second.key)):
             reaches[second.layer] = _Reach(unpackable="its layers count the tokens before by themselves")
     return reaches
 
 
 def _two_tokens(decoder: PreTrainedModel, stock: str, past: int) -> list[_Call]:
-    """What the layers are called with for two tokens at positions 0 and 1 behind a claimed past."""
+    """The calls of the layers for two tokens at positions 0 and 1 after a claimed past."""
     layers = decoder.config.get_text_config().num_hidden_layers
     notes = _Notes()
     with _noting(decoder, stock), _noting_modules(decoder, notes):
@@ -563,7 +569,7 @@ def _reach(call: _Call, past: int, chunk: int | None) -> _Reach:
         counted = int(sees[0].sum())
         if chunk is not None and torch.equal(sees, (key <= query) & (key // chunk == query // chunk)):
             return _Reach(chunk=chunk)
-        window = counted if counted <= past else past + 2  # the second token sees one more
+        window = counted if counted <= past else past + 2  # the second token sees one token more
         if not torch.equal(sees, (key <= query) & (key > query - window)):
             return _Reach(unpackable="its layers see more or less than the tokens just before")
         limits.append(counted)
@@ -575,10 +581,10 @@ def _reach(call: _Call, past: int, chunk: int | None) -> _Reach:
 
 @torch.no_grad()
 def _probe_packed(decoder: PreTrainedModel) -> None:
-    """Two rows in one sequence must come out as they do apart.
+    """Check that two rows in one sequence give the same results as separately.
 
-    They do not where tokens meet elsewhere than in attention (convolutions, state spaces), or where a family
-    has a mask of its own. The rows are longer than the layers' windows, where these are short.
+    They do not if tokens interact outside of attention (convolutions, state spaces), or if a family has a
+    mask of its own. The rows are longer than the layers' windows, unless these are long.
     """
     forms = [attention_form(layer) for layer in attention_layers(decoder)]
     limits = [limit for form in forms for limit in (form.window, form.chunk) if limit is not None]
@@ -597,13 +603,13 @@ def _probe_packed(decoder: PreTrainedModel) -> None:
                 use_cache=False,
             ).logits.view(logits.shape)
     except UsageError:
-        return  # such a decoder answers, and says as much when rows are packed to train it
+        return  # such a decoder can answer, and raises this error if rows are packed for training
     tolerance = 1e-1 if logits.dtype.itemsize < 4 else 1e-3
     alike = all(
         (output.view_as(apart[layer]) - apart[layer]).abs().max() <= tolerance * apart[layer].abs().max()
         for layer, output in together.items()
     )
-    # The median, since in a mixture of experts a rounding error may send a token to another expert.
+    # The median: in a mixture of experts, a rounding error may send a token to another expert.
     wrong = (packed - logits)[1].abs().amax(-1).median()
     if not alike or not wrong <= tolerance * logits.abs().max():
         _refuse(
@@ -614,7 +620,7 @@ def _probe_packed(decoder: PreTrainedModel) -> None:
 
 @contextmanager
 def _noting_outputs(decoder: PreTrainedModel) -> Iterator[dict[nn.Module, Tensor]]:
-    """Within it every layer reads random hidden states, always the same, and its output is noted."""
+    """A context in which every layer reads the same random hidden states, and its output is recorded."""
     outputs: dict[nn.Module, Tensor] = {}
 
     def note(layer: nn.Module, args: Any, output: Any) -> None:
@@ -630,7 +636,7 @@ def _noting_outputs(decoder: PreTrainedModel) -> Iterator[dict[nn.Module, Tensor
 
 
 def _random_tokens(decoder: PreTrainedModel, rows: int, tokens: int) -> Tensor:
-    """(B, T) token ids, none of them the padding token, whose embedding may be zeros."""
+    """(B, T) token ids without the padding token, whose embedding may be zeros."""
     config = decoder.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size - 1, (rows, tokens), generator=generator)

@@ -1,11 +1,12 @@
-"""The places in a layer where parts act on what a module computes: its linear projections and its sub-layers.
+"""The places in a layer where parts act on a module's output: its linear projections and its sub-layers.
 
-A site is a module that gives y = f(x). Each part that acts there gives ``act(own, x, y)`` in place of
-y: scales and biases, LoRA and their like at the projections, bottleneck adapters at the sub-layers.
+A site is a module that computes y = f(x). Each part that acts there replaces y by ``act(own, x, y)``. Scales
+and biases, LoRA and similar parts act at projections, bottleneck adapters at sub-layers.
 
-A site is called by its name within the layer, "self_attn.q_proj" or "mlp.up_proj"; the sub-layers are called
-"attention" and "mlp". The attention notes what acts in its layer (`llama_adapter.methods.computing`), the
-layer's other modules read it there, and the layer's end clears it.
+A site's name is its name within the layer, such as "self_attn.q_proj" or "mlp.up_proj". The sub-layers are
+called "attention" and "mlp". The attention notes which parts act in its layer
+(`llama_adapter.methods.computing`), the layer's other modules read this note, and it is cleared at the end of
+the layer.
 
 Shapes: B rows, T tokens, R sets of a part's tensors (1 or B).
 """
@@ -27,15 +28,15 @@ from llama_adapter.methods.part import Part
 from llama_adapter.methods.probe import attention_input, attention_layers
 from llama_adapter.methods.terms import ATTENTION, MLP, Term
 
-Acting = Sequence[tuple[type["SitePart"], Mapping[str, Tensor]]]  # at one site of one layer, in order
+Acting = Sequence[tuple[type["SitePart"], Mapping[str, Tensor]]]  # the parts at a site of a layer, in order
 _ATTACHED = "_llama_adapter_sites"  # marks a decoder with hooks
 
 
 class SitePart(Part):
     """A part that acts at sites.
 
-    Its tensors in a state are called by a site, a dot and a name of their own: "self_attn.q_proj.down". Where
-        its parameters have such names (`register_parameters`), `Part.add_state` needs no other form.
+    The names of its tensors in a state are the site, a dot and a name of their own: "self_attn.q_proj.down".
+    If its parameters have such names (`register_parameters`), it needs no `Part.add_state` of its own.
     """
 
     foldable: ClassVar[bool] = False
@@ -45,17 +46,18 @@ class SitePart(Part):
 
     @staticmethod
     def act(own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """What a site gives in place of ``y``.
+        """The output of a site, in place of ``y``.
 
         Args:
             own: the part's tensors of this layer and site, (R, ...) each, in the dtype of ``y``.
-            x: (B, T, in), what the site reads. y: (B, T, out), what it gives.
+            x: (B, T, in), the input of the site.
+            y: (B, T, out), its output.
         """
         raise NotImplementedError
 
     @staticmethod
     def terms(own: Mapping[str, Tensor]) -> Sequence[Term] | None:
-        """What `act` does, one term after the other; None by default: it has no such form.
+        """What `act` does, as a sum of terms. None by default: it can't be written so.
 
         Args:
             own: as in `act`.
@@ -64,13 +66,14 @@ class SitePart(Part):
 
     @staticmethod
     def fold(own: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias of a projection that gives by itself what it gives with this part.
+        """The weight and bias of a projection that computes by itself what it computes with this part.
 
-        Only a part whose ``foldable`` is True has it.
+        Only parts whose ``foldable`` is True have this.
 
         Args:
-            own: as in `act`, of R = 1 set.
-            weight: (out, in), of y = W x + bias. bias: (out,); None where there is none.
+            own: as in `act`, with R = 1.
+            weight: (out, in), of y = W x + bias.
+            bias: (out,); None if there is none.
         """
         raise NotImplementedError
 
@@ -88,7 +91,7 @@ def register_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Non
 
 
 def projections_of(decoder: PreTrainedModel, adapted_layers: int) -> dict[str, tuple[int, int]]:
-    """The linear projections of the topmost layers with the widths of their input and output, by name.
+    """The linear projections of the topmost layers by name, with the widths of their input and output.
 
     Raises:
         UsageError: a decoder whose layers differ, or have no linear projections.
@@ -114,7 +117,7 @@ def locate_projections(decoder: PreTrainedModel) -> dict[str, tuple[int, str]]:
 
 
 def locate_layer_weights(decoder: PreTrainedModel) -> dict[str, int]:
-    """The layer that each weight in one belongs to, by its name in the decoder."""
+    """The layer of each weight that is inside a layer, by its name in the decoder."""
     numbers = {
         id(weight): layer_index(attention)
         for attention, layer in _layers(decoder)
@@ -126,7 +129,8 @@ def locate_layer_weights(decoder: PreTrainedModel) -> dict[str, int]:
 def choose_projections(
     projections: Mapping[str, tuple[int, int]], targets: Sequence[str]
 ) -> dict[str, tuple[int, int]]:
-    """The projections that are named, whole ("self_attn.q_proj") or by their end ("q_proj"); all for none.
+    """Choose projections by their whole name ("self_attn.q_proj") or its end ("q_proj"). No names: all of
+    them.
 
     Raises:
         UsageError: a name that no projection has.
@@ -147,7 +151,7 @@ def choose_projections(
 
 
 def attach_sites(decoder: PreTrainedModel) -> None:
-    """Let parts act at a decoder's sites; where a forward pass has none it computes as before."""
+    """Let parts act at a decoder's sites. A forward pass without parts computes as before."""
     if hasattr(decoder, _ATTACHED):
         return
     setattr(decoder, _ATTACHED, True)
@@ -162,7 +166,7 @@ def attach_sites(decoder: PreTrainedModel) -> None:
 
 
 def detach_sites(decoder: PreTrainedModel) -> None:
-    """Undo `attach_sites`, for a copy of a decoder that shall be a plain one."""
+    """Undo `attach_sites`, for a copy of a decoder that should be a plain one."""
     ours = (_enter, _act, _act_on_attention, _leave)
     for module in decoder.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -173,13 +177,16 @@ def detach_sites(decoder: PreTrainedModel) -> None:
 
 
 def _layers(decoder: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
-    """Every attention with the layer that it is in."""
+    """Each attention, with the layer that it belongs to."""
     parents = {child: module for module in decoder.modules() for child in module.children()}
     return [(attention, parents[attention]) for attention in attention_layers(decoder)]
 
 
 def _projections(layer: nn.Module) -> dict[str, nn.Module]:
-    """The linear ones, quantised or not; not a mixture's experts, whose tokens have left their rows."""
+    """Its linear modules, quantised or not.
+
+    Not a mixture's experts, which mix the tokens of different rows.
+    """
     modules = dict(layer.named_modules())
     return {
         name: modules[name]
@@ -194,8 +201,8 @@ def _sizes(layer: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _size(module: nn.Module) -> tuple[int, int] | None:
-    """The widths of a linear module's input and output; None for any other."""
-    if isinstance(module, Conv1D):  # GPT-2's, which is linear whatever its name
+    """The widths of a linear module's input and output; None for any other module."""
+    if isinstance(module, Conv1D):  # GPT-2's linear module, in spite of its name
         return int(module.nx), int(module.nf)
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
@@ -203,7 +210,7 @@ def _size(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _mlp(layer: nn.Module, attention: nn.Module) -> nn.Module | None:
-    """The layer's other sub-layer; None where its projections are the layer's own, as in OPT."""
+    """The layer's other sub-layer. None if its projections belong to the layer itself, as in OPT."""
     found = [
         child
         for child in layer.children()
@@ -223,7 +230,7 @@ def _leave(layer: nn.Module, args: Any, output: Any) -> None:
 
 def _act(site: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     acting = noted()
-    # Some routers give more than a product.
+    # Some routers return more than a product.
     if acting is None or site not in acting or not isinstance(output, Tensor):
         return output
     return _applied(acting[site], args[0], output)
@@ -240,7 +247,7 @@ def _act_on_attention(
 
 
 def _applied(acting: Acting, x: Tensor, y: Tensor) -> Tensor:
-    """What the parts of a site make of its output, which some decoders have as (B * T, D)."""
+    """The output of a site after its parts have acted. Some decoders have it as (B * T, D)."""
     shape = y.shape
     for part, own in acting:
         if y.ndim != 3:

@@ -1,4 +1,4 @@
-"""The table of methods. A new one is a line here and a file beside this one (see docs/methods.md)."""
+"""The table of methods. A new one needs a line here and a file beside this one (see docs/methods.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llama_adapter.methods.scales import Scales
 from llama_adapter.methods.selected import Selected
 from llama_adapter.methods.top_layers import TopLayers
 
-# In the order in which they act where several act on the same output.
+# In the order in which they act on the same output.
 _PARTS: tuple[type[Part], ...] = (
     Prompts,
     Projection,
@@ -36,17 +36,17 @@ _PARTS: tuple[type[Part], ...] = (
     TopLayers,
     Selected,
 )
-PARTS: dict[str, type[Part]] = {part.kind: part for part in _PARTS}  # by kind, in that order
+PARTS: dict[str, type[Part]] = {part.kind: part for part in _PARTS}  # by kind, in the same order
 METHODS = tuple(
     kind for kind in PARTS if kind != Projection.kind
-)  # an adapter that sees has that one as well
+)  # an adapter that sees pictures has the projection too
 
 
 def parts_of_method(method: str) -> list[type[Part]]:
-    """The parts that a method string names, "prompts" or "prompts+scales", in the order of the table.
+    """The parts that a method string names ("prompts" or "prompts+scales"), in the order of the table.
 
     Raises:
-        UsageError: an unknown part, the same one twice, or one beside others that stands alone.
+        UsageError: an unknown part, a part named twice, or others beside a part that has to be alone.
     """
     named = [kind.strip() for kind in method.split("+")]
     for kind in named:
@@ -62,7 +62,7 @@ def parts_of_method(method: str) -> list[type[Part]]:
 
 
 def check_composition(parts: Sequence[type[Part]]) -> None:
-    """Raise UsageError where a part that stands alone has others beside it."""
+    """Raise UsageError if a part that has to be alone has others beside it."""
     for part in parts:
         if part.alone and len(parts) > 1:
             others = ", ".join(other.kind for other in parts if other is not part)
@@ -72,15 +72,15 @@ def check_composition(parts: Sequence[type[Part]]) -> None:
 
 
 def option_names(settings: type[PartConfig]) -> list[str]:
-    """The settings that a user chooses."""
+    """The settings that users choose."""
     return [own.name for own in dataclasses.fields(settings) if not own.metadata.get("derived")]
 
 
 def parse_options(method: str, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Options of a method as a command line has them, in the types of their fields.
+    """Convert options of a method from a command line's texts to the types of their fields.
 
     Raises:
-        UsageError: an unknown option, or a text that is no value of it.
+        UsageError: an unknown option, or a text that is no value for it.
     """
     fields = {
         own.name: str(own.type)
@@ -118,8 +118,8 @@ def build_configs(
     """The settings of a method's parts, in the order of the table.
 
     Args:
-        options: settings by name; each goes to the parts that have one of this name.
-        vision: how an adapter sees; None: it does not.
+        options: settings by name. Each is given to all parts that have a setting of this name.
+        vision: how the adapter sees pictures; None: it does not.
 
     Raises:
         UsageError: an unknown method or option, or a value out of its range.
