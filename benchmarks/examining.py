@@ -1,4 +1,4 @@
-"""The suite "scienceqa" of benchmarks.throughput: problems a second, by each way to answer."""
+"""The suite "scienceqa" of benchmarks.throughput: problems a second, for each way to answer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:  # slow to import
     from llama_adapter.model import LlamaAdapter
     from llama_adapter.scienceqa.problems import Problem
 
-PROBLEMS = 64  # answered in a round
+PROBLEMS = 64  # answered in each round
 ROUNDS = 3  # a round takes a minute and a half
 
-# Words of question, hint and each option of 16 problems of ScienceQA, evenly spaced by length.
+# The numbers of words in question, hint and each option of 16 problems of ScienceQA, evenly spaced by length.
 LENGTHS = (
     *((7, 0, (1, 1)), (7, 0, (1, 1, 1, 1)), (8, 0, (2, 1, 2)), (9, 0, (1, 1)), (6, 6, (1, 1, 1))),
     *((9, 0, (4, 4)), (7, 0, (3, 2, 4, 3)), (12, 0, (2, 2, 2)), (9, 5, (5, 6)), (14, 8, (1, 1, 2, 2))),
@@ -28,7 +28,7 @@ LENGTHS = (
 
 
 def scienceqa(model: LlamaAdapter, _: argparse.Namespace) -> dict[str, float]:
-    """How fast ScienceQA's problems are answered."""
+    """Measure how fast ScienceQA's problems are answered."""
     from llama_adapter.scienceqa.examining import trained_on_scienceqa
 
     if not trained_on_scienceqa(model, model.active_adapter):
@@ -42,7 +42,7 @@ def scienceqa(model: LlamaAdapter, _: argparse.Namespace) -> dict[str, float]:
 
 
 def made_up_problems() -> list[Problem]:
-    """Problems with ScienceQA's lengths and nothing to understand."""
+    """Made-up problems with the lengths of ScienceQA's."""
     from llama_adapter.scienceqa.problems import Problem
 
     draw = random.Random(0)
@@ -57,7 +57,7 @@ def made_up_problems() -> list[Problem]:
 
 
 def contenders(model: LlamaAdapter, problems: Sequence[Problem]) -> dict[str, Callable[[int], float]]:
-    """Seconds a problem, by generation one at a time and in batches, and by likelihood."""
+    """Seconds for a problem: generated one at a time, generated in batches, and by likelihood."""
     from llama_adapter.scienceqa.examining import Examination
 
     best = Examination.best_for(model)

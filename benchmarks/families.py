@@ -1,10 +1,10 @@
-"""Which of transformers' decoders can be adapted: every causal family, tiny, with random weights.
+"""Which of transformers' decoders can be adapted: tries every causal family, tiny, with random weights.
 
     python -m benchmarks.families [FAMILY ...] [--json FILE]
 
-A family works when an untrained adapter leaves its logits as they are, bit for bit; when one whose gates are
-not zero changes them; and when rows in one packed sequence get the logits that they get alone, or packing is
-refused with the reason.
+A family works under three conditions. An untrained adapter leaves its logits unchanged, bit for bit. An
+adapter whose gates are not zero changes them. Rows in one packed sequence get the logits that they get
+separately, or packing is refused with the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from llama_adapter.common.errors import UsageError, run_command
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedModel
 
-# What makes a family small, by all the names that configs have for it; a config takes those that it knows.
+# Settings that make a family small, under all names that configs have for them. A config takes those that it
+# knows.
 SIZES: dict[str, Any] = {
     **{"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "dim", "attention_hidden_size"), 32),
@@ -40,7 +41,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("head_dim", "d_kv", "d_head", "kv_channels", "attention_head_dim"), 8),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
     **{"rotary_dim": 4, "attention_types": [[["global", "local"], 2]]},
-    # How far back layers see: less than the rows are long.
+    # How far back layers see: less than the length of the rows.
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "attention_window_size", "window_size"), 4),
     **{"local_attention": 4},
     # Mixtures of experts.
@@ -74,7 +75,7 @@ SIZES: dict[str, Any] = {
     **{"projection_dim": 32, "audio_embed_dim": 32, "num_codebooks": 2, "audio_vocab_size": 64},
     **{"architecture": "test_efficientnet"},
 }
-# Tried in turn until one can be built and run: some families ask for sizes that others do not take.
+# Tried in turn until one can be built and run: some families need sizes that others do not accept.
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"num_key_value_heads": 4},
@@ -91,16 +92,16 @@ ROWS = (11, 3, 14)  # tokens
 
 
 class NotBuilt(Exception):
-    """A family of which no tiny decoder could be made or run here."""
+    """No tiny decoder of this family could be built or run here."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found out about a family.
+    """The result for a family.
 
     Attributes:
         status: works, refused, not_built, or wrong.
-        reason: why it does not work; of one that works, why its rows cannot be packed, or nothing.
+        reason: why it does not work; for one that works, why its rows can't be packed, or nothing.
     """
 
     status: str
@@ -133,7 +134,7 @@ def main() -> int:
 
 
 def summary(findings: dict[str, Finding]) -> dict[str, Any]:
-    """How many families have each status, and what was found out about each."""
+    """How many families have each status, and the result for each family."""
     counts = Counter(finding.status for finding in findings.values())
     return {
         **{status: counts[status] for status in STATUSES},
@@ -149,7 +150,7 @@ def causal_families() -> list[str]:
 
 
 def examine(family: str) -> Finding:
-    """Build a tiny decoder of a family, adapt it and try what adapted means."""
+    """Build a tiny decoder of a family, adapt it, and check the conditions."""
     import torch
 
     with torch.random.fork_rng(), _quiet():
@@ -161,7 +162,7 @@ def examine(family: str) -> Finding:
         try:
             with torch.no_grad():
                 return _try_adapter(decoder)
-        except Exception as error:  # a family of its own making may raise anything; the sweep goes on
+        except Exception as error:  # a family's own code may raise anything; the sweep goes on
             return Finding("wrong", _line(error))
 
 
@@ -199,7 +200,7 @@ def _try_adapter(decoder: PreTrainedModel) -> Finding:
 
 
 def build_tiny(family: str) -> PreTrainedModel:
-    """A decoder of the family that runs, with weights of every size.
+    """A decoder of the family that runs, with weights of many sizes.
 
     Raises:
         NotBuilt: none of `VARIANTS` could be built and run.
@@ -233,7 +234,7 @@ def _shrink(config_class: Any, variant: dict[str, Any]) -> Any:
 
 
 def _small(config_class: Any, sizes: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a config class knows, by its own names, those of its parts among them."""
+    """The settings that a config class has, including those of its parts."""
     from transformers import CONFIG_MAPPING
 
     known = {field.name for field in fields(config_class)}
@@ -252,7 +253,10 @@ def _small(config_class: Any, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _randomise(decoder: PreTrainedModel) -> None:
-    """transformers' own start is so small, its norms so even, that a forgotten norm would not show."""
+    """Make the weights larger and the norms uneven.
+
+    With transformers' own, a forgotten norm would not show.
+    """
     import torch
 
     with torch.no_grad():
@@ -273,7 +277,7 @@ def _line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the advice that transformers gives about configs and towers."""
+    """Hide transformers' advice about configs and towers."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # slow to import
     from llama_adapter.data.records import Example, Record
     from llama_adapter.model import LlamaAdapter
 
-ROW_TOKENS = 512  # the published length, to which the authors pad
+ROW_TOKENS = 512  # the length to which the authors pad
 
-# Words of instruction, input and output of 32 rows of Alpaca, evenly spaced by length.
+# The numbers of words in instruction, input and output of 32 rows of Alpaca, evenly spaced by length.
 ALPACA_LENGTHS = (
     *((5, 0, 6), (11, 0, 3), (13, 1, 2), (7, 10, 1), (17, 0, 2), (8, 2, 10), (9, 0, 13), (10, 0, 13)),
     *((11, 0, 14), (8, 0, 19), (17, 6, 6), (9, 0, 22), (12, 10, 12), (4, 2, 31), (9, 0, 31), (13, 0, 31)),
@@ -44,9 +44,9 @@ WORDS = (
 
 
 def alternate(contenders: Mapping[str, Callable[[int], Any]], *, rounds: int) -> dict[str, list[Any]]:
-    """What each contender returns, round by round; each is called with the round's number.
+    """The results of each contender, round by round. Each is called with the round's number.
 
-    Who comes first changes from round to round. Round 0 warms up and is left out.
+    The order changes from round to round. Round 0 is a warm-up and is left out.
     """
     names = list(contenders)
     results: dict[str, list[Any]] = {name: [] for name in names}
@@ -60,7 +60,7 @@ def alternate(contenders: Mapping[str, Callable[[int], Any]], *, rounds: int) ->
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """How long ``work`` takes, what it leaves running on the device included."""
+    """How long ``work`` takes, including what it leaves running on the device."""
     import torch
 
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -87,7 +87,7 @@ def _ratios(times: Sequence[float], to: Sequence[float]) -> list[float]:
 
 
 def show(what: str, times: Mapping[str, Sequence[float]]) -> None:
-    """Print a table of times in seconds; the first contender is what the others are compared to."""
+    """Print a table of times in seconds. The others are compared with the first contender."""
     first, *_ = times
     print(f"\n{what:<34} {'median ms':>10}  {'to ' + first:>16}  {'middle half of the rounds':>26}")
     for name, values in times.items():
@@ -99,7 +99,7 @@ def show(what: str, times: Mapping[str, Sequence[float]]) -> None:
 
 
 def rows_to_train_on(model: LlamaAdapter, arguments: argparse.Namespace, *, count: int) -> list[Example]:
-    """Rows of --data, drawn at random but the same in every run, or made-up ones."""
+    """Rows of --data, drawn at random but the same in every run; without --data, made-up rows."""
     from llama_adapter.data.records import encode_records, read_records
 
     draw = random.Random(0)

@@ -1,4 +1,4 @@
-"""Decoding with quantised weights beside float32 and a peer: what --quantize adds to the suite "decoding"."""
+"""What --quantize adds to the suite "decoding": quantised weights beside float32 and another program."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:  # slow to import
     from llama_adapter.model import LlamaAdapter
 
 QUESTION_TOKENS = 64
-READ_BYTES = 1 << 28  # more than any cache, to measure the memory with
+READ_BYTES = 1 << 28  # more than any cache holds, for measuring the speed of the memory
 
 
 def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float | None]:
-    """A token by the quantised base, by float32 and by a peer, and the memory's speed, all in turn."""
+    """Measure a token with the quantised base, float32 and a peer, and the memory's speed, all in turn."""
     import torch
 
     from llama_adapter.decoding.sampling import Sampling
@@ -40,7 +40,7 @@ def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> di
     matrix, vector = torch.ones(READ_BYTES // 4 // 1024, 1024), torch.ones(1024)
 
     def answer(contender: LlamaAdapter, _: int) -> float:
-        """Seconds of each token after the first."""
+        """Seconds for each token after the first."""
         stream = stream_tokens(partial(contender, adapter="none"), question, sampling, ())
         next(stream)
         first = time.perf_counter()
@@ -49,7 +49,7 @@ def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> di
         return (time.perf_counter() - first) / (arguments.new_tokens - 1)
 
     def read(_: int) -> float:
-        """Seconds a byte, of the fastest of three passes over a matrix that no cache holds."""
+        """Seconds for a byte, in the fastest of three passes over a matrix that fits no cache."""
         seconds = []
         for _ in range(3):
             started = time.perf_counter()
@@ -86,7 +86,10 @@ def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> di
 
 @contextmanager
 def _ctranslate2(base: str, question: list[int], new_tokens: int) -> Iterator[Callable[[int], float] | None]:
-    """CTranslate2's int8 with the same weights; None, with a line that says why, where it cannot be had."""
+    """CTranslate2's int8 with the same weights.
+
+    None, after a line with the reason, if it is not available.
+    """
     try:
         import ctranslate2
         from ctranslate2.converters import TransformersConverter
@@ -100,7 +103,7 @@ def _ctranslate2(base: str, question: list[int], new_tokens: int) -> Iterator[Ca
         converted = Path(folder) / "base"
         try:
             TransformersConverter(base).convert(str(converted), quantization="int8")
-        except Exception as error:  # whatever a converter of another version of transformers stumbles over
+        except Exception as error:  # its converter may not fit the installed transformers
             print(f"peer left out: CTranslate2 cannot convert this base ({type(error).__name__}: {error})")
             yield None
             return
@@ -112,7 +115,7 @@ def _ctranslate2(base: str, question: list[int], new_tokens: int) -> Iterator[Ca
         tokens = AutoTokenizer.from_pretrained(base).convert_ids_to_tokens(question)
 
         def answer(_: int) -> float:
-            """Seconds of each token after the first."""
+            """Seconds for each token after the first."""
             steps = generator.generate_tokens(
                 tokens, max_length=new_tokens, min_length=new_tokens, end_token=[], sampling_topk=1
             )

@@ -1,10 +1,10 @@
-"""What training takes on paper: python -m benchmarks.scaling --shape llama-70b --gpus 8
+"""The cost of training, computed from formulas: python -m benchmarks.scaling --shape llama-70b --gpus 8
 
-Memory by part, what goes between the GPUs in a step, and hours, by the formulas of docs/scaling.md. The tests
-hold the formulas against what small decoders really save, compute and hold.
+It prints memory by part, the traffic between GPUs in a step, and hours, by the formulas of docs/scaling.md.
+Tests compare the formulas with what small decoders really compute and hold in memory.
 
-With --data it counts batches of rows instead: tokens packed and padded, and how many times more PEFT's
-AdaptionPrompt has to multiply on a base of the shape.
+With --data it counts batches of rows: their tokens packed and padded, and how many times more PEFT's
+AdaptionPrompt has to multiply on a base of this shape.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from llama_adapter.common.errors import UsageError, run_command
 
 EPOCHS, ROWS = 5, 52_002  # the paper's training
 BATCH = 64
-# Of such a batch of Alpaca, packed: tokens and labelled tokens, by --data alpaca_data.json --batch-size 64.
+# The tokens and labelled tokens of such a batch of Alpaca, packed, by --data alpaca_data.json --batch-size
+# 64.
 TOKENS, LABELLED = 5405, 3734
 COUNTED_ROWS, ROW_TOKENS = 4000, 512
 
@@ -39,7 +40,7 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Those of one layer's seven products."""
+        """The parameters of one layer's seven matrices."""
         attention = 2 * self.heads * self.head + 2 * self.key_value_heads * self.head
         return self.hidden * (attention + 3 * self.feed_forward)
 
@@ -53,11 +54,13 @@ class Shape:
         return self.layers * self.layer_parameters + (2 - self.tied) * self.head_parameters + norms
 
     def saved_by_a_layer(self, *, width: int, attention_width: int) -> int:
-        """Bytes a token that the backward pass needs of an adapted layer, in numbers of ``width`` bytes.
+        """Bytes for each token that the backward pass needs of an adapted layer, in numbers of ``width``
+        bytes.
 
-        The norms' two inputs in float32; of the MLP the gate before and after its nonlinearity and the other
-        factor; of attention queries, keys, values, what they give and its normaliser (the keys and values
-        once a head), in numbers of ``attention_width`` bytes: 4 on a CPU.
+        These are: the inputs of the two norms, in float32; the MLP's gate before and after its nonlinearity,
+        and the other factor; the queries, keys, values, output and normaliser of attention. Those of
+        attention (keys and values repeated for each head) are numbers of ``attention_width`` bytes: 4 on a
+        CPU.
         """
         norms = 2 * 4 * self.hidden + 2 * 4
         feed_forward = 3 * width * self.feed_forward
@@ -75,11 +78,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan assumes of each GPU.
+    """Assumptions about each GPU.
 
     Attributes:
-        flops: FLOP/s that products reach in training.
-        gather: bytes/s that each GPU takes in while a layer is gathered.
+        flops: FLOP/s that matrix products reach in training.
+        gather: bytes/s that each GPU receives while a layer is gathered.
     """
 
     flops: float = 0.5 * 989e12
@@ -88,7 +91,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training of a shape on some GPUs, bfloat16, the base sharded over all of them (or whole in each)."""
+    """Training a shape on some GPUs in bfloat16, with the base sharded over all of them or whole in each."""
 
     shape: Shape
     gpus: int
@@ -104,12 +107,12 @@ class Plan:
 
     @property
     def trained(self) -> int:
-        """Parameters of the adapter."""
+        """The number of the adapter's parameters."""
         return self.adapted * (self.prompts * self.shape.hidden + self.shape.heads)
 
     @property
     def tokens(self) -> float:
-        """Of a batch, packed, on one GPU."""
+        """The packed tokens of a batch on one GPU."""
         return TOKENS * self.batch / BATCH / self.gpus
 
     @property
@@ -125,16 +128,16 @@ class Plan:
         else:
             activations = self.tokens * saved * self.adapted
         parts = {"base": 2 * shape.parameters / (self.gpus if self.sharded else 1)}
-        if self.sharded:  # the layer in hand and the next one, and the head
+        if self.sharded:  # the current layer, the next one, and the head
             parts["gathered layers"] = 2 * (2 * shape.layer_parameters + shape.head_parameters)
         parts["adapter, its gradient and AdamW"] = 16.0 * self.trained
         parts["activations"] = activations
-        # Two bytes as the decoder gives them, four as the loss takes them, overwritten by their gradient.
+        # Two bytes in the decoder's output, four in the loss, where the gradient overwrites them.
         parts["logits and their gradient"] = 6 * self.labelled * shape.vocabulary
         return parts
 
     def traffic(self) -> dict[str, float]:
-        """Bytes that each GPU takes in during a step, by what they are."""
+        """The bytes that each GPU receives in a step, by purpose."""
         others = (self.gpus - 1) / self.gpus
         weights = 2 * (self.shape.layers * self.shape.layer_parameters + self.shape.head_parameters) * others
         backward = 2 * (self.adapted * self.shape.layer_parameters + self.shape.head_parameters) * others
@@ -143,24 +146,24 @@ class Plan:
 
     @property
     def flop(self) -> float:
-        """Of a step on one GPU: forward (with checkpointing twice), and backward of activations alone."""
+        """FLOP of a step on one GPU: forward (twice with checkpointing), backward for activations only."""
         shape = self.shape
         passes = shape.layers + self.adapted * (2 if self.checkpointed else 1)
         return 2 * self.tokens * shape.layer_parameters * passes + 4 * self.labelled * shape.head_parameters
 
     def seconds(self) -> tuple[float, float]:
-        """A step's computing and a step's traffic, as if each were alone."""
+        """The time for a step's computing, and for its traffic, as if each were alone."""
         return self.flop / self.machine.flops, sum(self.traffic().values()) / self.machine.gather
 
     def hours(self) -> tuple[float, float]:
-        """Of the paper's training: traffic all behind computing, and none of it."""
+        """Hours of the paper's training: with all traffic hidden behind computing, and with none."""
         steps = EPOCHS * -(-ROWS // self.batch)
         computing, traffic = self.seconds()
         return steps * max(computing, traffic) / 3600, steps * (computing + traffic) / 3600
 
 
 def count_batches(data: str, base: str, size: int, shape: Shape) -> dict[str, float]:
-    """Of batches drawn from a file, on average: tokens, and PEFT's products to those of a packed batch."""
+    """Means over batches of a file: tokens, and PEFT's products divided by those of a packed batch."""
     from llama_adapter.data.records import encode_records, read_records
     from llama_adapter.methods.decoder import load_tokenizer
     from llama_adapter.packing.pack import pack
@@ -179,7 +182,7 @@ def count_batches(data: str, base: str, size: int, shape: Shape) -> dict[str, fl
     labelled = sum(packed.targets.numel() for packed in packs) / count
     padded = sum(size * max(len(row.input_ids) for row in batch) for batch in batches) / count
     layers = shape.layers * shape.layer_parameters
-    # PEFT computes every token's logits, and each adapted layer's queries twice.
+    # PEFT computes the logits of every token, and the queries of each adapted layer twice.
     adapted = shape.layers - shape.layers // 16
     peft = layers + shape.head_parameters + adapted * shape.hidden * shape.heads * shape.head
     packed_products = tokens * layers + labelled * shape.head_parameters
@@ -197,11 +200,11 @@ def main() -> None:
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--shape", choices=SHAPES, default="llama-70b", help="(llama-70b)")
     parser.add_argument("--gpus", type=positive_int, default=8, help="(8)")
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="rows a step, of all GPUs (64)")
-    parser.add_argument("--whole", action="store_true", help="the base whole in each GPU, not sharded")
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="rows in a step on all GPUs (64)")
+    parser.add_argument("--whole", action="store_true", help="keep the whole base in each GPU, not sharded")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--data", help="count batches of these rows instead")
-    parser.add_argument("--base", default=DEFAULT_BASE, help=f"whose tokenizer counts ({DEFAULT_BASE})")
+    parser.add_argument("--base", default=DEFAULT_BASE, help=f"its tokenizer counts tokens ({DEFAULT_BASE})")
     add_json_option(parser)
     arguments = parser.parse_args()
     if arguments.data is not None:

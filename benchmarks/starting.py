@@ -1,4 +1,4 @@
-"""The suite "demo" of benchmarks.throughput: from starting the page to its first answer, and its memory."""
+"""The suite "demo" of benchmarks.throughput: the time until the page's first answer, and its memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:  # slow to import
     from llama_adapter.model import LlamaAdapter
 
 QUESTION = "What do plants need to grow?"
-PATIENCE = 300  # seconds, after which something is wrong
+PATIENCE = 300  # seconds; after that something is wrong
 
 
 def demo(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]:
-    """Start the page as a person does, in a process of its own, and ask it one question by its `/answer`."""
+    """Start the page in a process of its own, as a person does, and ask it one question at `/answer`."""
     from gradio_client import Client
 
     if not sys.platform.startswith("linux"):
@@ -36,7 +36,7 @@ def demo(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as page:
         try:
             assert page.stdout is not None
-            address = page.stdout.readline().split(" ")[0]  # nothing, where it ended instead
+            address = page.stdout.readline().split(" ")[0]  # empty if the process has ended
             if not address.startswith("http"):
                 raise UsageError("the page did not start; what it said is above")
             served = time.perf_counter() - started

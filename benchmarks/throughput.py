@@ -1,46 +1,47 @@
-"""What the adapter costs and how fast it trains: python -m benchmarks.throughput [--suite NAME]
+"""The costs of an adapter, and the speed of training: python -m benchmarks.throughput [--suite NAME]
 
-Contenders do the same work in turn, within one run, so that whatever else the machine does hits them alike.
-Every time is a median over the rounds, every ratio the median of the rounds' ratios; only training's --json
-gives ratios of all rounds together, as each round has other rows.
+Contenders do the same work in turn within one run, so that other work on the machine affects all alike. Every
+time is a median over the rounds, and every ratio the median of the rounds' ratios. Only for training does
+--json give ratios over all rounds together, since each round has other rows.
 
 decoding: a token, the first token, a forward pass and transformers' generate(), with the adapter and without.
---json writes {"decode_vs_base", "forward_vs_base", "tokens_per_second"}: the first two are the time with the
-adapter divided by the bare base's (1.03 is 3 % slower), the last is the adapter's.
-With --quantize also a token by the quantised base without an adapter, in turn with float32, with
-CTranslate2's int8 where it is installed, and with reading memory; --json then has, of these,
-{"int8_vs_float32", "bandwidth_share", "tokens_per_second", "peer_tokens_per_second"}. The second is the bytes
-of weights read in a second, divided by the speed at which memory is read.
+--json writes {"decode_vs_base", "forward_vs_base", "tokens_per_second"}. The first two are the time with the
+adapter divided by the bare base's (1.03 is 3 % slower); the last is the adapter's.
+With --quantize it also measures a token of the quantised base without an adapter, in turn with float32, with
+CTranslate2's int8 if it is installed, and with reading memory. --json then has {"int8_vs_float32",
+"bandwidth_share", "tokens_per_second", "peer_tokens_per_second"} of these. The second is the speed at which
+weights are read, divided by the speed of the memory.
 
-training: an optimiser step on the same rows, packed as train.* does it, in turn with one padded to the
-longest row; with --peers also with PEFT's AdaptionPrompt padded to the longest row and to 512 tokens, as the
-paper's authors pad, and with packed steps that use gradient checkpointing. Each in a process of its own.
---json writes {"rows_per_second"} and with --peers also {"training_vs_peft", "training_vs_pad512",
+training: an optimiser step on the same rows, packed as train.* does it, in turn with a step padded to the
+longest row. With --peers it is also compared with PEFT's AdaptionPrompt, padded to the longest row and to 512
+tokens (as the paper's authors pad), and with packed steps that use gradient checkpointing. Each has a process
+of its own. --json writes {"rows_per_second"} and, with --peers, {"training_vs_peft", "training_vs_pad512",
 "training_vs_peft_processor", "training_vs_pad512_processor", "loss_difference", "training_memory_vs_peft",
-"training_memory_mb", "checkpointed_memory_vs_peft"}: how many times more rows a second, the same by processor
-time (for a machine that has other work), how far two losses of a step lay apart at most, and the peak memory
-above the frozen weights (packed, divided by PEFT's padded to the longest).
+"training_memory_mb", "checkpointed_memory_vs_peft"}: how many times more rows a second; the same by processor
+time (for a machine with other work); the largest difference between two losses of a step; and the peak memory
+above the frozen weights (packed, divided by that of PEFT padded to the longest row).
 
-training --method lora --peers: the same with LoRA, packed in turn with PEFT's own LoRA padded to the longest
+training --method lora --peers: the same with LoRA, packed, in turn with PEFT's own LoRA padded to the longest
 row. --json then writes {"rows_per_second", "lora_vs_peft", "lora_vs_peft_processor", "lora_loss_difference",
 "lora_memory_vs_peft"}. With --method ia3 they are those of IA3.
 
-gpu (never part of all): a training step of LLaMA-7B's shape with random weights, on rows of Alpaca's lengths.
---json writes {"gpu_rows_per_second", "gpu_mfu", "gpu_floor_share", "gpu_peak_gb", "gpu_hours"}.
+gpu (never part of all): a training step with LLaMA-7B's shape and random weights, on rows with the lengths of
+Alpaca's. --json writes {"gpu_rows_per_second", "gpu_mfu", "gpu_floor_share", "gpu_peak_gb", "gpu_hours"}.
 
-vision: from a photo's file to its features, that time as a share of an answer's, and a token with a picture
-and without, by an adapter that sees. --json writes {"pictures_per_second", "picture_share",
+vision: the time from a photo's file to its features, that time as a share of an answer's time, and a token
+with a picture and without, by an adapter that sees. --json writes {"pictures_per_second", "picture_share",
 "decode_with_picture"}.
 
-scienceqa: problems a second in batches, by each way to answer, against one at a time by generation, by an
-adapter that was trained on it. --json writes {"scienceqa_generate", "scienceqa_letter", "scienceqa_option"}:
-how many times more.
+scienceqa: problems a second in batches, for each way to answer, compared with generating one answer at a
+time, by an adapter that was trained on ScienceQA. --json writes {"scienceqa_generate", "scienceqa_letter",
+"scienceqa_option"}: how many times more.
 
-serving: answers of eight clients at once, of one, and of one without the engine that lets several ask.
---json writes {"serving_ratio", "tokens_per_second_of_one", "tokens_per_second_of_8", "engine_vs_alone"}: the
-first is how many times more tokens a second eight get than one, the last the engine's time to that without.
+serving: answers to eight clients at once, to one, and to one without the engine that serves several. --json
+writes {"serving_ratio", "tokens_per_second_of_one", "tokens_per_second_of_8", "engine_vs_alone"}. The first
+is how many times more tokens a second eight clients get than one; the last is the time with the engine
+divided by that without.
 
-demo: from `python -m demo` to the page and to its first answer, and the most memory it had. --json writes
+demo: the time from `python -m demo` to the page and to its first answer, and its peak memory. --json writes
 {"demo_seconds_to_page", "demo_seconds_to_answer", "demo_memory_mb"}.
 """
 

@@ -1,7 +1,8 @@
-"""The suite training of benchmarks.throughput: optimiser steps on the same rows, packed and by other means.
+"""The suite "training" of benchmarks.throughput: optimiser steps on the same rows, packed and done in other
+ways.
 
-Each means has a process of its own, as whoever trains with it has: in one process they would live on the
-memory that the others leave behind. Packed and one other take turns; then packed and the next.
+Each way has a process of its own. In one process, each would use the memory that the others leave behind.
+Packed and one other way take turns; then packed and the next.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step took, in seconds and in seconds of all its threads, and its loss in nats."""
+    """One optimiser step: seconds, seconds of all its threads together, and its loss in nats."""
 
     seconds: float
     processor: float
@@ -42,7 +43,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Pair:
-    """The rounds of packed and of another means beside it, and each one's peak memory in bytes."""
+    """The rounds of packed and of another way beside it, and the peak memory of each in bytes."""
 
     packed: list[Step]
     other: list[Step]
@@ -50,20 +51,20 @@ class Pair:
     other_peak: float | None
 
     def ratio(self, name: str) -> float:
-        """How many times as much the other takes, all rounds together.
+        """How many times as long the other way takes, over all rounds together.
 
-        Each round has rows of other lengths: an epoch takes the sum of them, which no median shows.
+        The rows of each round have other lengths. An epoch takes the sum of their times, not a median.
         """
         return sum(getattr(s, name) for s in self.other) / sum(getattr(s, name) for s in self.packed)
 
     @property
     def loss_difference(self) -> float:
-        """The largest between the two losses of a step."""
+        """The largest difference between the two losses of a step."""
         return max(abs(a.loss - b.loss) for a, b in zip(self.packed, self.other, strict=True))
 
 
 def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]:
-    """Print each means beside packed; returns the figures of --json."""
+    """Print each way beside packed. Returns the figures for --json."""
     size, rounds = arguments.batch_size, arguments.steps
     examples = rows_to_train_on(model, arguments, count=size * (rounds + 1))
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
@@ -123,7 +124,7 @@ def _take_turns(arguments: argparse.Namespace, label: str, batches: Sequence[lis
 
 @contextmanager
 def _learner(arguments: argparse.Namespace, label: str) -> Iterator[ProcessPoolExecutor]:
-    """A process that is ready to train by one means."""
+    """A process that is ready to train in one way."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
         process.submit(_begin, arguments, label).result()
         yield process
@@ -140,7 +141,7 @@ class _Learner:
     frozen: float | None  # bytes in use before the first step
 
 
-_learners: list[_Learner] = []  # this process's only one
+_learners: list[_Learner] = []  # the only one of this process
 
 
 def _begin(arguments: argparse.Namespace, label: str) -> None:
@@ -156,7 +157,7 @@ def _begin(arguments: argparse.Namespace, label: str) -> None:
     device = model.decoder.device
     way = way_to_train(model, label, arguments.method)
     optimizer = way.optimizer(TrainingSettings(batch_size=arguments.batch_size))
-    with torch.no_grad():  # weights that are mapped from their file come into memory when they are used
+    with torch.no_grad():  # weights mapped from a file are read into memory only when they are used
         model(torch.zeros(1, 2, dtype=torch.long, device=device), adapter=NO_ADAPTER, use_cache=False)
     _learners.append(_Learner(way, optimizer, device, process_memory(device, peak=False)))
 
@@ -177,6 +178,6 @@ def _step(batch: Sequence[Example]) -> Step:
 
 
 def _peak() -> float | None:
-    """Bytes that the steps took at their highest, beyond what the loaded model does."""
+    """The peak memory of the steps in bytes, above that of the loaded model."""
     peak, frozen = process_memory(_learners[0].device, peak=True), _learners[0].frozen
     return None if peak is None or frozen is None else peak - frozen
