@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.measuring import WORDS, alternate, show
 
 if TYPE_CHECKING:  # slow to import
-    from llama_adapter.decoding.streams import Answer
+    from llama_adapter.decoding.answer import Answer
     from llama_adapter.model import LlamaAdapter
 
 CLIENTS = 8

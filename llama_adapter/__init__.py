@@ -14,18 +14,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llama_adapter.answering.conversation import Conversation
     from llama_adapter.data.templates import Turn
+    from llama_adapter.decoding.question import Question
     from llama_adapter.decoding.sampling import Sampling
     from llama_adapter.model import LlamaAdapter
     from llama_adapter.training.recipes import train
     from llama_adapter.training.trainer import TrainingSettings
 
-__all__ = ["Conversation", "LlamaAdapter", "Sampling", "TrainingSettings", "Turn", "__version__", "train"]
+__all__ = [
+    "Conversation",
+    "LlamaAdapter",
+    "Question",
+    "Sampling",
+    "TrainingSettings",
+    "Turn",
+    "__version__",
+    "train",
+]
 
 # Imported on first use: torch and transformers take seconds to import, and `llama-adapter --help` does not
 # need them.
 _MODULES = {
     "Conversation": "answering.conversation",
     "LlamaAdapter": "model",
+    "Question": "decoding.question",
     "Sampling": "decoding.sampling",
     "TrainingSettings": "training.trainer",
     "Turn": "data.templates",

@@ -13,9 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llama_adapter.data.templates import Turn
-from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.decoding.streams import Request
+from llama_adapter.decoding.question import Question, Request
 from llama_adapter.methods.part import Part
 from llama_adapter.methods.state import AdapterState
 from llama_adapter.model import LlamaAdapter
@@ -63,28 +61,16 @@ class ScriptedModel(LlamaAdapter):
     delay = 0.0
     made = 0
 
-    def prepare_request(
-        self,
-        turns: str | Sequence[Turn],
-        *,
-        image: Any = None,
-        adapter: str | None = None,
-        sampling: Sampling | None = None,
-        question_ids: list[int] | None = None,
-    ) -> Request:
-        question = turns if isinstance(turns, str) else turns[-1].text
-        said = f"{self._name(adapter)} heard: {question}\n\n"
-        if image is not None:
-            features = image if isinstance(image, Tensor) else self.encode_images(image, adapter=adapter)
-            said += f"saw: {' '.join(_hex(row) for row in features.tolist())}\n\n"
+    def prepare_request(self, question: Question) -> Request:
+        request = super().prepare_request(question)
+        said = f"{request.adapter} heard: {question.turns[-1].text}\n\n"
+        if request.features is not None:
+            said += f"saw: {' '.join(_hex(row) for row in request.features.tolist())}\n\n"
         said += " ".join(map(str, range(400)))
-        request = super().prepare_request(
-            turns, adapter=adapter, sampling=sampling, question_ids=question_ids
-        )
         self._scripts.append(self._tokenizer().encode(said, add_special_tokens=False))
-        coded = [len(self._scripts) - 1, request.question.shape[1]]
+        coded = [len(self._scripts) - 1, request.tokens.shape[1]]
         state = AdapterState(self.shape.num_layers, {Script: {"coded": torch.tensor([[coded]])}})
-        return replace(request, project=lambda: state)
+        return replace(request, adapter=state, features=None)
 
     @property
     def _scripts(self) -> list[list[int]]:

@@ -13,12 +13,13 @@ from PIL import Image
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.pictures import Picture, opened_picture
 from llama_adapter.data.templates import Turn, question_turn
+from llama_adapter.decoding.question import Question
 from llama_adapter.decoding.sampling import Sampling
 
 if TYPE_CHECKING:  # slow to import
     from torch import Tensor
 
-    from llama_adapter.decoding.streams import Answer
+    from llama_adapter.decoding.answer import Answer
     from llama_adapter.model import LlamaAdapter
 
 
@@ -65,7 +66,7 @@ class Conversation:
         adapter: str | None = None,
         system: str = "",
         sampling: Sampling | None = None,
-        stream_chat: Callable[..., Answer] | None = None,
+        stream_chat: Callable[[Question], Answer] | None = None,
     ) -> None:
         self.model = model
         self.stream_chat = stream_chat
@@ -107,14 +108,11 @@ class Conversation:
             adapter: who would answer; None is `adapter` as it is now.
         """
         adapter = self.adapter if adapter is None else adapter
-        ids = self.model.encode_question([question_turn(message)], adapter=adapter)
+        self.model.prepare_request(Question([question_turn(message)], adapter=adapter))
         if images:
             self.model.tower(adapter)
         for image in images:
             opened_picture(image)
-        limit = self.model.context_length
-        if limit is not None and len(ids) >= limit:
-            raise UsageError(f"the question has {len(ids)} tokens, the base reads {limit}; shorten it")
 
     def restore(self, exchange: Exchange) -> None:
         """Let an exchange of an earlier conversation be part of this one, after those that are there."""
@@ -168,13 +166,13 @@ class Conversation:
             raise UsageError("nothing was asked there yet") from None
 
     def _ask(self, question: Turn, before: Sequence[Exchange], images: tuple[Image.Image, ...]) -> Answer:
-        dropped, turns, ids = self._window(question, before)
+        dropped, turns, tokens = self._window(question, before)
         adapter = self.model.active_adapter if self.adapter is None else self.adapter
         seen = images or self._latest_images(before)
         sees = self.model.sees(adapter)
         features = self._encode(seen, adapter) if seen and sees else None
         stream_chat = self.stream_chat or self.model.stream_chat
-        answer = stream_chat(turns, image=features, adapter=adapter, sampling=self.sampling, question_ids=ids)
+        answer = stream_chat(Question(turns, features, adapter, self.sampling, tokens))
         if self.exchanges:
             self.exchanges[-1].answer.close()
         unseen = bool(seen) and not sees
@@ -204,7 +202,7 @@ class Conversation:
         return torch.cat([known[id(image), tower.key][1] for image in images])
 
     def _window(self, question: Turn, before: Sequence[Exchange]) -> tuple[int, list[Turn], list[int]]:
-        """How many exchanges have no room; the turns of the others and the question; the ids of those."""
+        """How many of the earliest exchanges have no room; the turns of the rest; their tokens."""
 
         def turns(dropped: int) -> list[Turn]:
             return self._turns(question, before[dropped:])
@@ -212,14 +210,14 @@ class Conversation:
         def encode(dropped: int) -> list[int]:
             return self.model.encode_question(turns(dropped), adapter=self.adapter)
 
-        ids = encode(0)
+        tokens = encode(0)
         context = self.model.context_length
         if context is None:
-            return 0, turns(0), ids
+            return 0, turns(0), tokens
         # The answer needs room as well, but a long one shall not push out the whole conversation.
         room = context - min(self.sampling.max_new_tokens, context // 2)
 
-        if len(ids) <= room or not before:
-            return 0, turns(0), ids
+        if len(tokens) <= room or not before:
+            return 0, turns(0), tokens
         dropped = bisect_left(range(len(before)), True, lo=1, key=lambda number: len(encode(number)) <= room)
         return dropped, turns(dropped), encode(dropped)

@@ -9,18 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator
 from queue import SimpleQueue
+from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from llama_adapter.data.pictures import Picture
-from llama_adapter.data.templates import Turn
-from llama_adapter.decoding.batch import Batch, Row
-from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.decoding.streams import Answer, Request, Said
-from llama_adapter.methods.state import AdapterState
+from llama_adapter.decoding.answer import Answer, Progress
+from llama_adapter.decoding.question import GivenTurns, Question, Request
+from llama_adapter.decoding.scheduler import Scheduler, Ticket
 from llama_adapter.model import LlamaAdapter
 
 
@@ -39,26 +34,16 @@ class Engine:
         self.model = model
         self.rows = rows
         self._lock = threading.Lock()  # of the two below
-        self._waiting: deque[_Ticket] = deque()
+        self._waiting: deque[_QueuedTicket] = deque()
         self._working = False
 
-    def stream_chat(
-        self,
-        turns: str | Sequence[Turn],
-        *,
-        image: Picture | Sequence[Picture] | Tensor | None = None,
-        adapter: str | None = None,
-        sampling: Sampling | None = None,
-        question_ids: list[int] | None = None,
-    ) -> ServedAnswer:
+    def stream_chat(self, question: Question | GivenTurns, **options: Any) -> Answer:
         """As `LlamaAdapter.stream_chat`, made in one batch with whatever else is asked."""
-        request = self.model.prepare_request(
-            turns, image=image, adapter=adapter, sampling=sampling, question_ids=question_ids
-        )
-        assert self.model.tokenizer is not None
-        return ServedAnswer(_Ticket(self, request), self.model.tokenizer)
+        request = self.model.prepare_request(Question.of(question, **options))
+        ticket = _QueuedTicket(self, request)
+        return Answer(ticket.progress(), stop=ticket.close)
 
-    def _submit(self, ticket: _Ticket) -> None:
+    def _submit(self, ticket: _QueuedTicket) -> None:
         with self._lock:
             self._waiting.append(ticket)
             if not self._working:
@@ -67,120 +52,66 @@ class Engine:
 
     def _work(self) -> None:
         """Answer until nobody wants anything any more."""
-        batch = self._empty_batch()
-        rows: dict[_Ticket, Row] = {}
         while True:
+            scheduler = Scheduler(self.model, self.model.project_requests, self._admit)
             try:
-                if not self._admit(batch, rows):
-                    return
-                if threading.main_thread().is_alive():
-                    batch.step()
-                else:  # the interpreter waits for us to end
-                    for ticket in rows:
-                        ticket.end()
-            except Exception as error:  # each reader gets it, or would wait for ever
-                for ticket in rows:
-                    ticket.end(error)
-                batch, rows = self._empty_batch(), {}
-            for ticket, row in rows.items():
-                ticket.take(int(row.token))
+                for _ in scheduler.run():
+                    if not threading.main_thread().is_alive():  # the interpreter waits for this thread to end
+                        for ticket in scheduler.tickets:
+                            ticket.close()
+                return
+            except Exception as error:  # each reader gets it; it would wait for ever otherwise
+                for ticket in scheduler.tickets:
+                    ticket.fail(error)
 
-    def _empty_batch(self) -> Batch:
-        return Batch(self.model)
-
-    def _admit(self, batch: Batch, rows: dict[_Ticket, Row]) -> bool:
-        """Let those who are done out and those who wait in; False where nobody is left."""
-        while True:
-            for ticket in [ticket for ticket in rows if ticket.closed]:
-                batch.leave(rows.pop(ticket))
-            with self._lock:
-                self._waiting = deque(ticket for ticket in self._waiting if not ticket.closed)
-                free = min(self.rows - len(rows), len(self._waiting))
-                newcomers = [self._waiting.popleft() for _ in range(free)]
-                if not newcomers:
-                    self._working = bool(rows)
-                    return self._working
-            for place, ticket in enumerate(newcomers):
-                ticket.started = time.perf_counter()
-                asked = ticket.request
-                try:
-                    if ticket.adapter is None:
-                        ticket.adapter = asked.project()
-                    if not batch.takes(ticket.adapter):
-                        with self._lock:  # until the others are answered; who came later comes later
-                            self._waiting.extendleft(reversed(newcomers[place:]))
-                        return True
-                    rows[ticket] = batch.join(asked.question, ticket.adapter, asked.sampling)
-                except Exception as error:  # the others are none the worse for it
-                    ticket.end(error)
-                else:
-                    ticket.take(int(rows[ticket].token))
+    def _admit(self, answering: int) -> list[Ticket]:
+        """The next waiting ticket, if there is room. Questions are read one by one, so each fails alone."""
+        with self._lock:
+            while self._waiting and answering < self.rows:
+                ticket = self._waiting.popleft()
+                if not ticket.closed:
+                    return [ticket]
+            self._working = answering > 0
+            return []
 
 
-class _Ticket:
-    """A request on its way through the engine; its tokens pass from the engine's thread to the reader's.
+class _QueuedTicket(Ticket):
+    """A ticket whose progress passes from the engine's thread to the reader's.
 
     Attributes:
-        closed: nobody wants more of it.
         started: when the reading of the question began, by the performance counter.
-        adapter: what the request's ``project`` gave, once it was asked.
     """
 
-    adapter: AdapterState | None = None
-
     def __init__(self, engine: Engine, request: Request) -> None:
-        self.request = request
-        self.closed = False
+        assert engine.model.tokenizer is not None
+        super().__init__(request, engine.model.tokenizer)
         self.started = 0.0
-        self.seconds = 0.0
         self._engine = engine
-        self._said = Said(request.sampling.max_new_tokens, request.end_ids)
-        self._tokens: SimpleQueue[tuple[int, float] | Exception | None] = SimpleQueue()
+        self._made: SimpleQueue[Progress | Exception | None] = SimpleQueue()
 
-    def tokens(self) -> Iterator[int]:
-        """The tokens as they are made. Other than `stream_tokens`, ahead of who reads them."""
+    def progress(self) -> Generator[Progress, None, None]:
+        """The answer's progress, until it ends, fails or is stopped."""
         self._engine._submit(self)
         try:
-            while (made := self._tokens.get()) is not None:
+            while (made := self._made.get()) is not None:
                 if isinstance(made, Exception):
                     raise made
-                token, self.seconds = made
-                yield token
+                yield made
         finally:
             self.closed = True
 
+    def begin(self) -> None:
+        self.started = time.perf_counter()
+
     def take(self, token: int) -> None:
-        """Hand a token on; the last one ends the answer."""
-        if self._said.take(token):
-            self._tokens.put((token, time.perf_counter() - self.started))
-        if self._said.ended:
-            self.end()
+        piece = self.said.take(token)
+        seconds = time.perf_counter() - self.started
+        self._made.put(Progress(piece, len(self.said.tokens), seconds, self.said.finish_reason))
 
-    def end(self, error: Exception | None = None) -> None:
-        """No more tokens; ``error`` is raised at the reader's."""
+    def fail(self, error: Exception) -> None:
         self.closed = True
-        self._tokens.put(error)
-
-
-class ServedAnswer(Answer):
-    """An answer that an `Engine` makes. Time in which it waits for its turn does not count in ``seconds``."""
-
-    def __init__(self, ticket: _Ticket, tokenizer: PreTrainedTokenizerBase) -> None:
-        request = ticket.request
-        limit = request.sampling.max_new_tokens
-        super().__init__(ticket.tokens(), tokenizer, request.stop_strings, max_new_tokens=limit)
-        self._ticket = ticket
-
-    def __next__(self) -> str:
-        try:
-            return super().__next__()
-        except StopIteration:
-            self._ticket.closed = True  # also where a stop string ended the text
-            raise
-        finally:
-            self.seconds = self._ticket.seconds
+        self._made.put(error)
 
     def close(self) -> None:
-        """Stop; what was said so far stays, and who waits gets the place. Any thread may call it."""
-        self._ticket.end()
         super().close()
+        self._made.put(None)

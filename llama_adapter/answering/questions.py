@@ -56,7 +56,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Question:
+class CheckedQuestion:
     """One question, and what tells right answers from wrong ones."""
 
     kind: str
@@ -115,7 +115,7 @@ def _numbers(text: str) -> list[float]:
     return [float(found.replace(",", "")) for found in _NUMBER.findall(text)]
 
 
-def load_questions(path: Path = OWN_QUESTIONS) -> list[Question]:
+def load_questions(path: Path = OWN_QUESTIONS) -> list[CheckedQuestion]:
     """Questions from a JSONL file, a row each: kind, question, check (as `Check`), right, wrong.
 
     Raises UsageError, naming the line, for what is no such row.
@@ -136,7 +136,7 @@ def load_questions(path: Path = OWN_QUESTIONS) -> list[Question]:
     return questions
 
 
-def _question(row: Mapping[str, Any]) -> Question:
+def _question(row: Mapping[str, Any]) -> CheckedQuestion:
     check = Check(**row["check"])
     for pattern in (
         *check.words,
@@ -150,4 +150,6 @@ def _question(row: Mapping[str, Any]) -> Question:
         re.compile(pattern)
     if check == Check():
         raise ValueError("an empty check")
-    return Question(row["kind"], row["question"], check, tuple(row["right"]), tuple(row.get("wrong", ())))
+    return CheckedQuestion(
+        row["kind"], row["question"], check, tuple(row["right"]), tuple(row.get("wrong", ()))
+    )

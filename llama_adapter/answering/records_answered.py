@@ -15,18 +15,18 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from llama_adapter.common.errors import UsageError
 from llama_adapter.data.records import PictureFile, Record, encode_records
-from llama_adapter.data.templates import Turn, encode_question, end_token_ids, stop_strings
-from llama_adapter.decoding.batch import Batch, Row
+from llama_adapter.data.templates import Turn
+from llama_adapter.decoding.answer import Said
+from llama_adapter.decoding.question import Question, Request
 from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.decoding.streams import Said, stream_text
-from llama_adapter.methods.state import AdapterState, merge_states
+from llama_adapter.decoding.scheduler import Scheduler, Ticket
+from llama_adapter.methods.state import merge_states
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.packing.pack import answer_losses, split_by_tokens
-
-# A question's number, its tokens, and what the adapter adds to it.
-_Asked = tuple[int, list[int], AdapterState]
 
 
 def answer_records(
@@ -47,60 +47,63 @@ def answer_records(
         adapter: None takes the active one.
         progress: gets the number of records that are done.
     """
+    requests = _prepare(model, records, features, adapter, max_new_tokens)
+    said = answer_requests(model, requests, beams=beams, batch_size=batch_size, progress=progress)
+    return [each.text.strip() for each in said]
+
+
+def answer_requests(
+    model: LlamaAdapter,
+    requests: Sequence[Request],
+    *,
+    beams: int = 1,
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Said]:
+    """The answers to requests, in their order. Arguments are those of `answer_records`."""
     assert model.tokenizer is not None
-    template, tokenizer = model.template(adapter), model.tokenizer
-    date = model.template_date(adapter)
-    questions = [encode_question(record.turns[:-1], template, tokenizer, date=date) for record in records]
-    ends, stops = end_token_ids(template, tokenizer), stop_strings(template)
+    tickets = [Ticket(request, model.tokenizer) for request in requests]
     # Longest first, so that the last ones leave no places empty for long; of equal length those with equal
     # pictures side by side (by where they first came up).
-    first: dict[tuple[PictureFile, ...], int] = {}
-    for record in records:
-        first.setdefault(record.images, len(first))
-    waiting = deque(sorted(range(len(records)), key=lambda i: (-len(questions[i]), first[records[i].images])))
-
-    def take(most: int) -> list[_Asked]:
-        if not waiting:
-            return []
-        some = _take_alike(waiting, questions, most)
-        states = _states(model, adapter, [records[i].images for i in some], features)
-        return [(i, questions[i], own) for i, own in zip(some, states, strict=True)]
-
+    first: dict[int, int] = {}
+    for request in requests:
+        first.setdefault(id(request.features), len(first))
+    waiting = deque(
+        sorted(tickets, key=lambda t: (-t.request.tokens.shape[1], first[id(t.request.features)]))
+    )
     if beams == 1:
-        said = _greedily(model, take, ends, max_new_tokens, batch_size)
+        ended = _greedily(model, waiting, batch_size)
     else:
-        said = _by_beams(model, take, ends, max_new_tokens, batch_size, beams)
-    answers = [""] * len(records)
-    for done, (i, tokens) in enumerate(said, start=1):
-        answers[i] = "".join(stream_text(tokens, tokenizer, stops)).strip()
-        progress(done)
-    return answers
+        ended = _by_beams(model, waiting, batch_size, beams)
+    done = 0
+    for left in ended:
+        for _ in left:
+            done += 1
+            progress(done)
+    return [ticket.said for ticket in tickets]
 
 
-def answer_questions(
+def _prepare(
     model: LlamaAdapter,
-    questions: Sequence[list[int]],
-    ends: Sequence[int],
-    *,
-    adapter: str | None = None,
-    max_new_tokens: int = 32,
-    batch_size: int = 16,
-) -> list[list[int]]:
-    """The greedy answers to questions of text, in their order, both as tokens.
-
-    Args:
-        ends: tokens that end an answer, and are no part of it.
-        adapter: None takes the active one.
-    """
-    waiting = deque(sorted(range(len(questions)), key=lambda i: -len(questions[i])))
-    state = model.project(adapter)
-
-    def take(most: int) -> list[_Asked]:
-        some = [waiting.popleft() for _ in range(min(most, len(waiting)))]
-        return [(i, questions[i], state) for i in some]
-
-    said = dict(_greedily(model, take, ends, max_new_tokens, batch_size))
-    return [said[i] for i in range(len(questions))]
+    records: Sequence[Record],
+    features: Mapping[PictureFile, Tensor] | None,
+    adapter: str | None,
+    max_new_tokens: int,
+) -> list[Request]:
+    """The questions of records as requests; the same pictures are one tensor of features."""
+    greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
+    seen: dict[tuple[PictureFile, ...], Tensor | None] = {(): None}
+    requests = []
+    for record in records:
+        if record.images not in seen:
+            assert features is not None
+            seen[record.images] = torch.stack([features[image] for image in record.images])
+        question = Question(record.turns[:-1], seen[record.images], adapter, greedy)
+        try:
+            requests.append(model.prepare_request(question))
+        except UsageError as error:
+            raise UsageError(f"row {record.row}: {error}") from None
+    return requests
 
 
 @torch.no_grad()
@@ -153,103 +156,52 @@ def _as_context(turns: Sequence[Turn]) -> list[Turn]:
     return [replace(turn, learnt=False) for turn in turns]
 
 
-def _greedily(
-    model: LlamaAdapter,
-    take: Callable[[int], list[_Asked]],
-    ends: Sequence[int],
-    max_new_tokens: int,
-    batch_size: int,
-) -> Iterator[tuple[int, list[int]]]:
-    """The number and the tokens of each question's answer as soon as it ends; others take its place.
+def _greedily(model: LlamaAdapter, waiting: deque[Ticket], batch_size: int) -> Iterator[list[Ticket]]:
+    """Make the answers, so many at once; gives those that ended, and others take their place."""
 
-    Args:
-        take: gives the next questions, so many at most; none where nothing waits any more.
-    """
-    greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-    batch, device = Batch(model), model.decoder.device
-    rows: dict[int, Row] = {}
-    said: dict[int, Said] = {}
-    while True:
+    def admit(answering: int) -> list[Ticket]:
         # Several are read in less time than one by one, so it waits until half of the places are free.
-        if 2 * len(rows) <= batch_size and (asked := take(batch_size - len(rows))):
-            some = [i for i, _, _ in asked]
-            joining = [(torch.tensor([ids], device=device), state, greedy) for _, ids, state in asked]
-            rows |= zip(some, batch.join_together(joining), strict=True)
-        elif rows:
-            batch.step()
-            some = list(rows)
-        else:
-            return
-        tokens = torch.cat([rows[i].token for i in some]).flatten().tolist()
-        for i, token in zip(some, tokens, strict=True):
-            said.setdefault(i, Said(max_new_tokens, ends)).take(token)
-        ended = [i for i in some if said[i].ended]
-        if ended:
-            batch.leave(*(rows.pop(i) for i in ended))
-        for i in ended:
-            yield i, said.pop(i).tokens
+        return _take_alike(waiting, batch_size - answering) if 2 * answering <= batch_size else []
+
+    return Scheduler(model, model.project_requests, admit).run()
 
 
 def _by_beams(
-    model: LlamaAdapter,
-    take: Callable[[int], list[_Asked]],
-    ends: Sequence[int],
-    max_new_tokens: int,
-    batch_size: int,
-    beams: int,
-) -> Iterator[tuple[int, list[int]]]:
+    model: LlamaAdapter, waiting: deque[Ticket], batch_size: int, beams: int
+) -> Iterator[list[Ticket]]:
     """As `_greedily`, by transformers' beam search, where a batch ends together."""
-    while asked := take(batch_size):
-        longest = max(len(ids) for _, ids, _ in asked)
-        padding = [longest - len(ids) for _, ids, _ in asked]
-        padded = torch.tensor(
-            [[ends[0]] * pad + ids for pad, (_, ids, _) in zip(padding, asked, strict=True)]
-        )
-        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+    while some := _take_alike(waiting, batch_size):
+        requests = [ticket.request for ticket in some]
+        longest = max(request.tokens.shape[1] for request in requests)
+        ends = list(requests[0].end_ids)
+
+        def padded(tokens: Tensor, value: int, longest: int = longest) -> Tensor:
+            return F.pad(tokens, (longest - tokens.shape[1], 0), value=value)
+
         output = model.generate(
-            padded.to(model.decoder.device),
-            adapter=merge_states([state for _, _, state in asked]),
-            attention_mask=mask.to(model.decoder.device),
+            torch.cat([padded(request.tokens, ends[0]) for request in requests]),
+            adapter=merge_states(model.project_requests(requests)),
+            attention_mask=torch.cat([padded(torch.ones_like(request.tokens), 0) for request in requests]),
             do_sample=False,
             num_beams=beams,
             repetition_penalty=1.0,  # a base may come with another
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(request.sampling.max_new_tokens for request in requests),
             eos_token_id=ends,
             pad_token_id=ends[0],
         )
-        for (i, _, _), tokens in zip(asked, output[:, longest:].tolist(), strict=True):
-            said = Said(max_new_tokens, ends)
+        for ticket, tokens in zip(some, output[:, longest:].tolist(), strict=True):
             for token in tokens:  # behind the end of an answer the batch is filled up
-                said.take(token)
-            yield i, said.tokens
+                ticket.take(token)
+            ticket.said.end()
+        yield some
 
 
-def _take_alike(waiting: deque[int], questions: Sequence[Sequence[int]], most: int) -> list[int]:
+def _take_alike(waiting: deque[Ticket], most: int) -> list[Ticket]:
     """The next questions, longest first, as many as are read with no more than a quarter of padding."""
-    taken = [waiting.popleft()]
-    longest = len(questions[taken[0]])
-    while waiting and len(taken) < most and 4 * len(questions[waiting[0]]) >= 3 * longest:
+    taken: list[Ticket] = []
+    while waiting and len(taken) < most:
+        length, longest = (ticket.request.tokens.shape[1] for ticket in (waiting[0], (taken or waiting)[0]))
+        if 4 * length < 3 * longest:
+            break
         taken.append(waiting.popleft())
     return taken
-
-
-def _states(
-    model: LlamaAdapter,
-    adapter: str | None,
-    sets: Sequence[tuple[PictureFile, ...]],
-    features: Mapping[PictureFile, Tensor] | None,
-) -> list[AdapterState]:
-    """What the adapter adds for each set of pictures; equal sets are computed once."""
-    different = list(dict.fromkeys(sets))
-    pictures = [picture for images in different for picture in images]
-    if pictures:
-        assert features is not None
-        owners = torch.tensor([number for number, images in enumerate(different) for _ in images])
-        seen = torch.stack([features[picture] for picture in pictures])
-        projected = model.project(adapter, image_features=seen, image_owners=owners, rows=len(different))
-    else:
-        projected = model.project(adapter)
-    if len(different) == 1:
-        return [projected] * len(sets)
-    of = {images: projected.of_row(number) for number, images in enumerate(different)}
-    return [of[images] for images in sets]

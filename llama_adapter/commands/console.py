@@ -41,7 +41,7 @@ from llama_adapter.weights.catalogue import CATALOGUE, DEFAULT_BASE
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llama_adapter.decoding.streams import Answer
+    from llama_adapter.decoding.answer import Answer
     from llama_adapter.methods.projection import VisionConfig
 
 MAX_QUESTION_BYTES = 4 << 20  # more than any decoder can read, and still easy to hold in memory

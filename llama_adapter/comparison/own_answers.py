@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llama_adapter.answering.questions import load_questions
-from llama_adapter.answering.records_answered import answer_questions
+from llama_adapter.answering.records_answered import answer_requests
 from llama_adapter.data.records import IGNORED, Example, Record
-from llama_adapter.data.templates import end_token_ids
+from llama_adapter.decoding.question import Question
+from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.packing.pack import mean_answer_loss
 
@@ -40,15 +41,19 @@ def answer_as_base(
 
     An empty answer is left out.
     """
-    assert model.tokenizer is not None
-    ends = end_token_ids(model.template(NO_ADAPTER), model.tokenizer)
-    asked = [model.encode_question(text, adapter=NO_ADAPTER) for text in questions]
-    said = answer_questions(model, asked, ends, adapter=NO_ADAPTER, max_new_tokens=max_new_tokens)
-    return [
-        Example(question + answer, [IGNORED] * len(question) + answer, (), row)
-        for row, (question, answer) in enumerate(zip(asked, said, strict=True), start=1)
-        if answer
+    greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
+    requests = [
+        model.prepare_request(Question.of(text, adapter=NO_ADAPTER, sampling=greedy)) for text in questions
     ]
+    examples = []
+    for row, (request, said) in enumerate(
+        zip(requests, answer_requests(model, requests), strict=True), start=1
+    ):
+        question = request.tokens[0].tolist()
+        if said.tokens:
+            labels = [IGNORED] * len(question) + said.tokens
+            examples.append(Example(question + said.tokens, labels, (), row))
+    return examples
 
 
 def loss_of_answers(model: LlamaAdapter, answers: Sequence[Example], *, adapter: str) -> float | None:

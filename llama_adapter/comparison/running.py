@@ -37,6 +37,7 @@ from llama_adapter.comparison.own_answers import answer_as_base, loss_of_answers
 from llama_adapter.comparison.sizes import choose_sizes
 from llama_adapter.data.records import Example, PictureFile, Record
 from llama_adapter.data.templates import CAPTION_QUESTIONS
+from llama_adapter.decoding.question import Question
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.streams import stream_tokens
 from llama_adapter.methods.checkpoint import WEIGHTS_FILE
@@ -298,7 +299,7 @@ def rows_per_second(metrics: Sequence[Mapping[str, Any]], batch_size: int) -> fl
 def decode_vs_base(model: LlamaAdapter, adapter: str) -> float:
     """The time to decode a token with an adapter, divided by the bare base's: the median of paired rounds."""
     greedy = Sampling(temperature=0, max_new_tokens=DECODED_TOKENS + 1)
-    question = model.prepare_request("What is the capital of France?", adapter=NO_ADAPTER).question
+    question = model.prepare_request(Question.of("What is the capital of France?", adapter=NO_ADAPTER)).tokens
     forwards = {name: partial(model, adapter=model.project(name)) for name in (NO_ADAPTER, adapter)}
     ratios = []
     for number in range(DECODED_ROUNDS + 1):

@@ -35,8 +35,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question, with the settings for its answer."""
+class Entry:
+    """What a person typed, with the settings for its answer."""
 
     text: str
     pictures: tuple[Image.Image, ...]
@@ -51,7 +51,7 @@ class Turns(ABC):
     """
 
     def __init__(self) -> None:
-        self.waiting: deque[Question] = deque()
+        self.waiting: deque[Entry] = deque()
         self._lock = threading.RLock()
         self._runner: object | None = None
 
@@ -61,14 +61,14 @@ class Turns(ABC):
         """Whether an answer is being made, or is about to be."""
 
     @abstractmethod
-    def check(self, question: Question) -> None:
+    def check(self, question: Entry) -> None:
         """Raise UsageError for a question that `begin` would refuse."""
 
     @abstractmethod
-    def begin(self, question: Question) -> None:
+    def begin(self, question: Entry) -> None:
         """Start the answer to a question. Raises UsageError."""
 
-    def take(self, question: Question) -> None:
+    def take(self, question: Entry) -> None:
         """Begin a question, or let it wait. Raises UsageError, also if too many are waiting."""
         with self._lock:
             if not self.busy:
@@ -147,11 +147,11 @@ class Chat(Turns):
         (chat.adapter,) = settings.adapters
         chat.system, chat.sampling = settings.system, settings.sampling
 
-    def check(self, question: Question) -> None:
+    def check(self, question: Entry) -> None:
         (adapter,) = question.settings.adapters
         self.conversation.check(question.text, question.pictures, adapter=adapter)
 
-    def begin(self, question: Question) -> None:
+    def begin(self, question: Entry) -> None:
         self.set(question.settings)
         self.conversation.ask(question.text, question.pictures)
 

@@ -11,7 +11,7 @@ import gradio as gr
 from llama_adapter.answering.conversation import Conversation
 from llama_adapter.answering.engine import Engine
 from llama_adapter.common.errors import UsageError
-from llama_adapter.page.chats import Chat, Chats, Question, Settings, Turns
+from llama_adapter.page.chats import Chat, Chats, Entry, Settings, Turns
 from llama_adapter.page.checks import check_length, read_sampling, warn
 from llama_adapter.page.display import messages, pace, shown, typed
 from llama_adapter.page.inside import show_answer
@@ -55,7 +55,7 @@ class ChatHandlers:
         pictures = (PICTURE_EXAMPLES[text],) if text in PICTURE_EXAMPLES else ()
 
         def take(chats: Chats) -> None:
-            chats.open.take(Question(check_length(text), pictures, read_settings(settings)))
+            chats.open.take(Entry(check_length(text), pictures, read_settings(settings)))
 
         return self._take(take, chats)
 
@@ -238,6 +238,6 @@ def read_settings(settings: tuple[Any, ...], *, experts: int = 1) -> Settings:
     return Settings(settings[:experts], check_length(system), read_sampling(*knobs))
 
 
-def read_question(box: dict[str, Any], settings: Settings) -> Question:
+def read_question(box: dict[str, Any], settings: Settings) -> Entry:
     """The question in the box. Raises UsageError for something that is not text or not a picture."""
-    return Question(check_length(box["text"]), tuple(open_given(box["files"])), settings)
+    return Entry(check_length(box["text"]), tuple(open_given(box["files"])), settings)

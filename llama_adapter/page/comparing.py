@@ -13,9 +13,9 @@ import gradio as gr
 from llama_adapter.answering.conversation import Conversation
 from llama_adapter.answering.engine import Engine
 from llama_adapter.common.errors import UsageError
-from llama_adapter.decoding.streams import Answer
+from llama_adapter.decoding.answer import Answer
 from llama_adapter.model import NO_ADAPTER
-from llama_adapter.page.chats import Question, Turns
+from llama_adapter.page.chats import Entry, Turns
 from llama_adapter.page.chatting import BUSY, EMPTY, IDLE, read_question, read_settings, show_waiting
 from llama_adapter.page.checks import warn
 from llama_adapter.page.display import Message, answer_messages, named, note_message, pace
@@ -38,7 +38,7 @@ class Comparison(Turns):
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         self._engine = engine
-        self.question: Question | None = None
+        self.question: Entry | None = None
         self.sides: list[Conversation | None] = []
 
     @property
@@ -50,19 +50,19 @@ class Comparison(Turns):
     def busy(self) -> bool:
         return any(answer.finish_reason is None for answer in self.answers)
 
-    def check(self, question: Question) -> None:
+    def check(self, question: Entry) -> None:
         for side in self._sides(question):
             if side is not None:
                 side.check(question.text, question.pictures)
 
-    def begin(self, question: Question) -> None:
+    def begin(self, question: Entry) -> None:
         sides = self._sides(question)
         for side in sides:
             if side is not None:
                 side.ask(question.text, question.pictures)
         self.question, self.sides = question, sides
 
-    def _sides(self, question: Question) -> list[Conversation | None]:
+    def _sides(self, question: Entry) -> list[Conversation | None]:
         model, settings = self._engine.model, question.settings
         left, right = settings.adapters
         if left == right:
@@ -147,7 +147,7 @@ def _answer(adapter: str, side: Conversation | None) -> list[Message]:
     return answer_messages(latest, waiting=waiting) or [{"role": "assistant", "content": "…"}]
 
 
-def show_question(question: Question | None) -> str:
+def show_question(question: Entry | None) -> str:
     """HTML of a question with small versions of its pictures."""
     if question is None:
         return ""

@@ -14,8 +14,9 @@ import gradio as gr
 from llama_adapter.answering.engine import Engine
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.templates import Turn, question_turn
+from llama_adapter.decoding.answer import Answer
+from llama_adapter.decoding.question import Question
 from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.decoding.streams import Answer
 from llama_adapter.page.checks import MAX_MESSAGES, check_length, read_sampling
 from llama_adapter.page.display import pace
 from llama_adapter.page.science import score
@@ -103,10 +104,8 @@ class Endpoints:
                 raise UsageError("a message of the history is no object with a role and a content")
             before.append(Turn(str(said["role"]), check_length(said["content"])))
         turns = [*before, question_turn(check_length(message))]
-        sampling = read_sampling(*knobs)
-        return self.engine.stream_chat(
-            turns, image=open_given(image) or None, adapter=adapter, sampling=sampling
-        )
+        pictures = open_given(image) or None
+        return self.engine.stream_chat(Question(turns, pictures, adapter, read_sampling(*knobs)))
 
 
 @contextmanager

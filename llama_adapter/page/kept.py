@@ -10,12 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from llama_adapter.answering.conversation import Exchange
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.templates import Turn, question_turn
-from llama_adapter.decoding.streams import Answer
+from llama_adapter.decoding.answer import Answer, Progress
 from llama_adapter.page.chats import MAX_CHATS, Chat, Chats, NewConversation
 from llama_adapter.page.display import named
 from llama_adapter.page.uploads import kept_url, open_given
@@ -27,25 +25,6 @@ _MAX_TEXT = 100_000  # characters of one message
 _FINISH_REASONS = ("stop", "length", "closed")
 
 Kept = dict[str, Any]
-
-
-class KeptAnswer(Answer):
-    """An answer from an earlier visit."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        text: str,
-        *,
-        tokens: int,
-        seconds: float,
-        finish_reason: str,
-    ) -> None:
-        super().__init__((), tokenizer)
-        self._said = text
-        self.tokens = tokens
-        self.seconds = seconds
-        self.finish_reason = finish_reason
 
 
 def pack(chats: Chats) -> Kept:
@@ -112,18 +91,16 @@ def _unpack_chat(kept: Any, new: NewConversation) -> Chat:
     conversation = new()
     conversation.system = _read(kept, "system", str)
     messages = _read(kept, "messages", list)
-    tokenizer = conversation.model.tokenizer
-    assert tokenizer is not None
     if len(messages) % 2:
         raise UsageError("a chat that this browser kept has a question without an answer")
     for asked, said in zip(messages[::2], messages[1::2], strict=True):
-        answer = KeptAnswer(
-            tokenizer,
+        made = Progress(
             Turn("assistant", _read(said, "content", str)).text,
             tokens=_read(said, "tokens", int),
             seconds=float(_read(said, "seconds", (int, float))),
             finish_reason=_read(said, "finish_reason", str),
         )
+        answer = Answer(iter(()), so_far=made)
         if answer.finish_reason not in _FINISH_REASONS:
             raise UsageError("an answer that this browser kept has no reason to end")
         exchange = Exchange(

@@ -11,6 +11,7 @@ import torch
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.records import PictureFile
 from llama_adapter.data.templates import check_unicode, question_turn
+from llama_adapter.decoding.question import Question
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.page.checks import check_length, warn
 from llama_adapter.page.uploads import PICTURE_EXAMPLES, open_given, picture_file
@@ -71,7 +72,7 @@ def score(
     )
     examination = Examination.best_for(model, adapter)
     # Raises UsageError if the base can't read it.
-    model.prepare_request(question_text(problem, examination.format), adapter=adapter)
+    model.prepare_request(Question.of(question_text(problem, examination.format), adapter=adapter))
     if examination.way == "generate":  # this way has no likelihoods
         examination = replace(examination, way="letter")
     (found,) = examination.likelihoods(model, [problem], features=features, adapter=adapter)

@@ -4,7 +4,6 @@ import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,8 +14,9 @@ from torch import Tensor
 from llama_adapter.answering.conversation import Conversation
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.templates import Turn
+from llama_adapter.decoding.answer import Answer
+from llama_adapter.decoding.question import Question
 from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.decoding.streams import Answer
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from tests.scripted import MeanColour, ScriptedModel, build_scripted_model
 from tests.tiny import build_tiny_tokenizer
@@ -46,9 +46,9 @@ def read(scripted: ScriptedModel, monkeypatch: pytest.MonkeyPatch) -> list[list[
     """The turns of every question that the scripted model was asked."""
     asked: list[list[Turn]] = []
 
-    def stream_chat(turns: Any, **kwargs: Any) -> Any:
-        asked.append(turns)
-        return ScriptedModel.stream_chat(scripted, turns, **kwargs)
+    def stream_chat(question: Question) -> Answer:
+        asked.append(list(question.turns))
+        return ScriptedModel.stream_chat(scripted, question)
 
     monkeypatch.setattr(scripted, "stream_chat", stream_chat)
     return asked
@@ -252,7 +252,7 @@ def test_no_more_is_dropped_than_has_to_be(
     chat.sampling = Sampling(max_new_tokens=max_new_tokens)
     asked: list[list[Turn]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scripted, "stream_chat", lambda turns, **_: asked.append(turns))
+        patch.setattr(scripted, "stream_chat", lambda question: asked.append(question.turns))
         chat.ask("y" * last)
 
     def tokens(turns: list[Turn]) -> int:

@@ -114,7 +114,7 @@ def test_an_end_token_and_a_stop_string_end_an_answer_as_alone(
 
     for ending in ({"end_ids": (tokens[7],)}, {"stop_strings": (whole.text[9:12],)}):
         monkeypatch.setattr(
-            model, "prepare_request", lambda *a, ending=ending, **b: replace(prepare(*a, **b), **ending)
+            model, "prepare_request", lambda question, ending=ending: replace(prepare(question), **ending)
         )
         expected, answer = (
             stream("Hi", adapter="one", sampling=sampling)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from llama_adapter.answering.questions import Check, Question, load_questions
+from llama_adapter.answering.questions import Check, CheckedQuestion, load_questions
 from llama_adapter.common.errors import UsageError
 
 OWN = load_questions()
 
 
-def ask(text: str = "?", **check: object) -> Question:
-    return Question("facts", text, Check(**check), ("x",))  # type: ignore[arg-type]
+def ask(text: str = "?", **check: object) -> CheckedQuestion:
+    return CheckedQuestion("facts", text, Check(**check), ("x",))  # type: ignore[arg-type]
 
 
 def test_there_are_sixty_of_seven_kinds_and_none_twice() -> None:
@@ -23,14 +23,14 @@ def test_there_are_sixty_of_seven_kinds_and_none_twice() -> None:
 
 
 @pytest.mark.parametrize("question", OWN, ids=lambda question: question.text[:40])
-def test_each_tells_its_right_answers_from_its_wrong_ones(question: Question) -> None:
+def test_each_tells_its_right_answers_from_its_wrong_ones(question: CheckedQuestion) -> None:
     assert question.right and question.wrong
     assert [answer for answer in question.right if not question.is_right(answer)] == []
     assert [answer for answer in question.wrong if question.is_right(answer)] == []
 
 
 @pytest.mark.parametrize("question", OWN, ids=lambda question: question.text[:40])
-def test_nothing_and_the_question_itself_are_no_answers(question: Question) -> None:
+def test_nothing_and_the_question_itself_are_no_answers(question: CheckedQuestion) -> None:
     for answer in ("", "I am not sure.", "I cannot answer that.", question.text):
         assert not question.is_right(answer), answer
 
@@ -55,7 +55,7 @@ def test_yes_and_no_come_up_alike() -> None:
         (ask(matches=["^Au$"]), ["Au", " Au "], ["au", "Aurum"]),
     ],
 )
-def test_every_rule(question: Question, right: list[str], wrong: list[str]) -> None:
+def test_every_rule(question: CheckedQuestion, right: list[str], wrong: list[str]) -> None:
     assert [answer for answer in right if not question.is_right(answer)] == []
     assert [answer for answer in wrong if question.is_right(answer)] == []
 

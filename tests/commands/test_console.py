@@ -24,8 +24,8 @@ import llama_adapter
 from llama_adapter.__main__ import main
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.templates import Turn, question_turn
+from llama_adapter.decoding.answer import Answer, Said, follow
 from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.decoding.streams import Answer
 from llama_adapter.methods.checkpoint import CONFIG_FILE, load_adapter, save_adapter
 from llama_adapter.methods.projection import Projection
 from llama_adapter.model import LlamaAdapter
@@ -494,11 +494,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
         yield from model.tokenizer.encode("Some words")  # type: ignore[union-attr]
         raise KeyboardInterrupt
 
-    answers = iter([Answer(tokens(), model.tokenizer)])  # type: ignore[arg-type]
+    answers = iter([Answer(follow(tokens(), Said(tokenizer=model.tokenizer)))])
     usual: Callable[..., Answer] = LlamaAdapter.stream_chat
 
-    def stream_chat(self: LlamaAdapter, turns: Any, **kwargs: Any) -> Answer:
-        return next(answers, None) or usual(self, turns, **kwargs)
+    def stream_chat(self: LlamaAdapter, question: Any, **options: Any) -> Answer:
+        return next(answers, None) or usual(self, question, **options)
 
     monkeypatch.setattr(LlamaAdapter, "stream_chat", stream_chat)
     code, out, err = chat("Hello?", "/clear", "Hello?")

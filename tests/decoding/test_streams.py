@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.decoding.answer import Said
 from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.decoding.streams import Said, build_processors, stream_text, stream_tokens
+from llama_adapter.decoding.streams import build_processors, stream_tokens
 from llama_adapter.model import LlamaAdapter
 from tests.tiny import build_tiny_sentencepiece_tokenizer, build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder, build_tiny_model, padded, random_rows
@@ -317,6 +318,18 @@ def test_the_ends_of_the_range_of_temperatures_work(
 # --- text from tokens ---------------------------------------------------------------------------------------
 
 
+def stream_text(tokens: Iterable[int], tokenizer: Any, stops: Sequence[str] = ()) -> Iterator[str]:
+    """The pieces of the text that `Said` makes of tokens, as far as it takes them."""
+    said = Said(tokenizer=tokenizer, stop_strings=stops)
+    for token in tokens:
+        if piece := said.take(token):
+            yield piece
+        if said.ended:
+            break
+    if piece := said.end():
+        yield piece
+
+
 def expected_text(ids: list[int], stops: list[str]) -> str:
     """What has been said when the first stop string is complete, up to where it begins; else everything."""
     for length in range(1, len(ids) + 1):
@@ -439,8 +452,11 @@ def test_of_two_stop_strings_in_one_token_the_first_counts() -> None:
 
 def test_an_answer_ends_before_an_end_token_or_with_the_last_that_there_may_be() -> None:
     said = Said(3, (2, 7))
-    assert [said.take(token) for token in (5, 7, 5)] == [True, False, False]
-    assert said.tokens == [5] and said.ended
+    for token in (5, 7, 5):
+        said.take(token)
+    assert said.tokens == [5] and said.finish_reason == "stop"
     said = Said(2, ())
-    assert [said.take(token) for token in (7, 2)] == [True, True] and said.ended
-    assert not said.take(1) and said.tokens == [7, 2]
+    for token in (7, 2, 1):
+        assert not said.ended or token == 1
+        said.take(token)
+    assert said.tokens == [7, 2] and said.finish_reason == "length"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llama_adapter.answering.engine import Engine
+from llama_adapter.decoding.question import Question, Request
 from llama_adapter.model import NO_ADAPTER
 from llama_adapter.page.chatting import BUSY, EMPTY, IDLE
 from llama_adapter.page.comparing import UNCHANGED, ComparisonHandlers
@@ -110,9 +111,9 @@ def test_who_cannot_see_is_not_asked_about_a_picture(
     asked: list[str | None] = []
     prepare = model.prepare_request
 
-    def watched(*args: Any, adapter: str | None = None, **options: Any) -> Any:
-        asked.append(adapter)
-        return prepare(*args, adapter=adapter, **options)
+    def watched(question: Question) -> Request:
+        asked.append(question.adapter)
+        return prepare(question)
 
     model.prepare_request = watched  # type: ignore[method-assign]
     red = upload("red.png", png("red"))

@@ -40,7 +40,7 @@ def test_single_settings_of_sampling_are_taken(chatty: LlamaAdapter) -> None:
     assert chatty.chat("Hi", max_new_tokens=8, temperature=0) == expected
     assert chatty.chat("Hi", sampling=Sampling(temperature=0), max_new_tokens=8) == expected
     assert "".join(chatty.stream_chat("Hi", max_new_tokens=8, temperature=0)).strip() == expected
-    assert "no setting 'max_length' of sampling" in refusal(lambda: chatty.chat("Hi", max_length=8))
+    assert "no option 'max_length' of a question" in refusal(lambda: chatty.chat("Hi", max_length=8))
     assert "top-p is 2" in refusal(lambda: chatty.chat("Hi", top_p=2))
 
 

@@ -17,7 +17,16 @@ from llama_adapter.model import LlamaAdapter
 from llama_adapter.surface.passing import PASSED_METHODS, REFUSED
 from tests.tiny_models import build_tiny_model
 
-PUBLIC = {"Conversation", "LlamaAdapter", "Sampling", "TrainingSettings", "Turn", "__version__", "train"}
+PUBLIC = {
+    "Conversation",
+    "LlamaAdapter",
+    "Question",
+    "Sampling",
+    "TrainingSettings",
+    "Turn",
+    "__version__",
+    "train",
+}
 
 # What LlamaAdapter has of its own; what torch's Module and transformers' generation give is theirs.
 ATTRIBUTES = (
@@ -31,7 +40,16 @@ ATTRIBUTES = (
     | {"get_nb_trainable_parameters", "print_trainable_parameters", "set_attn_implementation"}
     | {"activation_checkpointing_enable", "gradient_checkpointing_enable", "get_compiled_call"}
     | {"forward", "project", "generate", "sees", "tower", "encode_images"}
-    | {"chat", "stream_chat", "prepare_request", "encode_question", "template", "template_date", "end_ids"}
+    | {
+        "chat",
+        "stream_chat",
+        "prepare_request",
+        "project_requests",
+        "encode_question",
+        "template",
+        "template_date",
+        "end_ids",
+    }
 )
 
 
