@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from llama_adapter.common.errors import UsageError
@@ -19,12 +20,14 @@ def load_experts(
     adapter: str | None = None,
     weights: str | Path | None = None,
     adapters: Path | None = None,
+    compared: Mapping[str, Path] = {},
 ) -> dict[str, str]:
     """Load all adapters of the weights folders that fit the base. The active one stays active.
 
     Args:
         adapter: how the active adapter was named by the user, if that is no name in the weights folders.
         adapters: one more folder of adapters. A name that the weights folders also have is left out.
+        compared: more adapters, the folder of each by its name.
 
     Returns:
         a line about each adapter by its name; the bare base is last.
@@ -41,6 +44,7 @@ def load_experts(
         for name in more.keys() & folders.keys():
             print(f"{more[name]} is left out: another adapter has that name", file=sys.stderr)
         folders = {**more, **folders}
+    folders = {**folders, **compared}
     if active != NO_ADAPTER and adapter is not None:
         folder = adapter_folder(locations.resolve(adapter, kind="adapter", weights=weights))
         folders = {active: folder, **{name: other for name, other in folders.items() if name != active}}

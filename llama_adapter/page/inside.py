@@ -32,7 +32,10 @@ def show_gates(model: LlamaAdapter, adapter: str) -> str:
     """HTML: a heat map of an adapter's gates, or the reason why there is none."""
     if adapter == NO_ADAPTER:
         return _line("The bare base has no prompts and no gates; choose an adapter above.")
-    gates = effective_gates(model, adapter)
+    try:
+        gates = effective_gates(model, adapter)
+    except UsageError as error:
+        return _line(f"{str(error)[:1].upper()}{str(error)[1:]}.")
     first = model.get_adapter(adapter).config.first_layer
     layer, head = divmod(int(gates.abs().argmax()), gates.shape[1])
     strongest = f"strongest: layer {first + layer}, head {head}, {gates[layer, head]:.2f}"

@@ -95,6 +95,17 @@ _OTHER_TABS = """
 .heatmap text { fill: currentColor; font-size: 11px; }
 .heatmap rect { stroke: currentColor; stroke-opacity: 0.15; }
 .heatmap rect:hover { stroke-opacity: 1; }
+#charts { padding: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
+.chart svg { width: 100%; display: block; }
+.chart text { fill: currentColor; font-size: 11px; }
+.chart .axis { stroke: currentColor; fill: none; }
+.chart .grid { stroke: currentColor; stroke-opacity: 0.12; fill: none; }
+.chart .front { stroke: currentColor; stroke-opacity: 0.6; stroke-dasharray: 4 3; fill: none; }
+.chart .curve { stroke-width: 1.5; fill: none; }
+.legend { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; font-size: var(--text-sm); }
+.legend i { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 50%; margin-right: 0.4em; }
+#compared td { cursor: pointer; }
 """
 
 _PHONE = """

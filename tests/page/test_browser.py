@@ -21,12 +21,14 @@ import pytest
 
 from llama_adapter.commands.arguments import SHIPPED_ADAPTERS
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.page.compare_tab import Compared
 from llama_adapter.page.experts import load_experts
 from llama_adapter.page.layout import build_page
 from llama_adapter.page.parts import EXAMPLES
 from llama_adapter.page.server import serve
 from llama_adapter.page.uploads import PICTURE_EXAMPLES
 from llama_adapter.page.wiring import PEOPLE
+from tests.compared import build_results
 from tests.conftest import CHECKOUT
 from tests.drawn import png
 from tests.scripted import ScriptedModel, build_scripted_model
@@ -51,10 +53,12 @@ HOSTILE = (
 
 
 @contextmanager
-def _served(model: LlamaAdapter, experts: dict[str, str]) -> Iterator[str]:
+def _served(
+    model: LlamaAdapter, experts: dict[str, str], comparison: Compared | None = None
+) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    page = build_page(model, experts)
+    page = build_page(model, experts, comparison=comparison)
     try:
         yield serve(page, host="127.0.0.1", port=port)
     finally:
@@ -69,7 +73,13 @@ def model() -> ScriptedModel:
 @pytest.fixture(scope="module")
 def address(model: ScriptedModel) -> Iterator[str]:
     lines = {name: f"About *{name}*, with a <b>tag</b>." for name in [*model.adapters, NO_ADAPTER]}
-    with _served(model, lines) as address:
+    comparison = Compared(
+        build_results(),
+        {"prompts": [(1, 2.5), (2, 2.0)], "prompts+lora": [(1, 2.25), (2, 1.5)]},
+        {"prompts": "one", "prompts+lora": "two"},
+        {},
+    )
+    with _served(model, lines, comparison) as address:
         yield address
 
 
@@ -280,6 +290,24 @@ def test_side_by_side(page: Page) -> None:
     playwright.expect(_answer(page, 1)).to_contain_text("1 2 3")
     _shoot(page, "side-by-side")
     _stop(page)
+
+
+def test_a_row_of_a_comparison_chats_with_its_adapter(page: Page) -> None:
+    page.get_by_role("tab", name="Compare", exact=True).click()
+    table = page.locator("#compared")
+    first = table.get_by_role("gridcell").first
+    playwright.expect(first).to_contain_text("prompts+lora")
+    playwright.expect(page.locator("#charts svg")).to_have_count(4)
+    _shoot(page, "compare")
+    page.get_by_role("combobox", name="Best first by").click()
+    page.get_by_role("option", name="parameters").click()
+    playwright.expect(first).to_have_text("prompts")
+    table.get_by_role("gridcell", name="full").click()
+    playwright.expect(page.get_by_text("The adapter of full is not loaded here.")).to_be_visible()
+    table.get_by_role("gridcell", name="prompts+lora").click()
+    playwright.expect(page.get_by_role("combobox", name="Adapter")).to_have_value("two")
+    _ask(page, "Who?")
+    playwright.expect(_answer(page)).to_contain_text("two heard: Who?")
 
 
 def test_html_is_text_in_question_and_answer_and_on_the_clipboard(page: Page) -> None:

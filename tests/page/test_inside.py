@@ -17,6 +17,7 @@ from llama_adapter.page.heatmap import draw_heatmap
 from llama_adapter.page.inside import explain_gates, explain_influence, show_answer, show_gates
 from tests.page_parts import HOSTILE
 from tests.scripted import ScriptedModel, build_scripted_model
+from tests.tiny_models import build_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,12 @@ def test_the_gates_are_drawn_and_explained(model: ScriptedModel) -> None:
     assert 'aria-label="Heat map of tanh(gate) of 3 layers with 4 heads' in picture
     assert f"In plain words: {explain_gates(gates, 0)}" in picture
     assert "no prompts" in show_gates(model, NO_ADAPTER)
+
+
+def test_an_adapter_without_prompts_has_no_gates_to_draw() -> None:
+    model = build_tiny_model()
+    model.new_adapter("other", method="lora")
+    assert "Adapter &#x27;other&#x27; has no prompts, so no gates to look at" in show_gates(model, "other")
 
 
 def test_what_prompts_did_to_the_latest_answer_is_drawn_and_explained(model: ScriptedModel) -> None:
