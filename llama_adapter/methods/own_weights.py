@@ -142,6 +142,8 @@ class OwnDecoder:
         trained = any(own.requires_grad for own in part.parameters())
         with self._lock, torch.inference_mode(False), torch.no_grad():
             base = [self.base.get_parameter(name) for name in names]
+            if any(weight.is_meta for weight in base):
+                raise UsageError(f"{part.kind} changes the base's own weights, which were offloaded since")
             made_of = [(weight.data_ptr(), weight.dtype, weight.device) for weight in base]
             if self._copy is None or made_of != self._made_of:
                 self._copy = self._build(part, names)
@@ -213,10 +215,10 @@ def _check_weights(kind: str, decoder: PreTrainedModel, names: Sequence[str]) ->
     weights |= dict(decoder.named_parameters())
     for name, weight in weights.items():
         plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1
-        if not plain and not is_sharded(decoder):
+        if (not plain or weight.is_meta) and not is_sharded(decoder):
             raise UsageError(
-                f"{kind} changes the base's own weights, and {name} is quantised or missing here; load the "
-                "base without quantisation"
+                f"{kind} changes the base's own weights, and {name} is quantised, offloaded or missing here; "
+                "load the base as it is"
             )
 
 

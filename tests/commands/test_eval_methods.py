@@ -16,6 +16,7 @@ import pytest
 from llama_adapter.commands.eval_methods import main
 from llama_adapter.common.errors import UsageError
 from tests.conftest import CHECKOUT
+from tests.science import build_problems, write_official
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder, build_tiny_tower_folder
 
@@ -129,6 +130,14 @@ def test_a_method_that_fails_leaves_the_others(weights: Path, tmp_path: Path) ->
     assert 0 <= prompts["task_score"] <= 1
     assert list(results(tmp_path / "out")["best"]) == ["prompts"]
     assert "lora, rate 0.001, seed 0 failed" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_scienceqa_is_scored_by_its_letters(weights: Path, tmp_path: Path) -> None:
+    data = write_official(tmp_path / "data", build_problems(tmp_path, rows=16))
+    main(options(weights, tmp_path / "out", data=data, methods="prompts", cache=tmp_path / "cache"))
+    (run,) = results(tmp_path / "out")["runs"]
+    assert set(run) == FIELDS and (run["status"], run["task"]) == ("done", "ScienceQA accuracy")
+    assert run["task_score"] in (0.0, 0.25, 0.5, 0.75, 1.0), "four problems are kept back"
 
 
 @pytest.mark.parametrize(

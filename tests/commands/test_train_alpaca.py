@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import eval.alpaca
 import train.alpaca
@@ -72,6 +73,19 @@ def test_a_run_leaves_an_adapter_that_eval_scores(
     trained = json.loads((output / "llama_adapter_config.json").read_text())["training"]
     assert kept_back["rows"] == 4
     assert round(kept_back["adapter_loss"], 4) == trained["validation_loss"]
+
+
+def test_top_layers_are_trained_with_rates_that_fall_with_depth(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--method", "top-layers", "--option", "layer_decay=0.5", "--rate", "layer-1=1e-9")
+    run(train.alpaca, options(base, tmp_path / "run", *more, "--max-steps", "2"), monkeypatch)
+    kept = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    changes = [max(float(v.abs().max()) for k, v in kept.items() if f".{n}." in k) for n in (1, 2)]
+    assert 0 < changes[0] < 1e-6 < 1e-3 < changes[1]
+    with pytest.raises(UsageError, match="top-layers changes the base's own weights"):
+        run(train.alpaca, options(base, tmp_path / "no", *more, "--quantize", "int8"), monkeypatch)
+    assert not (tmp_path / "no").exists()
 
 
 def test_eval_says_what_quantising_costs(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -282,6 +283,17 @@ def test_a_quantised_base_is_refused(method: str) -> None:
     model = LlamaAdapter(decoder, base="tiny")
     with pytest.raises(UsageError, match=f"{method} changes the base's own weights, and .* is quantised"):
         model.new_adapter("new", method=method)
+
+
+def test_an_offloaded_decoder_is_refused() -> None:
+    decoder = build_tiny_decoder()
+    model = LlamaAdapter(decoder, base="tiny")
+    model.new_adapter("own", method="full")
+    cpu_offload(decoder, execution_device=torch.device("cpu"))
+    with pytest.raises(UsageError, match="full changes the base's own weights, which were offloaded since"):
+        logits(model, adapter="own")
+    with pytest.raises(UsageError, match="is quantised, offloaded or missing here"):
+        model.new_adapter("another", method="full")
 
 
 def test_a_sharded_decoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

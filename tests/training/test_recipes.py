@@ -72,6 +72,19 @@ def test_a_run_goes_on_and_an_adapter_is_trained_on(base: str, tmp_path: Path) -
     assert further.get_adapter("trained").config.method == "prompts+scales"
 
 
+def test_weights_of_the_base_are_trained_and_trained_on(base: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"base": base, "validation_rows": 4, **QUICK}
+    chosen = {"method": "selected", "share": 0.02, "sample_rows": 3}
+    first = llama_adapter.train(DATA, output=tmp_path / "run", **chosen, **given)
+    adapter = first.get_adapter("trained")
+    assert adapter.config.method == "selected"
+    assert adapter.config.options == {"share": 0.02, "score": "fisher", "sample_rows": 3}
+    more = llama_adapter.train(DATA, output=tmp_path / "more", start_from=str(tmp_path / "run"), **given)
+    before, after = (model.get_adapter("trained").state_dict() for model in (first, more))
+    assert torch.equal(before["selected.places"], after["selected.places"])
+    assert not torch.equal(before["selected.changes"], after["selected.changes"])
+
+
 def test_settings_and_a_plan_take_the_place_of_keywords(base: str, tmp_path: Path) -> None:
     settings = TrainingSettings(**QUICK, max_steps=1, seed=3)
     plan = AdapterPlan(base=base, method="prompts", options={"prompt_length": 2})
