@@ -16,6 +16,9 @@ COPY weights weights
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
       $(grep -hE '^torch(vision)?==' constraints.txt | grep -v "< '3.11'" | cut -d' ' -f1) \
  && pip install --no-cache-dir -c constraints.txt '.[demo]' \
- && llama-adapter fetch smollm2-135m-instruct
+ && useradd --create-home page
+# The page reads what strangers send, so it does not run as root.
+USER page
+RUN llama-adapter fetch smollm2-135m-instruct
 EXPOSE 7860
 CMD ["llama-adapter", "demo", "--host", "0.0.0.0"]
