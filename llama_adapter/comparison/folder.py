@@ -1,4 +1,4 @@
-"""Where a comparison keeps what: its results, the folder of each run, the curve of a training."""
+"""The files of a comparison: its results, the folder of each run, the loss curve of a training."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def run_folder(output: Path, method: str, rate: float, seed: int) -> Path:
 
 
 def read_results(output: Path) -> dict[str, Any]:
-    """The results of a comparison.
+    """Read the results of a comparison.
 
     Raises:
-        UsageError: there are none in the folder, or they cannot be read.
+        UsageError: the folder has none, or they can't be read.
     """
     path = output / RESULTS_FILE
     try:
@@ -37,7 +37,7 @@ def read_results(output: Path) -> dict[str, Any]:
 
 
 def best_runs(output: Path, results: Mapping[str, Any]) -> dict[str, Path]:
-    """For each method the folder of its training with the least loss, among the seeds at its best rate."""
+    """For each method, the folder of its training with the lowest loss among the seeds at its best rate."""
     found = {}
     for method in results["best"]:
         best = min(at_best(results["runs"], method), key=lambda run: float(run["validation_loss"]))

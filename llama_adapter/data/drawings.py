@@ -1,12 +1,12 @@
 """Drawings of coloured shapes and questions about them, made by code: the source ``drawings:N``.
 
-There are N pictures of one to four shapes, in many colours, sizes, places and backgrounds, filled or as
-outlines. Each is asked four questions in many wordings: about its colours and its shapes, whether there is
-such a shape (answered yes as often as no), and what it shows, how many shapes there are or what colour the
-background is. American questions ("color") say gray, British ones ("colour") say grey.
+There are N pictures of one to four shapes, in many colours, sizes, positions and backgrounds, filled or as
+outlines. Each has four questions, in many wordings: about its colours; about its shapes; whether there is a
+certain shape (with yes as often as no); and about what it shows, how many shapes there are, or the colour of
+the background. American questions ("color") are answered with gray, British ones ("colour") with grey.
 
-The split, and a picture's number in it, decide all that is drawn and asked: ``drawings:100`` are the first
-hundred of ``drawings:200``, and those of the split test are others than those of train.
+The split and a picture's number decide everything about it. ``drawings:100`` are the first hundred of
+``drawings:200``, and the split test has other pictures than train.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST = 1_000_000
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
 
-# What goes by each name: first what CSS calls so, then shades of other palettes.
+# The shades that have each name: first CSS's own, then those of other palettes.
 COLOURS = {
     "red": "ff0000 e60000 dc143c cc0000 ff3030 c0392b e74c3c d62728 f44336",
     "green": "008000 00ff00 228b22 32cd32 2ecc71 27ae60 2ca02c 4caf50 006400 3cb44b 90ee90",
@@ -46,7 +46,7 @@ COLOURS = {
     "turquoise": "40e0d0 00ced1 48d1cc 30d5c8",
 }
 _COLOUR_WEIGHTS = [0.5 if name in ("teal", "turquoise") else 1.0 for name in COLOURS]
-_NEAR = {"teal", "turquoise", "green", "blue"}  # people draw the lines between these in different places
+_NEAR = {"teal", "turquoise", "green", "blue"}  # people do not agree where one of these ends
 
 # Each shape with how often it is drawn, and its other names.
 SHAPES = {
@@ -64,7 +64,7 @@ SHAPES = {
     "arrow": (0.6, ()),
 }
 _SHAPE_WEIGHTS = [weight for weight, _ in SHAPES.values()]
-# (asked for, there): neither yes nor no is sure to be right.
+# (what is asked for, what is there), so that neither yes nor no can be guessed.
 _UNSURE = {("rectangle", "square"), ("oval", "circle"), ("diamond", "square"), ("square", "diamond")}
 
 _COUNTS = ("no", "one", "two", "three", "four")
@@ -200,7 +200,7 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """What is on a picture. `background` is the colour's name where it has one everywhere."""
+    """The content of a picture. `background` is the colour's name if the background has only one."""
 
     shapes: tuple[_Shape, ...]
     background: str | None
@@ -208,7 +208,7 @@ class _Drawing:
 
 @dataclass(frozen=True)
 class _Ground:
-    """A background: its pattern, the colours in it, and its name where there is one."""
+    """A background: its pattern, its colours, and its name if it has one."""
 
     pattern: str
     colours: tuple[RGB, ...]
@@ -248,14 +248,14 @@ def is_drawings(source: object) -> bool:
 def _draw(draws: random.Random) -> tuple[bytes, _Drawing]:
     """A picture as a PNG file, and what is on it."""
     width = height = draws.choice(_SIDES)
-    if draws.random() < 0.15:  # a little: a tower may squeeze a picture, and a circle in it
+    if draws.random() < 0.15:  # slightly: a tower may squeeze a picture, and a circle with it
         width = round(width * draws.uniform(1.0, 1.3))
         if draws.random() < 0.5:
             width, height = height, width
     ground = _choose_ground(draws)
     boxes = _choose_boxes(width, height, draws)
     shapes = [_choose_shape(box, ground, draws) for box in boxes]
-    # Drawn twice as large and then halved, edges come out smooth. Some small pictures keep their steps.
+    # Drawn twice as large and halved, which makes edges smooth. Some small pictures keep their rough edges.
     scale = 2 if max(width, height) <= 256 and draws.random() < 0.7 else 1
     image = _paint_ground(ground, (width * scale, height * scale), draws)
     canvas = ImageDraw.Draw(image)
@@ -269,7 +269,7 @@ def _draw(draws: random.Random) -> tuple[bytes, _Drawing]:
 
 
 def _shade(name: str, draws: random.Random) -> RGB:
-    """A colour that goes by a name: a third of the time CSS's own, else another, at times a little off."""
+    """A shade with this name: CSS's own a third of the time, else another; sometimes slightly changed."""
     shades = COLOURS[name].split()
     shade = shades[0] if draws.random() < 1 / 3 else draws.choice(shades)
     values = [int(shade[place : place + 2], 16) for place in (0, 2, 4)]
@@ -345,7 +345,7 @@ def _paint_ground(ground: _Ground, size: tuple[int, int], draws: random.Random) 
 
 
 def _choose_boxes(width: int, height: int, draws: random.Random) -> list[tuple[float, float, float]]:
-    """Where shapes go: the middle and half the size of each, (x, y, radius), none over another."""
+    """Positions of the shapes: (x, y, radius), the centre and half the size. None overlaps another."""
     side = min(width, height)
     count = draws.choices((1, 2, 3, 4), (0.72, 0.16, 0.08, 0.04))[0] if side >= 64 else 1
     largest = (0.48, 0.24, 0.22, 0.2)[count - 1]
@@ -471,7 +471,7 @@ def _turned(points: Sequence[Point], degrees: float) -> list[Point]:
 
 
 class _Asking:
-    """Words one question out: its spelling, what it calls the picture and its shapes."""
+    """Words one question: chooses the spelling, and names for the picture and its shapes."""
 
     def __init__(self, drawing: _Drawing, draws: random.Random) -> None:
         self.drawing, self.draws = drawing, draws
@@ -526,7 +526,7 @@ class _Asking:
         return self.word(_SHAPE_QUESTIONS, named=self.name(shape.colour)), shape.name
 
     def description(self) -> tuple[str, str]:
-        self.british = False  # nothing in the question says which spelling is wanted
+        self.british = False  # the question does not show which spelling is wanted
         shapes = [_article(f"{self.name(shape.colour)} {shape.name}") for shape in self.drawing.shapes]
         text = " and ".join([", ".join(shapes[:-1]), shapes[-1]] if len(shapes) > 1 else shapes)
         return self.word(_DESCRIPTION_QUESTIONS), f"{text[0].upper()}{text[1:]}."
@@ -545,7 +545,7 @@ class _Asking:
         return self.word(_COUNT_QUESTIONS, thing=self.draws.choice(_FIGURES)), _COUNTS[len(shapes)]
 
     def presence(self) -> tuple[str, str]:
-        """Whether something is there: yes and no with the same chance, whatever is asked and how."""
+        """Whether something is there. Yes and no are equally likely, whatever is asked and how."""
         there = self.draws.random() < 0.5
         shape = self.draws.choice(self.drawing.shapes)
         asks = self.draws.choice(("both", "both", "shape", "shape", "colour"))
@@ -571,7 +571,7 @@ class _Asking:
         return self.word(questions, a=_article(thing), thing=thing), _yes(there is not negated)
 
     def whether_it_is(self, asks: str, colour: str, name: str, shape: _Shape) -> list[str]:
-        """Questions about the only shape that are answered yes where it has the colour, the name or both."""
+        """Questions about the only shape. The answer is yes if it has the colour, the name or both."""
         if asks == "colour":
             return [f"Is the shape {colour}?", f"Is it {colour}?", f"Is the {shape.name} {colour}?"]
         if asks == "shape":
@@ -582,7 +582,7 @@ class _Asking:
         return [f"Is it {a}?", f"Is this {a}?", f"Is the shape {a}?"]
 
     def other_colour(self) -> str:
-        """A colour that none of the shapes has, nor its edge."""
+        """A colour that no shape and no edge has."""
         used = {shape.colour for shape in self.drawing.shapes}
         out = used | {shape.edge for shape in self.drawing.shapes if shape.edge}
         if used & {"teal", "turquoise"}:
@@ -620,7 +620,7 @@ def _questions(drawing: _Drawing, draws: random.Random) -> list[tuple[str, str]]
 
 
 def _as_typed(question: str, answer: str, draws: random.Random) -> str:
-    """The question as people type it: some in lower case, without a mark, or with what to answer."""
+    """The question as people type it: some in lower case, without a mark, or with a wish for the answer."""
     typed = draws.random()
     if typed < 0.3:
         question = question[0].lower() + question[1:]

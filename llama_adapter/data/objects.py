@@ -1,9 +1,9 @@
 """Rows about photos -> yes/no questions about what is there and what is not: the source ``objects:SOURCE``.
 
-A photo shows an object if a caption, a question or an answer about it names the object. Captions leave
-things out. So a photo counts as one without an object only if nothing names the object, and if everything
-that is named is rarely seen together with it (in at most 5 of 100 photos). Each object gets as many
-questions with yes as with no.
+A photo shows an object if a caption, a question or an answer about it names the object. But captions leave
+things out. So a photo counts as one without the object only under two conditions: nothing names the object,
+and everything that is named is rarely seen together with it (in at most 5 of 100 photos). Each object gets
+equally many questions with yes and with no.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llama_adapter.data.row_pictures import FILE_COLUMNS, PICTURE_COLUMNS, Pictu
 OBJECTS = "objects"  # the source's name, before the colon and the source of the photos
 _RARELY = 0.05
 
-# What is asked for, with other words that name it; the plurals of all of them count too.
+# The objects, with other words that name them. The plurals of all these words count too.
 _WORDS = {
     "person": "people man men woman women boy girl child children kid baby lady guy gentleman toddler player "
     "skier surfer snowboarder skateboarder rider biker cyclist hiker climber runner swimmer crowd",
@@ -93,11 +93,11 @@ _PICTURES = ("picture", "photo", "image")
 
 
 def object_rows(rows: Iterable[tuple[int, Any]], root: Path) -> list[dict[str, Any]]:
-    """Questions about the pictures of rows, always the same ones for the same rows.
+    """Questions about the pictures of rows. The same rows always give the same questions.
 
     Args:
         rows: each with its number in its source.
-        root: where relative names of pictures start.
+        root: the folder that relative names of pictures start from.
 
     Raises:
         UsageError: a row of no known form, or rows that name too few objects.
@@ -146,7 +146,7 @@ def _named(texts: Iterable[str]) -> set[str]:
 def _choose(
     shown: dict[tuple[PictureFile, ...], set[str]], draws: random.Random
 ) -> list[tuple[tuple[PictureFile, ...], str, bool]]:
-    """Pictures, an object, and whether it is there: for each object as many with it as without it."""
+    """Pictures, an object, and whether it is there. Each object has as many pictures with it as without."""
     often = Counter(name for names in shown.values() for name in names)
     together = Counter((one, other) for names in shown.values() for one in names for other in names)
     chosen: list[tuple[tuple[PictureFile, ...], str, bool]] = []

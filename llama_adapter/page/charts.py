@@ -1,6 +1,6 @@
-"""Charts of a comparison as SVG: the loss of methods against what they cost, and their loss while training.
+"""Charts of a comparison as SVG: the loss of methods against their costs, and their loss in training.
 
-They scale with the page, take its colours, and tell a point's numbers under the mouse.
+They scale with the page, use its colours, and show a point's numbers under the mouse.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 WIDTH, HEIGHT = 420, 300  # in the picture's own units
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 42
-# Told apart by people who do not see all colours, too (Okabe and Ito).
+# Colours that colour-blind people can tell apart too (Okabe and Ito).
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999", "#b8a900")
 
 
 def colours_of(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for each method; later ones use the first colours again."""
+    """A colour for each method. If there are too many methods, colours are used again."""
     return {method: COLOURS[number % len(COLOURS)] for number, method in enumerate(methods)}
 
 
@@ -32,9 +32,9 @@ def draw_cost(
 
     Args:
         points: cost and loss by method.
-        intervals: of the loss, lowest and highest; cut off at the chart's edge.
-        front: the methods on it, by rising cost.
-        label: of the cost.
+        intervals: the lowest and highest loss; cut off at the edge of the chart.
+        front: the methods on the front, by rising cost.
+        label: the name of the cost.
     """
     costs, losses = ([point[axis] for point in points.values()] for axis in (0, 1))
     logarithmic = min(costs) > 0 and max(costs) > 10 * min(costs)
@@ -46,7 +46,7 @@ def draw_cost(
     taken: list[tuple[float, float]] = []
     for method, (cost, loss) in points.items():
         x, y = x_of(cost), y_of(loss)
-        # An interval of two or three seeds can be many times as long as the methods lie apart.
+        # With two or three seeds, an interval can be many times as long as the distance between methods.
         low, high = (min(max(y_of(end), TOP), HEIGHT - BOTTOM) for end in intervals[method])
         told = html.escape(f"{method}: loss {loss:.4f}, {label} {_short(cost)}")
         parts.append(
@@ -77,7 +77,7 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], *, colours: M
 
 
 def draw_legend(colours: Mapping[str, str]) -> str:
-    """Which colour is which method's."""
+    """Show which colour belongs to which method."""
     entries = (
         f'<span><i style="background: {colour}"></i>{html.escape(method)}</span>'
         for method, colour in colours.items()
@@ -88,7 +88,7 @@ def draw_legend(colours: Mapping[str, str]) -> str:
 def _scale(
     values: Sequence[float], start: float, end: float, *, logarithmic: bool = False
 ) -> tuple[Callable[[float], float], list[float]]:
-    """Where a value lies between two places of the picture, and the values to be marked there."""
+    """A function from values to coordinates of the picture, and the values to mark on the axis."""
     change: Callable[[float], float] = math.log10 if logarithmic else float
     low, high = change(min(values)), change(max(values))
     margin = 0.08 * (high - low) or 0.5
@@ -128,7 +128,7 @@ def _axes(
 
 
 def _label(x: float, y: float, text: str, taken: list[tuple[float, float]]) -> str:
-    """A point's name beside it, moved down until it covers no other; ``taken`` notes the places of all."""
+    """A point's name beside it, moved down until it covers no other name. ``taken`` has all their places."""
     to_left = x + 7 + 6.2 * len(text) > WIDTH
     x, y = (x - 7, y + 4) if to_left else (x + 7, y + 4)
     while any(abs(x - other) < 90 and abs(y - height) < 11 for other, height in taken):

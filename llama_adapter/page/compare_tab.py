@@ -1,4 +1,4 @@
-"""The tab "Compare": results of eval.methods as a table and charts; a click chats with a method's adapter."""
+"""The tab "Compare": results of eval.methods as a table and charts. A click starts a chat with an adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_adapter.model import LlamaAdapter
 from llama_adapter.page.charts import colours_of, draw_cost, draw_curves, draw_legend
 from llama_adapter.page.wiring import AT_ONCE, TAKING
 
-# What a column is called, and where its number comes from: "best" of results.json, or the mean over runs.
+# A column's name, and where its number comes from: "best" of results.json, or the mean over the runs.
 _COLUMNS = {
     "task score": "task_score",
     "forgetting": "forgetting",
@@ -43,10 +43,10 @@ class Compared:
     """A comparison, and its adapters that the page offers.
 
     Attributes:
-        results: what results.json holds.
+        results: the content of results.json.
         curves: (step, validation loss) of each method's best run.
-        experts: how each method's best adapter is called on the page.
-        adapters: the folders of these, by that name.
+        experts: for each method, the name of its best adapter on the page.
+        adapters: the folders of these adapters, by that name.
     """
 
     results: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Compared:
     adapters: Mapping[str, Path]
 
     def loaded(self, model: LlamaAdapter) -> Compared:
-        """The same with only those adapters that a model has; says on standard error which are missing."""
+        """The same with only those adapters that a model has. Reports the missing ones on standard error."""
         there = {method: name for method, name in self.experts.items() if name in model.adapters}
         if missing := sorted(set(self.results["best"]) - set(there)):
             base = self.results["base"]
@@ -67,10 +67,10 @@ class Compared:
 
 
 def read_comparison(folder: Path) -> Compared:
-    """A comparison by its folder. Raises UsageError where it is none."""
+    """Read a comparison's folder. Raises UsageError if it is none."""
     results = read_results(folder)
     runs = {method: run for method, run in best_runs(folder, results).items() if run.is_dir()}
-    # Not the method's name alone: adapters in the weights folders may be called so.
+    # Not only the method's name: an adapter in the weights folders may have that name.
     name = folder.resolve().name.replace(".", "_")
     experts = {method: f"{name}: {method}" for method in runs}
     return Compared(
@@ -122,7 +122,7 @@ def compare_tab(compared: Compared, tabs: gr.Tabs, chat: str, expert: gr.Dropdow
 
 
 def table_rows(results: Mapping[str, Any]) -> list[list[Any]]:
-    """The rows of the table. Numbers are numbers, which the table can sort."""
+    """The rows of the table. Numbers stay numbers, so that the table can sort them."""
     rows = []
     for method, best in results["best"].items():
         half = (best["validation_loss_high"] - best["validation_loss_low"]) / 2 if best["seeds"] > 1 else None
@@ -152,7 +152,7 @@ def sort_rows(rows: list[list[Any]], by: str) -> list[list[Any]]:
 
 
 def draw_charts(compared: Compared) -> str:
-    """HTML: a chart for each cost that was measured, and the curves."""
+    """HTML: a chart for each cost that was measured, and the loss curves."""
     results = compared.results
     best = results["best"]
     colours = colours_of(list(best))
