@@ -1,4 +1,4 @@
-"""What --quantize adds to the suite "decoding": quantised weights beside float32 and another program."""
+"""Decoding with quantised weights, beside float32 and another program, in the suite "decoding"."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.measuring import alternate, ratio, show
 from llama_adapter.weights import locations
+from llama_adapter.weights.catalogue import DEFAULT_BASE
 
 if TYPE_CHECKING:  # slow to import
     from llama_adapter.model import LlamaAdapter
@@ -28,12 +29,10 @@ def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> di
 
     from llama_adapter.decoding.sampling import Sampling
     from llama_adapter.decoding.streams import stream_tokens
-    from llama_adapter.model import LlamaAdapter
-    from llama_adapter.quantization.linear import read_bytes
+    from llama_adapter.quantization.linear import format_of, kept_bytes, read_bytes
 
-    quantized = str(arguments.quantize)
-    options = {name: getattr(arguments, name) for name in ("weights", "device", "dtype")}
-    plain = LlamaAdapter.from_base(model.base, **options)
+    quantized = str(format_of(model.decoder))
+    plain = load_in_floats(arguments)
     generator = torch.Generator().manual_seed(0)
     question = torch.randint(model.shape.vocab_size, (1, QUESTION_TOKENS), generator=generator)
     sampling = Sampling(max_new_tokens=arguments.new_tokens, temperature=0)
@@ -76,12 +75,31 @@ def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> di
         f"\n{weights / 1e6:,.0f} MB of weights a token; memory is read at "
         f"{1e-9 / statistics.median(speed):.1f} GB/s, {statistics.median(shares):.0%} of it by {quantized}"
     )
-    return {
+    figures = {
         f"{quantized}_vs_float32": ratio(full, ours),
         "bandwidth_share": statistics.median(shares),
         "tokens_per_second": 1 / statistics.median(ours),
         "peer_tokens_per_second": 1 / statistics.median(peers[0]) if peers else None,
     }
+    file = locations.gguf_in(base)
+    if quantized == "gguf" and file is not None:
+        kept, size = kept_bytes(model.decoder), file.stat().st_size
+        figures["gguf_memory_vs_file"] = kept / size
+        print(f"the decoder takes {kept / 1e6:,.1f} MB, {kept / size:.3f} times its file")
+    return figures
+
+
+def load_in_floats(arguments: argparse.Namespace) -> LlamaAdapter:
+    """The base that --base, --weights, --device and --dtype ask for, its weights not quantised."""
+    from transformers import GgufConfig
+
+    from llama_adapter.model import LlamaAdapter
+
+    base = DEFAULT_BASE if arguments.base is None else arguments.base
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in ("weights", "device", "dtype")}
+    if locations.gguf_in(locations.resolve(base, kind="base", weights=arguments.weights)) is not None:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    return LlamaAdapter.from_base(base, **options)
 
 
 @contextmanager

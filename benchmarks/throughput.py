@@ -7,10 +7,11 @@ time is a median over the rounds, and every ratio the median of the rounds' rati
 decoding: a token, the first token, a forward pass and transformers' generate(), with the adapter and without.
 --json writes {"decode_vs_base", "forward_vs_base", "tokens_per_second"}. The first two are the time with the
 adapter divided by the bare base's (1.03 is 3 % slower); the last is the adapter's.
-With --quantize it also measures a token of the quantised base without an adapter, in turn with float32, with
-CTranslate2's int8 if it is installed, and with reading memory. --json then has {"int8_vs_float32",
-"bandwidth_share", "tokens_per_second", "peer_tokens_per_second"} of these. The second is the speed at which
-weights are read, divided by the speed of the memory.
+With --quantize, or with a GGUF file as --base, it also measures a token of the quantised base without an
+adapter, in turn with float32, with CTranslate2's int8 if it is installed, and with reading memory. --json
+then has {"int8_vs_float32", "bandwidth_share", "tokens_per_second", "peer_tokens_per_second"} of these. The
+second is the speed at which weights are read, divided by the speed of the memory. With a GGUF file it also
+has {"gguf_memory_vs_file"}: the bytes of all of the decoder's weights and buffers, divided by the file's.
 
 training: an optimiser step on the same rows, packed as train.* does it, in turn with a step padded to the
 longest row. With --peers it is also compared with PEFT's AdaptionPrompt, padded to the longest row and to 512
@@ -24,6 +25,14 @@ above the frozen weights (packed, divided by that of PEFT padded to the longest 
 training --method lora --peers: the same with LoRA, packed, in turn with PEFT's own LoRA padded to the longest
 row. --json then writes {"rows_per_second", "lora_vs_peft", "lora_vs_peft_processor", "lora_loss_difference",
 "lora_memory_vs_peft"}. With --method ia3 they are those of IA3.
+
+training --quantize int8: packed steps on the quantised base, in turn with packed steps on the base in floats.
+--json writes {"rows_per_second", "training_vs_float32", "training_vs_float32_processor",
+"frozen_memory_vs_float32"}: how many times more rows a second; the same by processor time; and the bytes of
+the frozen weights, divided by those in float32.
+
+large --quantize int4 (never part of all): a base with LLaMA-7B's shape and random weights answers. --json
+writes {"large_tokens_per_second", "large_peak_gb"}. The second is the peak memory of the process.
 
 gpu (never part of all): a training step with LLaMA-7B's shape and random weights, on rows with the lengths of
 Alpaca's. --json writes {"gpu_rows_per_second", "gpu_mfu", "gpu_floor_share", "gpu_peak_gb", "gpu_hours"}.
@@ -59,6 +68,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.examining import scienceqa
 from benchmarks.gpu import gpu
+from benchmarks.large import large
 from benchmarks.measuring import alternate, ratio, seconds_of, show
 from benchmarks.quantized import quantized_decoding
 from benchmarks.serving import serving
@@ -97,6 +107,7 @@ def main() -> None:
         "vision": vision,
         "scienceqa": scienceqa,
         "gpu": gpu,
+        "large": large,
         "serving": serving,
         "demo": demo,
     }
@@ -134,7 +145,7 @@ def main() -> None:
     print(f"base {model.base}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     figures: dict[str, float | None] = {}
     for name, suite in suites.items():
-        if arguments.suite == name or (arguments.suite == "all" and name != "gpu"):
+        if arguments.suite == name or (arguments.suite == "all" and name not in ("gpu", "large")):
             print(f"\n{name}; load average at the start {os.getloadavg()[0]:.1f}")
             if name == "vision" and arguments.adapter is None:
                 model = load_model(arguments)  # the shipped one
@@ -152,6 +163,7 @@ def decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> Mapping[str,
     from llama_adapter.decoding.sampling import Sampling
     from llama_adapter.decoding.streams import stream_tokens
     from llama_adapter.model import NO_ADAPTER
+    from llama_adapter.quantization.linear import format_of
 
     device, new_tokens, pairs = model.decoder.device, arguments.new_tokens, arguments.pairs
     if model.active_adapter == NO_ADAPTER:
@@ -203,7 +215,7 @@ def decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> Mapping[str,
         "forward_vs_base": ratio(passes["adapter"], passes["bare base"]),
         "tokens_per_second": 1 / statistics.median(decode["adapter"]),
     }
-    if arguments.quantize is not None:
+    if format_of(model.decoder) is not None:
         figures |= quantized_decoding(model, arguments)
     return figures
 

@@ -2,7 +2,8 @@
 ways.
 
 Each way has a process of its own. In one process, each would use the memory that the others leave behind.
-Packed and one other way take turns; then packed and the next.
+Packed and one other way take turns; then packed and the next. On a quantised base the other way is packed
+too, on the base in float32.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from benchmarks.measuring import alternate, quartiles, rows_to_train_on, seconds_of
+from benchmarks.quantized import load_in_floats
 from benchmarks.ways_to_train import CHECKPOINTED, PACKED, PADDED, PEFT, PEFT_512, WayToTrain, way_to_train
 from llama_adapter.commands.arguments import load_model
+from llama_adapter.common.errors import UsageError
 from llama_adapter.common.memory import process_memory
 
 if TYPE_CHECKING:  # slow to import
@@ -30,6 +33,7 @@ if TYPE_CHECKING:  # slow to import
     from llama_adapter.model import LlamaAdapter
 
 MEGABYTE = 1e6
+IN_FLOATS = "packed, base in float32"
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Pair:
-    """The rounds of packed and of another way beside it, and the peak memory of each in bytes."""
+    """The rounds of packed and of another way beside it, and the memory of each in bytes.
+
+    Attributes:
+        packed_peak, other_peak: the peak, beyond the loaded base.
+        frozen_ratio: the size of packed's base, divided by that of the other's.
+    """
 
     packed: list[Step]
     other: list[Step]
     packed_peak: float | None
     other_peak: float | None
+    frozen_ratio: float
 
     def ratio(self, name: str) -> float:
         """How many times as long the other way takes, over all rounds together.
@@ -65,12 +75,19 @@ class Pair:
 
 def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]:
     """Print each way beside packed. Returns the figures for --json."""
+    from llama_adapter.quantization.linear import format_of
+
+    quantized = format_of(model.decoder)
+    if quantized is not None and arguments.peers:
+        raise UsageError("--peers trains PEFT's adapter on a base in floats; leave --quantize or --peers out")
     size, rounds = arguments.batch_size, arguments.steps
     examples = rows_to_train_on(model, arguments, count=size * (rounds + 1))
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
     others = (PEFT, PEFT_512, PADDED, CHECKPOINTED) if arguments.peers else (PADDED,)
     if arguments.peers and arguments.method != "prompts":
         others = (PEFT,)
+    if quantized is not None:
+        others = (IN_FLOATS,)
     print(f"\n{f'a training step of {size} rows':<32} {'rows/s':>8} {'packed':>8} {'times':>7}  ", end="")
     print(f"{'middle half of the rounds':<26} {'peak memory above the frozen weights'}")
     pairs = {}
@@ -90,6 +107,15 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
     figures = {"rows_per_second": size * len(seconds) / sum(seconds)}
     apart = max(pair.loss_difference for pair in pairs.values())
     print(f"\nlosses of a step within {apart:.1e} of packed ones")
+    if quantized is not None:
+        pair = pairs[IN_FLOATS]
+        figures["training_vs_float32"] = pair.ratio("seconds")
+        figures["training_vs_float32_processor"] = pair.ratio("processor")
+        figures["frozen_memory_vs_float32"] = pair.frozen_ratio
+        print(
+            f"{quantized} to float32: {pair.ratio('seconds'):.2f} times the rows a second, "
+            f"{pair.ratio('processor'):.2f} by processor time; its weights take {pair.frozen_ratio:.1%}"
+        )
     if arguments.peers and arguments.method != "prompts":
         method, pair = arguments.method, pairs[PEFT]
         figures[f"{method}_vs_peft"] = pair.ratio("seconds")
@@ -111,7 +137,7 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
 
 
 def _take_turns(arguments: argparse.Namespace, label: str, batches: Sequence[list[Example]]) -> Pair:
-    with _learner(arguments, PACKED) as packed, _learner(arguments, label) as other:
+    with _learner(arguments, PACKED) as (packed, kept), _learner(arguments, label) as (other, others):
 
         def step(process: ProcessPoolExecutor, number: int) -> Step:
             return process.submit(_step, batches[number]).result()
@@ -119,15 +145,14 @@ def _take_turns(arguments: argparse.Namespace, label: str, batches: Sequence[lis
         contenders = {PACKED: partial(step, packed), label: partial(step, other)}
         steps = alternate(contenders, rounds=len(batches) - 1)
         peaks = (process.submit(_peak).result() for process in (packed, other))
-        return Pair(steps[PACKED], steps[label], next(peaks), next(peaks))
+        return Pair(steps[PACKED], steps[label], next(peaks), next(peaks), kept / others)
 
 
 @contextmanager
-def _learner(arguments: argparse.Namespace, label: str) -> Iterator[ProcessPoolExecutor]:
-    """A process that is ready to train in one way."""
+def _learner(arguments: argparse.Namespace, label: str) -> Iterator[tuple[ProcessPoolExecutor, int]]:
+    """A process that is ready to train in one way, and the size of its base's weights in bytes."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
-        process.submit(_begin, arguments, label).result()
-        yield process
+        yield process, process.submit(_begin, arguments, label).result()
 
 
 # --- what happens in a learner's process --------------------------------------------------------------------
@@ -144,22 +169,27 @@ class _Learner:
 _learners: list[_Learner] = []  # the only one of this process
 
 
-def _begin(arguments: argparse.Namespace, label: str) -> None:
+def _begin(arguments: argparse.Namespace, label: str) -> int:
     import torch
 
     from llama_adapter.model import NO_ADAPTER
+    from llama_adapter.quantization.linear import kept_bytes
     from llama_adapter.training.trainer import TrainingSettings
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        model = load_model(argparse.Namespace(**{**vars(arguments), "adapter": NO_ADAPTER}))
+        if label == IN_FLOATS:
+            model = load_in_floats(arguments)
+        else:
+            model = load_model(argparse.Namespace(**{**vars(arguments), "adapter": NO_ADAPTER}))
     device = model.decoder.device
-    way = way_to_train(model, label, arguments.method)
+    way = way_to_train(model, PACKED if label == IN_FLOATS else label, arguments.method)
     optimizer = way.optimizer(TrainingSettings(batch_size=arguments.batch_size))
     with torch.no_grad():  # weights mapped from a file are read into memory only when they are used
         model(torch.zeros(1, 2, dtype=torch.long, device=device), adapter=NO_ADAPTER, use_cache=False)
     _learners.append(_Learner(way, optimizer, device, process_memory(device, peak=False)))
+    return kept_bytes(model.decoder)
 
 
 def _step(batch: Sequence[Example]) -> Step:

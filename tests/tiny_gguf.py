@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,40 @@ def build_tiny_gguf(
     *,
     left_over: str | None = None,
     **settings: Any,
-) -> PreTrainedModel:
-    """Write a tiny decoder as a GGUF file, its matrices of the kinds in turn; returns that decoder.
-
-    The decoder's own matrices are not in the file, but its norms and biases are.
+) -> None:
+    """Write a tiny decoder with random matrices as a GGUF file, its matrices of the kinds in turn.
 
     Args:
         left_over: the name of one more tensor, which no decoder has.
     """
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "head_dim": WIDTH // 4, "num_hidden_layers": 2}
     decoder = build_tiny_decoder(family, **{**sizes, **settings})
+    number = -1
+
+    def encode(_: str, value: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], str | None]:
+        nonlocal number
+        number += 1
+        kind = kinds[number % len(kinds)]
+        return (value, None) if kind == "F32" else (random_blocks(kind, *value.shape, seed=number), kind)
+
+    write_gguf(decoder, path, family, encode, left_over=left_over)
+
+
+def write_gguf(
+    decoder: PreTrainedModel,
+    path: Path,
+    family: str,
+    encode: Callable[[str, np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], str | None]],
+    *,
+    left_over: str | None = None,
+) -> None:
+    """Write a decoder as a GGUF file without a tokenizer.
+
+    Args:
+        encode: called with each matrix and its name in transformers. It gives what the file has in its place,
+            and the kind of its blocks (None: float32).
+        left_over: the name of one more tensor.
+    """
     config: Any = decoder.config
     writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(config.max_position_embeddings)
@@ -79,30 +103,25 @@ def build_tiny_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_eos_token_id(config.eos_token_id)
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    number = 0
     for name, value in decoder.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         called = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert called is not None
-        if value.ndim == 2 and (kind := kinds[number % len(kinds)]) != "F32":
-            blocks = random_blocks(kind, *value.shape, seed=number)
-            writer.add_tensor(called, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
-        else:
-            writer.add_tensor(called, value.float().numpy())
-        number += value.ndim == 2
+        array, kind = value.float().numpy(), None
+        if value.ndim == 2:
+            array, kind = encode(name, array)
+        quantised = None if kind is None else gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(called, array, raw_dtype=quantised)
     if left_over is not None:
         writer.add_tensor(left_over, np.ones(4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return decoder

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import examining, measuring, quantized, throughput, ways_to_train
 from benchmarks.gpu import LLAMA_7B, gpu, work_of
+from benchmarks.large import build_random_base, large
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.records import Example
 from llama_adapter.methods.config import ScienceQAConfig
@@ -22,6 +23,7 @@ from llama_adapter.model import LlamaAdapter
 from llama_adapter.packing.pack import accumulate_gradient
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
+from tests.tiny_gguf import build_tiny_gguf
 from tests.tiny_models import build_tiny_decoder, build_tiny_model
 
 DECODING = {"decode_vs_base", "forward_vs_base", "tokens_per_second"}
@@ -93,6 +95,50 @@ def test_quantised_decoding_is_measured_beside_float32(
     assert figures["int8_vs_float32"] > 0 and figures["bandwidth_share"] > 0
     assert figures["peer_tokens_per_second"] is None
     assert "peer left out" in capsys.readouterr().out
+
+
+def test_a_gguf_file_is_measured_beside_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quantized, "READ_BYTES", 1 << 20)
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    tokenizer = build_tiny_tokenizer()
+    build_tiny_gguf(tmp_path / "tiny.gguf", vocab_size=len(tokenizer), max_position_embeddings=1024)
+    tokenizer.save_pretrained(tmp_path)
+    options = ["--suite", "decoding", "--pairs", "1", "--new-tokens", "2"]
+    figures = measure(monkeypatch, tmp_path, "--base", str(tmp_path / "tiny.gguf"), *options)
+    own = {"gguf_vs_float32", "gguf_memory_vs_file", "bandwidth_share", "peer_tokens_per_second"}
+    assert set(figures) == DECODING | own
+    assert 0.9 < figures["gguf_memory_vs_file"] <= 1.05
+    assert "times its file" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training_on_a_quantised_base_is_measured_beside_float32(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ["--suite", "training", "--quantize", "int8", "--base", str(base)]
+    figures = measure(monkeypatch, tmp_path, *options, "--steps", "2", "--batch-size", "2")
+    own = {"training_vs_float32", "training_vs_float32_processor", "frozen_memory_vs_float32"}
+    assert set(figures) == {"rows_per_second", *own}
+    assert 0.26 < figures["frozen_memory_vs_float32"] < 0.33
+    with pytest.raises(UsageError, match="leave --quantize or --peers out"):
+        measure(monkeypatch, tmp_path, *options, "--peers")
+
+
+def test_a_large_base_is_built_in_int4_and_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {**LLAMA_7B, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    shape |= {"vocab_size": 100, "num_attention_heads": 4, "num_key_value_heads": 4}
+    arguments = argparse.Namespace(quantize="int4", new_tokens=3)
+    figures = large(build_tiny_model(), arguments, shape=shape)
+    assert figures["large_tokens_per_second"] > 0 and figures["large_peak_gb"] > 0
+    assert "random weights in int4" in capsys.readouterr().out
+    decoder = build_random_base(shape, "int4", torch.Generator())
+    assert not any(value.is_meta for value in decoder.state_dict().values())
+    assert 0.5 < decoder.lm_head.weight.std() * 8 < 2
+    with pytest.raises(UsageError, match="takes --quantize int4"):
+        large(build_tiny_model(), argparse.Namespace(quantize=None), shape=shape)
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])
