@@ -21,6 +21,7 @@ from llama_adapter.methods.own_weights import counterpart
 from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
 from llama_adapter.methods.probe import attention_layers, prepare_decoder
 from llama_adapter.methods.state import AdapterState
+from llama_adapter.surface.adapter_dict import AdapterDict
 from llama_adapter.surface.answers import Answers
 from llama_adapter.surface.effect import Readers, check_gradient, check_offloading, check_settings
 from llama_adapter.surface.folders import Folders
@@ -34,9 +35,10 @@ _PROJECTED_WITH_PICTURES = (
 class LlamaAdapter(Folders, Answers, GenerationMixin):
     """A frozen decoder with adapters that can be added, chosen, switched off and deleted by name.
 
-    Every call takes ``adapter=NAME`` (``"none"`` is the bare base), so several threads can use different
-    adapters at once. Without it, the adapter chosen by `set_adapter` is used. Attributes that this class does
-    not define are looked up on the decoder, or refused with a reason (see `surface.passing`).
+    Every call takes ``adapter=NAME``, so several threads can use different adapters at once. ``"none"`` is
+    the bare base. ``"auto"`` is the adapter that sees where there is a picture, else the text adapter.
+    Without a name, the adapter chosen by `set_adapter` is used. Attributes that this class does not define
+    are looked up on the decoder, or refused with a reason (see `surface.passing`).
 
     Attributes:
         decoder: the frozen transformers model.
@@ -76,7 +78,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         self.base = base or str(decoder.config._name_or_path)
         self.weights = weights
         self._towers = {}
-        self.adapters = nn.ModuleDict()
+        self.adapters = AdapterDict()
         self.active_adapter = NO_ADAPTER
         self.config = decoder.config
         self.generation_config = decoder.generation_config
@@ -167,7 +169,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
             if features is not None:
                 raise UsageError(_PROJECTED_WITH_PICTURES)
             return adapter
-        name = self._name(adapter)
+        name = self._name(adapter, pictured=features is not None)
         if features is not None:
             self._vision(name)
             if len(features) != (rows if owners is None else len(owners)):
@@ -221,7 +223,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         if kwargs.get("synced_gpus") is None and is_sharded(self.decoder):
             kwargs["synced_gpus"] = True  # transformers sets this only for decoders that it sharded itself
         if not isinstance(adapter, AdapterState):
-            name = self._name(adapter)
+            name = self._name(adapter, pictured=image_features is not None and len(image_features) > 0)
             if name != NO_ADAPTER and not _ends_given(*args, **kwargs) and self.tokenizer is not None:
                 kwargs["eos_token_id"] = self.end_ids(name)
             given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))

@@ -19,6 +19,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
+def expected(line: str) -> list[str]:
+    """The words that the answer to a line has to have: its comment, unless that starts with "by"."""
+    comment = re.search(r"  # (?!by )(.+)$", line)
+    return comment[1].lower().split(", ") if comment else []
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder in which the commands find the examples, and leave what they write."""
@@ -43,13 +49,28 @@ def run(command: list[str], place: Path) -> str:
 @pytest.mark.parametrize("block", blocks("bash"))
 def test_the_commands_run(block: str, place: Path) -> None:
     for line in block.splitlines():
-        assert run(["bash", "-c", line], place).strip(), line
+        said = run(["bash", "-c", line], place)
+        assert said.strip() and all(word in said.lower() for word in expected(line)), (line, said)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("base_folder")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_answers_are_steady(seed: int, place: Path) -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines() if expected(line)]
+    assert len(lines) >= 2
+    for line in lines:
+        said = run(["bash", "-c", f"{line.partition('#')[0]} --seed {seed}"], place)
+        assert all(word in said.lower() for word in expected(line)), (line, said)
 
 
 @pytest.mark.usefixtures("base_folder")
 @pytest.mark.parametrize("block", blocks("python"))
 def test_the_python_runs(block: str, place: Path) -> None:
-    assert run([sys.executable, "-c", block], place).strip()
+    said = run([sys.executable, "-c", block], place)
+    assert said.strip()
+    for line in block.splitlines():
+        assert all(word in said.lower() for word in expected(line)), (line, said)
 
 
 def test_there_is_something_to_run() -> None:

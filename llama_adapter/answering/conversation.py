@@ -50,7 +50,8 @@ class Conversation:
     Attributes:
         model: who answers.
         stream_chat: what makes the answers; None is the model's own, an `Engine`'s answers several at once.
-        adapter: name of the adapter that does; None is the model's active one, ``"none"`` the bare base.
+        adapter: name of the adapter that does; None is the model's active one, ``"none"`` the bare base, and
+            ``"auto"`` the adapter that sees once there is a picture, before that the text adapter.
         system: the text of a system turn; empty for none.
         sampling: how tokens are chosen.
         exchanges: what was said; the latest one's answer has its ``tokens`` and ``tokens_per_second``.
@@ -166,9 +167,9 @@ class Conversation:
             raise UsageError("nothing was asked there yet") from None
 
     def _ask(self, question: Turn, before: Sequence[Exchange], images: tuple[Image.Image, ...]) -> Answer:
-        dropped, turns, tokens = self._window(question, before)
-        adapter = self.model.active_adapter if self.adapter is None else self.adapter
         seen = images or self._latest_images(before)
+        adapter = self.model.answering_adapter(self.adapter, pictured=bool(seen))
+        dropped, turns, tokens = self._window(question, before, adapter)
         sees = self.model.sees(adapter)
         features = self._encode(seen, adapter) if seen and sees else None
         stream_chat = self.stream_chat or self.model.stream_chat
@@ -201,14 +202,16 @@ class Conversation:
                 known[id(image), tower.key] = image, self.model.encode_images(image, adapter=adapter)
         return torch.cat([known[id(image), tower.key][1] for image in images])
 
-    def _window(self, question: Turn, before: Sequence[Exchange]) -> tuple[int, list[Turn], list[int]]:
+    def _window(
+        self, question: Turn, before: Sequence[Exchange], adapter: str
+    ) -> tuple[int, list[Turn], list[int]]:
         """How many of the earliest exchanges have no room; the turns of the rest; their tokens."""
 
         def turns(dropped: int) -> list[Turn]:
             return self._turns(question, before[dropped:])
 
         def encode(dropped: int) -> list[int]:
-            return self.model.encode_question(turns(dropped), adapter=self.adapter)
+            return self.model.encode_question(turns(dropped), adapter=adapter)
 
         tokens = encode(0)
         context = self.model.context_length

@@ -62,7 +62,7 @@ def measure_influence(
     Raises:
         UsageError: the bare base, which has no prompts, or an answer without a token.
     """
-    name = model.active_adapter if adapter is None else adapter
+    name = model.answering_adapter(adapter, pictured=features is not None)
     if name == NO_ADAPTER:
         raise UsageError("the bare base has no prompts to look at; choose an adapter")
     assert model.tokenizer is not None

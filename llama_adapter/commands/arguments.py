@@ -7,22 +7,18 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import write_json
 from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.weights import locations
 from llama_adapter.weights.catalogue import DEFAULT_BASE
 
 if TYPE_CHECKING:  # slow to import; --help and mistyped options are answered without torch
     from llama_adapter.model import LlamaAdapter
 
 FORMATS = ("int8", "int4")  # for --quantize. formats.py has them too, but imports torch.
-# The shipped adapters; the one that can do most comes first.
-SHIPPED_ADAPTERS = ("smollm2-135m-vision", "smollm2-135m-alpaca")
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,10 +93,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_adapter_option(parser: argparse.ArgumentParser) -> None:
-    """Add --adapter. The default is the shipped adapter that can do most."""
+    """Add --adapter. The default is "auto"."""
     parser.add_argument(
         "--adapter",
-        help="name, folder or hub id; none is the bare base (default: the shipped one that can do most)",
+        help="name, folder or hub id; none is the bare base; auto is the base's shipped adapter that sees "
+        "where there is a picture, else its shipped text adapter (auto)",
     )
 
 
@@ -108,36 +105,23 @@ def load_model(arguments: argparse.Namespace) -> LlamaAdapter:
     """Load the model described by --base, --adapter (if the command has it), --weights, --device, --dtype and
     --quantize.
 
-    Without --adapter this is the best shipped adapter that was trained for the base. If there is none, it is
-    the bare base, with a line on standard error.
+    If no adapter is named and no shipped one fits the base, it is the bare base, with a line on standard
+    error.
     """
     from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+    from llama_adapter.surface.folders import shipped_adapters
+    from llama_adapter.surface.named_adapters import AUTO
 
     quieten_libraries()
     options = {name: getattr(arguments, name) for name in ("weights", "device", "dtype", "quantize")}
-    adapter = getattr(arguments, "adapter", NO_ADAPTER)
-    if adapter is None:
-        adapter = _best_shipped(arguments.base, arguments.weights)
-    if adapter not in (None, NO_ADAPTER):
+    adapter = getattr(arguments, "adapter", NO_ADAPTER) or AUTO
+    if adapter == AUTO and not shipped_adapters(arguments.base, arguments.weights):
+        adapter = NO_ADAPTER
+        base = arguments.base or DEFAULT_BASE
+        print(f"no shipped adapter fits base {base!r}; the bare base answers", file=sys.stderr)
+    if adapter != NO_ADAPTER:
         return LlamaAdapter.from_pretrained(adapter, base=arguments.base, **options)
-    model = LlamaAdapter.from_base(DEFAULT_BASE if arguments.base is None else arguments.base, **options)
-    if adapter is None:
-        print(f"no shipped adapter fits base {model.base!r}; the bare base answers", file=sys.stderr)
-    return model
-
-
-def _best_shipped(base: str | None, weights: str | Path | None) -> str | None:
-    from llama_adapter.methods.checkpoint import read_config
-
-    there = locations.list_weights("adapter", weights)
-    wanted = locations.resolve(DEFAULT_BASE if base is None else base, kind="base", weights=weights)
-    for name in SHIPPED_ADAPTERS:
-        if name in there:
-            own = read_config(there[name]).base
-            with suppress(UsageError):  # its base is not here, so it can't be this one
-                if locations.resolve(own, kind="base", weights=weights) == wanted:
-                    return name
-    return None
+    return LlamaAdapter.from_base(DEFAULT_BASE if arguments.base is None else arguments.base, **options)
 
 
 def quieten_libraries() -> None:

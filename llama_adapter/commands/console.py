@@ -178,6 +178,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     answer = chat.ask(question, images)
     if not arguments.json:
         _show(answer)
+        _say_if_cut_off(answer)
         return
     for _ in answer:
         pass
@@ -185,7 +186,8 @@ def _ask(arguments: argparse.Namespace) -> None:
         "answer": answer.text,
         "tokens": answer.tokens,
         "tokens_per_second": round(answer.tokens_per_second, 2),
-        "adapter": model.active_adapter,
+        "finish_reason": answer.finish_reason,
+        "adapter": chat.exchanges[-1].adapter,
         "base": model.base,
     }
     print(json.dumps(result))
@@ -205,6 +207,11 @@ def _read_question() -> str:
         ) from None
 
 
+def _say_if_cut_off(answer: Answer) -> None:
+    if answer.finish_reason == "length":
+        print(f"(cut off at the length limit, after {answer.tokens} tokens)", file=sys.stderr)
+
+
 def _show(pieces: Iterable[str]) -> None:
     """Print an answer while it is made. End its line even if it is interrupted."""
     try:
@@ -221,7 +228,8 @@ CHAT_HELP = """\
 /retry         answer the last question again
 /undo          take the last question and its answer back
 /clear         start anew
-/adapter NAME  let another adapter answer, by name, folder or hub id; none is the bare base
+/adapter NAME  let another adapter answer, by name, folder or hub id; none is the bare base, auto the one that
+               sees once there is a picture, else the text adapter
 /exit          end, as /quit and Ctrl-D do
 Ctrl-C stops an answer; at the prompt it ends the chat."""
 
@@ -303,15 +311,22 @@ def _act(chat: Conversation, line: str, images: list[Image.Image], arguments: ar
 
 
 def _show_and_tell(chat: Conversation, answer: Answer) -> None:
+    from llama_adapter.surface.named_adapters import AUTO
+
     _show(answer)
+    _say_if_cut_off(answer)
+    if chat.adapter == AUTO:
+        print(f"({chat.exchanges[-1].adapter} answered)", file=sys.stderr)
     if chat.unseen:
-        print(f"({chat.adapter} knows nothing of pictures: yours was not looked at)", file=sys.stderr)
+        who = chat.exchanges[-1].adapter
+        print(f"({who} knows nothing of pictures: yours was not looked at)", file=sys.stderr)
 
 
 def _choose_adapter(chat: Conversation, name: str, weights: str | None) -> None:
     from llama_adapter.model import NO_ADAPTER
+    from llama_adapter.surface.named_adapters import AUTO
 
-    loaded = [NO_ADAPTER, *chat.model.adapters]
+    loaded = [NO_ADAPTER, *([AUTO] if chat.model.adapters else []), *chat.model.adapters]
     if not name:
         there = dict.fromkeys([*loaded, *locations.list_weights("adapter", weights)])
         print(f"{chat.adapter} answers; there are {', '.join(there)}")

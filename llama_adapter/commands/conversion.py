@@ -105,7 +105,7 @@ def merge(arguments: argparse.Namespace) -> None:
     if arguments.adapter == "none":
         raise UsageError("there is no adapter to merge: give its name, folder or hub id")
     model = load_model(arguments)
-    template = model.get_adapter(model.active_adapter).config.template
+    template = model.template()
     merged = model.merge()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:

@@ -70,7 +70,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.a
     if arguments.limit is not None:
         records = draw.sample(records, min(arguments.limit, len(records)))
     model = load_model(arguments)
-    adapter = model.active_adapter
+    adapter = model.answering_adapter()
     if adapter == NO_ADAPTER and arguments.quantize is None:
         raise UsageError("there is no adapter to score; name one with --adapter")
     scored = {"base": NO_ADAPTER} if adapter == NO_ADAPTER else {"base": NO_ADAPTER, "adapter": adapter}

@@ -71,7 +71,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.q
 
     kinds = list(dict.fromkeys(question.kind for question in questions))
     figures: dict[str, int | float] = {"right": sum(marks), "questions": len(marks)}
-    print(f"\n{model.active_adapter} on {model.base}, template {model.template()}")
+    print(f"\n{model.answering_adapter()} on {model.base}, template {model.template()}")
     for kind in kinds:
         of_kind = [right for question, right in zip(questions, marks, strict=True) if question.kind == kind]
         print(f"{kind:<12}{sum(of_kind):>4} of {len(of_kind)}")

@@ -10,6 +10,7 @@ import hashlib
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from llama_adapter.scienceqa.grading import Grades
     from llama_adapter.scienceqa.problems import Problem
 
+ROTATED = "mean over rotations"
 SHUFFLED, NO_PICTURES, BARE_BASE = CONTROLS = ("shuffled pictures", "no pictures", "bare base")
 
 
@@ -63,6 +65,13 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.s
         choices=("generate", "letter", "option"),
         help="how the adapter answers: in its own words, or with the likeliest letter or option text "
         "(default: the way that its config records as best, else letter)",
+    )
+    parser.add_argument(
+        "--rotations",
+        choices=("no", "yes", "both"),
+        help="yes: the mean over rotations of the choices, so that their order does not decide; both: score "
+        "with and without it, and say which is better (default: the adapter's config says which is better, "
+        "else no)",
     )
     parser.add_argument(
         "--format", help="format of the question, by its official name (default: the adapter's)"
@@ -118,12 +127,19 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.s
         rows = {name: guess_unread(found, problems, seed=arguments.seed) for name, found in rows.items()}
     grades = {name: grade(problems, found) for name, found in rows.items()}
     _print(grades, problems, controls=arguments.controls)
+    if ROTATED in grades:
+        own, rotated = (grades[name].shares["AVG"].percent for name in (next(iter(grades)), ROTATED))
+        better = "the mean over rotations" if rotated > own else "the own order"
+        moved = sum(rows[ROTATED][pid] != found for pid, found in next(iter(rows.values())).items())
+        print(f"own order {own:.2f}, rotations {rotated:.2f}: better is {better}; {moved:,} answers differ")
     if arguments.controls:
         for name, reason in missing.items():
             print(f"control missing: {name}: {reason}")
     main_row = next(iter(grades.values()))
     figures: dict[str, Any] = {name: round(share.percent, 2) for name, share in main_row.shares.items()}
     figures |= {"rows": len(problems), "unread": main_row.unread}
+    if ROTATED in grades:
+        figures["AVG_rotations"] = round(grades[ROTATED].shares["AVG"].percent, 2)
     for name, key in ((SHUFFLED, "IMG_shuffled"), (NO_PICTURES, "IMG_no_picture")):
         if name in grades and "IMG" in grades[name].shares:
             figures[key] = round(grades[name].shares["IMG"].percent, 2)
@@ -138,9 +154,14 @@ def _ask(
     from llama_adapter.model import NO_ADAPTER
     from llama_adapter.scienceqa.examining import Examination, examine
     from llama_adapter.scienceqa.problems import shuffle_pictures
+    from llama_adapter.surface.folders import shipped_adapters
+    from llama_adapter.surface.named_adapters import AUTO
     from llama_adapter.vision.features import picture_features
 
+    if arguments.adapter in (None, AUTO):  # the one for such questions, where it is here
+        arguments.adapter = next(iter(shipped_adapters(arguments.base, arguments.weights, "scienceqa")), AUTO)
     model = load_model(arguments)
+    model.set_adapter(model.answering_adapter(pictured=True))
     name = model.active_adapter
     weights = ""
     features = None
@@ -166,14 +187,18 @@ def _ask(
                     f"{lost:,} of {pictured:,} problems with a picture are asked without it: it is not here"
                 )
     best = Examination.best_for(model)
+    way = arguments.answer or best.way
     examination = Examination(
-        arguments.answer or best.way,
+        way,
         arguments.format or best.format,
         best.caption if arguments.caption is None else arguments.caption,
+        arguments.rotations == "yes"
+        or (arguments.rotations is None and way != "generate" and best.rotations),
     )
     print(
         f"adapter {name}, answers by {examination.way}, format {examination.format}"
         + (", with captions" if examination.caption else "")
+        + (", mean over rotations" if examination.rotations else "")
     )
     made_from = {"adapter": weights, "base": model.base, "data": fingerprint, "split": arguments.split}
     rows, outputs = {}, {}
@@ -187,6 +212,15 @@ def _ask(
         made_from=made_from,
         progress=RowProgress(name, len(problems)),
     )
+    if arguments.rotations == "both":
+        rows[ROTATED], _ = examine(
+            model,
+            problems,
+            replace(examination, rotations=True),
+            features=features,
+            batch_size=arguments.batch_size,
+            progress=RowProgress(ROTATED, len(problems)),
+        )
     if not arguments.controls:
         return rows, {}
     controls: dict[str, tuple[list[Problem], Any, str]] = {}

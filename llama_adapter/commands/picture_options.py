@@ -87,6 +87,7 @@ def load_records_to_score(arguments: argparse.Namespace) -> ToScore:
     if arguments.limit is not None:
         records = draw_pictures(records, arguments.limit, seed=arguments.seed)
     model = load_model(arguments)
+    model.set_adapter(model.answering_adapter(pictured=True))
     if model.active_adapter == NO_ADAPTER:
         raise UsageError("there is no adapter to score; name one with --adapter")
     if not model.sees():

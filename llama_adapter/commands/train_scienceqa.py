@@ -170,7 +170,20 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         right[way] = grade(validation, predictions).shares["AVG"].percent
         processes.say(f"{way:<10} {right[way]:.2f} % of {len(validation):,} problems kept back")
     answer = max(WAYS, key=lambda way: right[way])
-    adapter.config = dataclasses.replace(adapter.config, scienceqa=dataclasses.replace(asked, answer=answer))
+    rotations = False
+    if answer != "generate":
+        predictions, _ = examine(
+            model,
+            validation,
+            Examination(answer, arguments.format, arguments.caption, rotations=True),
+            features=features or None,
+            progress=RowProgress(f"{answer}, rotated", len(validation)),
+        )
+        rotated = grade(validation, predictions).shares["AVG"].percent
+        processes.say(f"{answer}, mean over rotations: {rotated:.2f} %")
+        rotations = rotated > right[answer]
+    asked = dataclasses.replace(asked, answer=answer, rotations=rotations)
+    adapter.config = dataclasses.replace(adapter.config, scienceqa=asked)
     if processes.main:
         save_adapter(adapter, arguments.output)
     scoring: list[object] = ["scienceqa", "--data", arguments.data, "--split", "train"]

@@ -31,7 +31,8 @@ class Question:
         turns: the conversation. Its last turn is the question.
         image: one or more pictures: files, contents of files, opened images, or features, (I, F), from
             `LlamaAdapter.encode_images`. None: no picture.
-        adapter: the adapter's name. None means the model's active one, ``"none"`` the bare base.
+        adapter: the adapter's name. None means the model's active one, ``"none"`` the bare base, ``"auto"``
+            the adapter that sees where there is a picture, else the text adapter.
         sampling: how tokens are chosen, and how many at most.
         tokens: the turns as token ids in the adapter's text format, if they are known already.
     """

@@ -27,13 +27,15 @@ class ScienceQAConfig:
         format: an official name, such as QCM-A.
         caption: whether a machine's caption of the picture is part of the context.
         answer: the way to answer that was best on validation ("generate", "letter" or "option"). None: it was
-        not
-            measured.
+            not measured.
+        rotations: whether the mean over rotations of the choices gave more right answers on validation than
+            the choices in their own order.
     """
 
     format: str
     caption: bool = False
     answer: str | None = None
+    rotations: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,7 @@ def _from_version_1(values: dict[str, Any], source: str) -> dict[str, Any]:
             "format": data["format"],
             "caption": data.get("caption", False),
             "answer": training.get("answer"),
+            "rotations": training.get("rotations", False),
         }
     return {**values, "parts": parts}
 

@@ -18,9 +18,10 @@ def describe_limits(model: LlamaAdapter, adapter: str) -> str:
     """The size of the base and of an adapter, and their limits."""
     size = model.decoder.num_parameters()
     parts = f"{Path(str(model.base)).name} has {_count(size)} parameters"
-    if adapter != NO_ADAPTER:
-        trained = sum(parameter.numel() for parameter in model.get_adapter(adapter).parameters())
-        parts += f", this adapter {_count(trained)} more"
+    asked = {model.answering_adapter(adapter, pictured=pictured) for pictured in (False, True)} - {NO_ADAPTER}
+    if asked:
+        trained = sum(p.numel() for name in asked for p in model.get_adapter(name).parameters())
+        parts += f", {'this adapter' if len(asked) == 1 else 'the two adapters'} {_count(trained)} more"
     limits = next(text for below, text in _LIMITS if size < below)
     sight = (
         "It gets the gist of a picture, not its fine print."

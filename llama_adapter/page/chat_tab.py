@@ -8,21 +8,27 @@ import gradio as gr
 
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.page.chatting import ChatHandlers
-from llama_adapter.page.parts import EXAMPLES, chat_window, question_box
+from llama_adapter.page.parts import chat_window, question_box
 from llama_adapter.page.script import SAVE_FILE, STORAGE_KEY
-from llama_adapter.page.uploads import PICTURE_EXAMPLES, data_url
+from llama_adapter.page.suggestions import PICTURE_EXAMPLES, TEXT_EXAMPLES
+from llama_adapter.page.uploads import data_url
 from llama_adapter.page.wiring import ANSWERING, AT_ONCE, PRIVATE, TAKING
 
 
 def offered(model: LlamaAdapter, adapter: str) -> list[dict[str, Any]]:
     """The questions that an empty chat suggests; equally many for every adapter."""
-    if not model.sees(adapter):
-        return [{"text": text} for text in EXAMPLES]
-    drawn = [  # without a path, since there is no file
-        {"text": text, "files": [{"path": "", "url": data_url(image), "mime_type": "image/png"}]}
-        for text, image in PICTURE_EXAMPLES.items()
+    pictured = PICTURE_EXAMPLES if model.sees(adapter) else ()
+    examples = [*pictured, *TEXT_EXAMPLES[: len(TEXT_EXAMPLES) - len(pictured)]]
+    return [
+        {"text": example.text}
+        if example.picture is None
+        # Without a path, since there is no file.
+        else {
+            "text": example.text,
+            "files": [{"path": "", "url": data_url(example.picture), "mime_type": "image/png"}],
+        }
+        for example in examples
     ]
-    return [*drawn, *({"text": text} for text in EXAMPLES[: len(EXAMPLES) - len(drawn)])]
 
 
 def chat_tab(

@@ -16,7 +16,8 @@ from llama_adapter.page.checks import check_length, read_sampling, warn
 from llama_adapter.page.display import messages, pace, shown, typed
 from llama_adapter.page.inside import show_answer
 from llama_adapter.page.kept import Kept, as_json, as_markdown, pack, unpack
-from llama_adapter.page.uploads import PICTURE_EXAMPLES, open_given, picture_file
+from llama_adapter.page.suggestions import PICTURE_EXAMPLES
+from llama_adapter.page.uploads import open_given, picture_file
 
 # The box for a question, while no answer is being made and while one is.
 IDLE: dict[str, Any] = {"submit_btn": "Send", "stop_btn": False}
@@ -52,7 +53,8 @@ class ChatHandlers:
     def ask_example(self, event: gr.SelectData, chats: Chats | None, *settings: Any) -> View:
         """Ask the example that was clicked. Its picture is ours, whatever file the click names."""
         text = event.value["text"]
-        pictures = (PICTURE_EXAMPLES[text],) if text in PICTURE_EXAMPLES else ()
+        drawn = [own.picture for own in PICTURE_EXAMPLES if own.text == text and own.picture is not None]
+        pictures = tuple(drawn)
 
         def take(chats: Chats) -> None:
             chats.open.take(Entry(check_length(text), pictures, read_settings(settings)))

@@ -11,6 +11,8 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.checkpoint import adapter_folder, is_peft, read_config
 from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.page.display import named
+from llama_adapter.surface.named_adapters import AUTO
 from llama_adapter.weights import locations
 
 
@@ -30,7 +32,7 @@ def load_experts(
         compared: more adapters, the folder of each by its name.
 
     Returns:
-        a line about each adapter by its name; the bare base is last.
+        a line about each adapter by its name; "auto" is first, the bare base last.
 
     Raises:
         UsageError: ``adapters`` contains no adapter.
@@ -45,7 +47,7 @@ def load_experts(
             print(f"{more[name]} is left out: another adapter has that name", file=sys.stderr)
         folders = {**more, **folders}
     folders = {**folders, **compared}
-    if active != NO_ADAPTER and adapter is not None:
+    if active not in (NO_ADAPTER, AUTO) and adapter is not None:
         folder = adapter_folder(locations.resolve(adapter, kind="adapter", weights=weights))
         folders = {active: folder, **{name: other for name, other in folders.items() if name != active}}
     lines = {}
@@ -61,8 +63,20 @@ def load_experts(
         else:
             lines[name] = describe(folder, model.get_adapter(name).config)
     model.set_adapter(active)
+    if lines:
+        lines = {AUTO: describe_auto(model), **lines}
     lines[NO_ADAPTER] = f"The bare base, {model.base}, without an adapter."
     return lines
+
+
+def describe_auto(model: LlamaAdapter) -> str:
+    """Which adapter answers when "auto" is chosen."""
+    with_picture, without = (
+        named(model.answering_adapter(AUTO, pictured=pictured)) for pictured in (True, False)
+    )
+    if with_picture == without:
+        return f"{without} answers."
+    return f"{with_picture} answers once there is a picture, before that {without}."
 
 
 def describe(folder: Path, config: AdapterConfig) -> str:

@@ -29,7 +29,11 @@ ANSWER = (
 
 
 def show_gates(model: LlamaAdapter, adapter: str) -> str:
-    """HTML: a heat map of an adapter's gates, or the reason why there is none."""
+    """HTML: a heat map of an adapter's gates, or the reason why there is none.
+
+    For "auto" they are those of the text adapter.
+    """
+    adapter = model.answering_adapter(adapter)
     if adapter == NO_ADAPTER:
         return _line("The bare base has no prompts and no gates; choose an adapter above.")
     try:

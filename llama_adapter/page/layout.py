@@ -43,6 +43,7 @@ def build_page(
     with gr.Blocks(title="LLaMA-Adapter", analytics_enabled=False, delete_cache=cleared) as page:
         gr.api(endpoints.answer, api_name="answer", **BY_MODEL)
         gr.api(endpoints.chat, api_name="chat", **BY_MODEL)
+        gr.api(endpoints.ask, api_name="ask", **BY_MODEL)
         gr.api(endpoints.score, api_name="score", **BY_MODEL)
 
         with gr.Row(elem_id="header"):

@@ -11,13 +11,6 @@ from llama_adapter.model import NO_ADAPTER
 from llama_adapter.page.chatting import EMPTY, IDLE
 from llama_adapter.page.checks import MAX_CHARACTERS, MAX_NEW_TOKENS
 
-EXAMPLES = (
-    "Give three tips for staying healthy.",
-    "Explain to a child why the sky is blue.",
-    "Write a short poem about the sea.",
-    "What is the capital of France?",
-)
-
 
 def question_box(placeholder: str, **options: Any) -> gr.MultimodalTextbox:
     """The box for typing a question and adding pictures."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -14,36 +15,42 @@ from llama_adapter.data.templates import check_unicode, question_turn
 from llama_adapter.decoding.question import Question
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.page.checks import check_length, warn
-from llama_adapter.page.uploads import PICTURE_EXAMPLES, open_given, picture_file
+from llama_adapter.page.display import named, shown
+from llama_adapter.page.suggestions import SCIENCE_EXAMPLES
+from llama_adapter.page.uploads import open_given, picture_file
 from llama_adapter.scienceqa.examining import Examination, trained_on_scienceqa
 from llama_adapter.scienceqa.problems import LETTERS, Problem, question_text
+from llama_adapter.surface.named_adapters import AUTO
 
-# Our own questions in the style of ScienceQA: text, options (one a line), context, and perhaps a picture.
-_SHAPE, _COLOUR = PICTURE_EXAMPLES
-EXAMPLES = (
-    ("Which of these animals lays eggs?", "cat\nhen\ndog\ncow", "", None),
-    (
-        "Which cup of tea cools down faster?",
-        "the one outside\nthe one in the kitchen",
-        "Two cups of tea are equally hot. One stands in a warm kitchen, the other outside in the snow.",
-        None,
-    ),
-    (_SHAPE, "circle\nsquare\ntriangle", "", _SHAPE),
-    (_COLOUR, "red\ngreen\nblue", "", _COLOUR),
-)
+
+@dataclass(frozen=True)
+class Scores:
+    """How likely each option is.
+
+    Attributes:
+        shares: the probability of each option, in their order. They add up to 1.
+        adapter: who was asked.
+        favourites: the likeliest option of each rotation of the options. Where they differ, the choice
+            depends on the order.
+    """
+
+    shares: tuple[float, ...]
+    adapter: str
+    favourites: tuple[int, ...]
 
 
 def score(
     model: LlamaAdapter, question: Any, options: Any, context: Any, image: Any, adapter: str | None
-) -> list[float]:
-    """The probability of each option, from its likelihood. They add up to 1.
+) -> Scores:
+    """Score the options of a question by their likelihood.
 
-    It is the likelihood of the option's letter or of its text, whichever the adapter is better at
-    (`best_for`).
+    It is the likelihood of the option's letter or of its text, in the options' own order or as the mean over
+    their rotations, whatever the adapter is better at (`best_for`).
 
     Args:
         options: 2 to 5 texts.
         image: anything that `open_given` takes; at most one picture.
+        adapter: a name; "auto" is the adapter that was trained on ScienceQA, if there is one.
 
     Raises:
         UsageError: something that is not text or too long, too many or too few options, or a picture for an
@@ -58,6 +65,7 @@ def score(
     pictures = open_given(image)
     if len(pictures) > 1:
         raise UsageError(f"{len(pictures)} pictures with one question; leave out all but one")
+    adapter = _scoring_adapter(model, adapter, pictured=bool(pictures))
     name: PictureFile = b"the picture"
     features: dict[PictureFile, torch.Tensor] = {}
     if pictures:
@@ -75,8 +83,18 @@ def score(
     model.prepare_request(Question.of(question_text(problem, examination.format), adapter=adapter))
     if examination.way == "generate":  # this way has no likelihoods
         examination = replace(examination, way="letter")
-    (found,) = examination.likelihoods(model, [problem], features=features, adapter=adapter)
-    return [float(share) for share in torch.tensor(found, dtype=torch.double).softmax(0)]
+    (rotations,) = examination.rotated_shares(model, [problem], features=features, adapter=adapter)
+    shares = torch.tensor(rotations, dtype=torch.double)
+    found = shares.mean(0) if examination.rotations else shares[0]
+    return Scores(tuple(found.tolist()), adapter, tuple(shares.argmax(1).tolist()))
+
+
+def _scoring_adapter(model: LlamaAdapter, adapter: str | None, *, pictured: bool) -> str:
+    asked = model.active_adapter if adapter is None else adapter
+    if asked == AUTO:
+        fit = [name for name in trained_for_it(model) if model.sees(name) or not pictured]
+        asked = fit[0] if fit else asked
+    return model.answering_adapter(asked, pictured=pictured)
 
 
 def trained_for_it(model: LlamaAdapter) -> list[str]:
@@ -84,7 +102,7 @@ def trained_for_it(model: LlamaAdapter) -> list[str]:
     return [name for name in model.adapters if trained_on_scienceqa(model, name)]
 
 
-def labelled(options: list[str], probabilities: list[float]) -> dict[str, float]:
+def labelled(options: Sequence[str], probabilities: Sequence[float]) -> dict[str, float]:
     """The probability of each option, under its letter and text."""
     return {
         f"({letter}) {option}": share
@@ -95,21 +113,34 @@ def labelled(options: list[str], probabilities: list[float]) -> dict[str, float]
 # --- what the tab's events call -----------------------------------------------------------------------------
 
 
-def answer(model: LlamaAdapter, box: dict[str, Any], options: str, context: str, adapter: str) -> Any:
-    """The options with their probabilities, from the fields of the form."""
+def answer(
+    model: LlamaAdapter, box: dict[str, Any], options: str, context: str, adapter: str
+) -> tuple[Any, Any]:
+    """The options with their probabilities, and a note, from the fields of the form."""
     try:
         choices = [line.strip() for line in check_length(options).splitlines() if line.strip()]
-        shares = score(model, box["text"], choices, context, box["files"], adapter)
+        found = score(model, box["text"], choices, context, box["files"], adapter)
     except UsageError as error:
         warn(error)
-        return gr.skip()
-    return labelled(choices, shares)
+        return gr.skip(), gr.skip()
+    return labelled(choices, found.shares), shown(note(choices, found))
+
+
+def note(options: Sequence[str], found: Scores) -> str:
+    """Who answered, and whether the order of the options decided."""
+    who = f"{named(found.adapter)} answered."
+    chosen = max(range(len(options)), key=found.shares.__getitem__)
+    others = [options[other] for other in dict.fromkeys(found.favourites) if other != chosen]
+    if not others:
+        return f"{who} The order of the options makes no difference."
+    said = " or ".join(f"“{other}”" for other in others)
+    return f"{who} **The choice depends on the order of the options**: in another order it is {said}."
 
 
 def fill(number: int | None) -> tuple[Any, ...]:
     """Put an example into the form."""
     if number is None:
-        return (gr.skip(),) * 4
-    question, options, context, picture = EXAMPLES[number]
-    files = [] if picture is None else [picture_file(PICTURE_EXAMPLES[picture])]
-    return {"text": question, "files": files}, options, context, None
+        return (gr.skip(),) * 5
+    example = SCIENCE_EXAMPLES[number]
+    files = [] if example.picture is None else [picture_file(example.picture)]
+    return {"text": example.text, "files": files}, "\n".join(example.options), example.context, None, ""

@@ -13,7 +13,8 @@ from llama_adapter.page.chatting import ChatHandlers
 from llama_adapter.page.checks import MAX_CHARACTERS
 from llama_adapter.page.comparing import ComparisonHandlers
 from llama_adapter.page.inside import ANSWER, GATES, show_gates
-from llama_adapter.page.parts import EXAMPLES, chat_window, expert_menu, question_box
+from llama_adapter.page.parts import chat_window, expert_menu, question_box
+from llama_adapter.page.suggestions import SCIENCE_EXAMPLES, TEXT_EXAMPLES
 from llama_adapter.page.wiring import ANSWERING, AT_ONCE, BY_MODEL, PRIVATE, TAKING
 
 
@@ -28,7 +29,10 @@ def comparison_tab(
     box = question_box("Ask both the same")
     waiting = gr.Markdown(elem_classes=["line", "waiting"])
     examples = gr.Examples(
-        [[{"text": text}] for text in EXAMPLES], box, label="For example", api_visibility="private"
+        [[{"text": example.text}] for example in TEXT_EXAMPLES],
+        box,
+        label="For example",
+        api_visibility="private",
     )
     question = gr.HTML(elem_id="question", padding=False)
     look: dict[str, Any] = {"height": "40vh", "min_height": 200, "buttons": ["copy"]}
@@ -60,7 +64,7 @@ def science_tab(model: LlamaAdapter, expert: gr.Dropdown) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=260):
             example = gr.Dropdown(
-                [(question, number) for number, (question, *_) in enumerate(science.EXAMPLES)],
+                [(example.text, number) for number, example in enumerate(SCIENCE_EXAMPLES)],
                 value=None,
                 label="An example",
                 info="Fills in the fields below, which can be changed.",
@@ -85,6 +89,7 @@ def science_tab(model: LlamaAdapter, expert: gr.Dropdown) -> None:
             button = gr.Button("Answer", variant="primary")
         with gr.Column(scale=2, min_width=260):
             found = gr.Label(label="Answer", num_top_classes=5)
+            note = gr.Markdown(elem_id="science-note", elem_classes="line")
             trained = "".join(
                 f" **{name}** was trained on such questions: choose it above."
                 for name in science.trained_for_it(model)
@@ -94,10 +99,17 @@ def science_tab(model: LlamaAdapter, expert: gr.Dropdown) -> None:
                 "whichever it is better at. The question is put to it as in the paper's ScienceQA "
                 f"experiments.{trained}"
             )
-    example.input(science.fill, example, [box, options, context, found], **AT_ONCE)
+    example.input(science.fill, example, [box, options, context, found, note], **AT_ONCE)
     answer = partial(science.answer, model)
     for trigger in (box.submit, button.click):
-        trigger(answer, [box, options, context, expert], found, **PRIVATE, **BY_MODEL, show_progress_on=found)
+        trigger(
+            answer,
+            [box, options, context, expert],
+            [found, note],
+            **PRIVATE,
+            **BY_MODEL,
+            show_progress_on=found,
+        )
 
 
 def inside_tab(handlers: ChatHandlers, expert: gr.Dropdown, chats: gr.State, tab: gr.Tab) -> None:

@@ -1,4 +1,4 @@
-"""A person's pictures: opened with care, scaled down, shown from Gradio's folder. Also two of our own."""
+"""A person's pictures: opened with care, scaled down, shown from Gradio's folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.pictures import open_picture
@@ -113,23 +113,6 @@ def _decode(url: str) -> bytes:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError):
         raise UsageError("an image's data URL is damaged; expected data:image/...;base64,...") from None
-
-
-# --- our own ------------------------------------------------------------------------------------------------
-
-
-def draw_examples() -> dict[str, Image.Image]:
-    """Questions with a picture to ask about, for people who have none at hand."""
-    circle, triangle = (Image.new("RGB", (512, 512), "#eef3f6") for _ in range(2))
-    ImageDraw.Draw(circle).ellipse((120, 130, 380, 390), fill="#e02020")
-    ImageDraw.Draw(triangle).polygon([(250, 100), (90, 400), (420, 380)], fill="#2040d0")
-    drawn = {"What shape is in the image?": circle, "What color is the triangle?": triangle}
-    # Drawn large and scaled down, so that edges are smooth.
-    return {question: image.resize((256, 256)) for question, image in drawn.items()}
-
-
-# Questions with a picture that we drew, for adapters that see.
-PICTURE_EXAMPLES = draw_examples()
 
 
 def data_url(image: Image.Image) -> str:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llama_adapter.answering.records_answered import answer_likelihoods, answer_records
@@ -19,7 +20,13 @@ from llama_adapter.common.files import write_json
 from llama_adapter.data.records import PictureFile
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.scienceqa.grading import UNREAD, official_results, read_answer
-from llama_adapter.scienceqa.problems import DEFAULT_FORMAT, Problem, answer_text, problem_records
+from llama_adapter.scienceqa.problems import (
+    DEFAULT_FORMAT,
+    Problem,
+    answer_text,
+    problem_records,
+    rotate_choices,
+)
 
 WAYS = ("generate", "letter", "option")
 _KEPT_EVERY = 64  # problems between two writes of the results
@@ -40,15 +47,21 @@ class Examination:
             text is most likely.
         format: an official name, such as QCM-A. The part after "-" matters only for "generate".
         caption: add a machine's caption of the picture to the context.
+        rotations: ask with each rotation of the choices, and take the mean of their probabilities, so that a
+            preference for a place cancels out (Zheng et al. 2024, arXiv 2309.03882). It takes as many times
+            the work as there are choices, and is not for "generate".
     """
 
     way: str = "letter"
     format: str = DEFAULT_FORMAT
     caption: bool = False
+    rotations: bool = False
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:
             raise UsageError(f"no way to answer {self.way!r}; expected one of {', '.join(WAYS)}")
+        if self.rotations and self.way == "generate":
+            raise UsageError("a generated answer has no mean over rotations; answer by letter or by option")
 
     @classmethod
     def best_for(cls, model: LlamaAdapter, adapter: str | None = None) -> Examination:
@@ -56,9 +69,11 @@ class Examination:
 
         The defaults for the bare base, and for an adapter that was trained on something else.
         """
-        name = adapter or model.active_adapter
+        name = model.answering_adapter(adapter, pictured=True)
         learnt = None if name == NO_ADAPTER else model.get_adapter(name).config.scienceqa
-        return cls() if learnt is None else cls(learnt.answer or cls.way, learnt.format, learnt.caption)
+        if learnt is None:
+            return cls()
+        return cls(learnt.answer or cls.way, learnt.format, learnt.caption, learnt.rotations)
 
     def answer(
         self,
@@ -109,12 +124,47 @@ class Examination:
         adapter: str | None = None,
         batch_size: int = 16,
     ) -> list[list[float]]:
-        """The log-probability of each choice of each problem, by its letter or its text. See `answer`."""
+        """The log-probability of each choice of each problem, by its letter or its text. See `answer`.
+
+        With `rotations` they are the logarithms of mean probabilities, which add up to 1.
+        """
+        if self.rotations:
+            found = self.rotated_shares(
+                model, problems, features=features, adapter=adapter, batch_size=batch_size
+            )
+            return [torch.tensor(shares).mean(0).log().tolist() for shares in found]
         records = problem_records(problems, self.format, caption=self.caption, images=features is not None)
         texts = [self._texts(problem) for problem in problems]
         return answer_likelihoods(
             model, records, texts, features=features, adapter=adapter, max_tokens=128 * batch_size
         )
+
+    def rotated_shares(
+        self,
+        model: LlamaAdapter,
+        problems: Sequence[Problem],
+        *,
+        features: Mapping[PictureFile, Tensor] | None = None,
+        adapter: str | None = None,
+        batch_size: int = 16,
+    ) -> list[list[list[float]]]:
+        """For each problem, and each rotation of its choices, the probability of each choice. See `answer`.
+
+        The first rotation is the choices as they are. Whatever the rotation, the probabilities are in the
+        order of the problem's own choices, and add up to 1.
+        """
+        rotated = [rotate_choices(p, places) for p in problems for places in range(len(p.choices))]
+        found = iter(
+            replace(self, rotations=False).likelihoods(
+                model, rotated, features=features, adapter=adapter, batch_size=batch_size
+            )
+        )
+        shares = []
+        for problem in problems:
+            count = len(problem.choices)
+            own = [torch.tensor(next(found), dtype=torch.double).softmax(0) for _ in range(count)]
+            shares.append([share.roll(places).tolist() for places, share in enumerate(own)])
+        return shares
 
     def _texts(self, problem: Problem) -> list[str]:
         """The answers whose likelihoods are compared, one for each choice."""
@@ -154,6 +204,8 @@ def examine(
     made_from = dict(
         made_from or {}, way=examination.way, format=examination.format, caption=examination.caption
     )
+    if examination.rotations:
+        made_from["rotations"] = True
     results, outputs = _take_up(output, made_from, problems)
     left = [problem for problem in problems if problem.pid not in results]
     # Problems of about equal length together, among those written at once.
@@ -180,7 +232,7 @@ def _take_up(
         results, outputs, before = found["results"], found["outputs"], found["args"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{output} is there and holds no results of ours; choose another --output") from None
-    other = [name for name in made_from if before.get(name) != made_from[name]]
+    other = [name for name in {**made_from, **before} if before.get(name) != made_from.get(name)]
     if other or not set(results) <= {problem.pid for problem in problems}:
         what = f"another {other[0]}" if other else "other problems"
         raise UsageError(f"{output} has results of {what}; choose another --output, or remove it")

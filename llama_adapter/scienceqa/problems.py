@@ -373,6 +373,12 @@ def shuffle_choices(problem: Problem, *, seed: int) -> Problem:
     )
 
 
+def rotate_choices(problem: Problem, places: int) -> Problem:
+    """The problem with its first choices moved behind the others, so many of them. The answer is adjusted."""
+    choices = problem.choices[places:] + problem.choices[:places]
+    return replace(problem, choices=choices, answer=(problem.answer - places) % len(choices))
+
+
 def shuffle_pictures(problems: Sequence[Problem], *, seed: int) -> list[Problem]:
     """The problems with each other's pictures. Those without a picture still have none.
 

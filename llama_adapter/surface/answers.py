@@ -68,8 +68,9 @@ class Answers(Seeing):
 
     def prepare_request(self, question: Question) -> Request:
         """Turn a question into tokens and what is needed to answer it. Errors are those of `stream_chat`."""
-        name = self._name(question.adapter)
         features, sampling = question.image, question.sampling
+        none = features is None or (isinstance(features, (Tensor, Sequence)) and len(features) == 0)
+        name = self._name(question.adapter, pictured=not none)
         if features is not None and not isinstance(features, Tensor):
             features = self.encode_images(features, adapter=name)
         ids = question.tokens or self.encode_question(question.turns, adapter=name)

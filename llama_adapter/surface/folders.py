@@ -34,8 +34,10 @@ from llama_adapter.methods.decoder import (
     load_decoder,
     load_tokenizer,
 )
-from llama_adapter.surface.named_adapters import NO_ADAPTER, NamedAdapters, default_name
+from llama_adapter.surface.adapter_dict import module_name
+from llama_adapter.surface.named_adapters import AUTO, NO_ADAPTER, NamedAdapters, default_name
 from llama_adapter.weights import locations
+from llama_adapter.weights.catalogue import DEFAULT_BASE, SHIPPED
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,7 +104,7 @@ class Folders(NamedAdapters):
     @classmethod
     def from_pretrained(
         cls,
-        adapter: str | Path,
+        adapter: str | Path = AUTO,
         *,
         base: str | None = None,
         weights: str | Path | None = None,
@@ -116,9 +118,10 @@ class Folders(NamedAdapters):
         """Load an adapter and the base that it was trained for (or ``base``, which must have the same shape).
 
         Args:
-            adapter: a name in the weights folders, a folder, or a hub id. A folder saved by the trainers of
-                transformers or TRL works too; if it has several adapters, all are loaded. So do PEFT's
-                folders of LoRA, IA3 and AdaptionPrompt.
+            adapter: a name in the weights folders, a folder, or a hub id. ``"auto"`` loads the shipped
+                adapters for text and for pictures, and the right one answers each question. A folder saved
+                by the trainers of transformers or TRL works too; if it has several adapters, all are loaded.
+                So do PEFT's folders of LoRA, IA3 and AdaptionPrompt.
             adapter_name: what to call it; None takes the folder's name.
             is_trainable: False freezes it.
             **options: as in `from_base`; ``revision`` and ``subfolder`` are those of the adapter.
@@ -132,6 +135,13 @@ class Folders(NamedAdapters):
                 "on a decoder that is loaded, use LlamaAdapter(decoder, tokenizer).load_adapter(folder)"
             )
         _check_options("from_pretrained", options, _DECODER_OPTIONS | HUB_OPTIONS | {"torch_dtype"})
+        if adapter == AUTO:
+            own = {"device": device, "dtype": dtype, "quantize": quantize, **options}
+            if adapter_name is not None:
+                raise UsageError(
+                    f"adapter_name is {adapter_name!r}; with adapter='auto' there are two, whose names stay"
+                )
+            return cls._with_shipped(base, weights=weights, is_trainable=is_trainable, **own)
         found = locations.resolve(str(adapter), kind="adapter", weights=weights)
         folder = adapter_folder(found, **{n: v for n, v in options.items() if n in _ADAPTER_OPTIONS})
         named = base or base_of(folder)
@@ -143,6 +153,23 @@ class Folders(NamedAdapters):
             for name, other in others:
                 model.add_adapter(name, other.requires_grad_(is_trainable))
             model.set_adapter(adapter_name or default_name(adapter))
+        return model
+
+    @classmethod
+    def _with_shipped(
+        cls, base: str | None, *, weights: str | Path | None, is_trainable: bool, **options: Any
+    ) -> Self:
+        """A base (by default `DEFAULT_BASE`) with its shipped adapters for text and pictures."""
+        folders = shipped_adapters(base, weights)
+        if not folders:
+            raise UsageError(
+                f"no shipped adapter fits base {base or DEFAULT_BASE!r}; name one of your own, or take the "
+                "bare base with from_base"
+            )
+        model = cls.from_base(base or DEFAULT_BASE, weights=weights, **options)
+        for name, folder in folders.items():
+            model.load_adapter(folder, name, is_trainable=is_trainable)
+        model.set_adapter(AUTO)
         return model
 
     def load_adapter(
@@ -287,18 +314,34 @@ class Folders(NamedAdapters):
         self.register_load_state_dict_post_hook(_expect_no_decoder)
 
 
+def shipped_adapters(
+    base: str | None = None, weights: str | Path | None = None, *kinds: str
+) -> dict[str, Path]:
+    """The folders of the adapters that are shipped for a base, by name, as far as they are here.
+
+    ``kinds`` are fields of `Shipped`; by default text and vision. Raises UsageError for a base (by default
+    `DEFAULT_BASE`) that is not found.
+    """
+    found = locations.resolve(base or DEFAULT_BASE, kind="base", weights=weights)
+    shipped = SHIPPED.get(locations.name_of(found, kind="base", weights=weights))
+    there = locations.list_weights("adapter", weights)
+    kinds = kinds or ("text", "vision")
+    names = [] if shipped is None else [getattr(shipped, kind) for kind in kinds]
+    return {name: there[name] for name in names if name in there}
+
+
 def _write_state(model: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     for name in [name for name in state if name.startswith(f"{prefix}decoder.")]:
         del state[name]
     for name in model.adapters:
         config = replace(model.get_adapter(name).config, shape=model.shape)
         encoded = encode_config(config, active=name == model.active_adapter)
-        state[f"{prefix}{STATE_PREFIX}{name}.config"] = encoded
+        state[f"{prefix}{STATE_PREFIX}{module_name(name)}.config"] = encoded
 
 
 def _expect_configs(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for name in model.adapters:  # each must have its config; torch checks whether the tensors fit
-        state.pop(f"{prefix}{STATE_PREFIX}{name}.config", None)
+        state.pop(f"{prefix}{STATE_PREFIX}{module_name(name)}.config", None)
 
 
 def _expect_no_decoder(module: nn.Module, incompatible: Any) -> None:
@@ -310,7 +353,7 @@ def _tensors_of(name: str, adapter: nn.Module, state: dict[str, Tensor]) -> dict
     """An adapter's tensors in a model's state dict. Their names may start with a wrapper's ``module.``."""
     found = {}
     for own in adapter.state_dict():
-        key = f"{STATE_PREFIX}{name}.{own}"
+        key = f"{STATE_PREFIX}{module_name(name)}.{own}"
         given = next((given for given in state if given == key or given.endswith(f".{key}")), None)
         if given is None:
             raise UsageError(f"state_dict has no {key}; give the whole model's state, or leave it out")

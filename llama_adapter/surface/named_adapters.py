@@ -30,15 +30,18 @@ from llama_adapter.methods.shape import DecoderShape, default_adapted_layers
 from llama_adapter.methods.sites import SitePart, projections_of
 from llama_adapter.methods.table import PARTS, build_configs
 from llama_adapter.quantization.linear import format_of
+from llama_adapter.surface.adapter_dict import AdapterDict, module_name
 from llama_adapter.surface.carried import carry
 from llama_adapter.surface.effect import check_offloading
 from llama_adapter.surface.passing import PassedOn
+from llama_adapter.weights.catalogue import SHIPPED
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 NO_ADAPTER = "none"  # the name of the bare base
-_NOT_NAMES = {NO_ADAPTER, "", *dir(nn.ModuleDict())}  # names that torch's container of modules uses itself
+AUTO = "auto"  # stands for the adapter that sees where there is a picture, else for the text adapter
+_NOT_NAMES = {NO_ADAPTER, AUTO, "", *dir(AdapterDict())}  # names that the container of modules uses itself
 
 
 class NamedAdapters(PassedOn):
@@ -190,14 +193,14 @@ class NamedAdapters(PassedOn):
     def _check_name(self, name: str) -> None:
         if name in self.adapters:
             raise UsageError(f"adapter name {name!r} is taken; delete that one first")
-        if name in _NOT_NAMES or "." in name:
-            raise UsageError(f"adapter name {name!r} cannot be used; choose another, without dots")
+        if module_name(name) in _NOT_NAMES:
+            raise UsageError(f"adapter name {name!r} is reserved; choose another")
 
     def delete_adapter(self, name: str) -> None:
         """Delete an adapter. If it was the active one, the bare base answers from then on."""
         self.get_adapter(name)
         del self.adapters[name]
-        if self.active_adapter == name:
+        if self.active_adapter == name or not self.adapters:
             self.active_adapter = NO_ADAPTER
         if self._switched_off == name:
             self._switched_off = None
@@ -238,7 +241,8 @@ class NamedAdapters(PassedOn):
     # --- choosing -------------------------------------------------------------------------------------------
 
     def set_adapter(self, name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose the adapter that answers by default. ``"none"`` is the bare base.
+        """Choose the adapter that answers by default. ``"none"`` is the bare base, ``"auto"`` the right
+        adapter for each question (see `answering_adapter`).
 
         This ends a `disable_adapters`. The choice also stays when the ``with`` block of one ends.
         ``inference_mode`` freezes the adapter.
@@ -249,9 +253,9 @@ class NamedAdapters(PassedOn):
                     f"{len(name)} adapters given ({', '.join(name)}); choose one, or call with adapter="
                 )
             (name,) = name
-        self._choose(self._name(name))
-        if inference_mode and name != NO_ADAPTER:
-            self.set_requires_grad(name, False)
+        self._choose(name if name == AUTO else self._name(name))
+        if inference_mode:
+            self.set_requires_grad(self.active_adapters, False)
 
     def _choose(self, name: str) -> None:
         self.active_adapter = name
@@ -270,22 +274,48 @@ class NamedAdapters(PassedOn):
 
     @property
     def active_adapters(self) -> ActiveAdapters:
-        """The names of the adapters that answer by default: one or none.
+        """The names of the adapters that answer by default: one or none, or two where ``"auto"`` is chosen.
 
         PEFT uses this as an attribute, transformers as a method; both work.
         """
-        return ActiveAdapters([] if self.active_adapter == NO_ADAPTER else [self.active_adapter])
+        names = dict.fromkeys(self.answering_adapter(pictured=pictured) for pictured in (False, True))
+        return ActiveAdapters(name for name in names if name != NO_ADAPTER)
 
-    def _name(self, name: str | None) -> str:
-        name = self.active_adapter if name is None else name
+    def answering_adapter(self, adapter: str | None = None, *, pictured: bool = False) -> str:
+        """The name of the adapter that answers when this one (by default the active one) is asked.
+
+        It is the same name, unless that is ``"auto"``. With a picture, ``"auto"`` stands for the shipped
+        vision adapter, or else the first loaded one that sees. Without a picture, or where none sees, it
+        stands for the shipped text adapter, or else the first loaded one that does not see. An adapter for
+        ScienceQA is only taken where there is no other. Where there is none at all, the bare base answers.
+
+        Args:
+            pictured: whether there is a picture.
+        """
+        name = self.active_adapter if adapter is None else adapter
+        if name == AUTO:
+            name = self._automatic(pictured)
         if name != NO_ADAPTER:
             self.get_adapter(name)
         return name
 
+    _name = answering_adapter
+
+    def _automatic(self, pictured: bool) -> str:
+        def is_for(name: str) -> bool:
+            return (self.get_adapter(name).config.vision is not None) == pictured
+
+        def wish(name: str) -> tuple[bool, bool]:  # the least comes first
+            shipped = any(name == (own.vision if pictured else own.text) for own in SHIPPED.values())
+            return not shipped, self.get_adapter(name).config.scienceqa is not None
+
+        found = min(filter(is_for, self.adapters), key=wish, default=NO_ADAPTER)
+        return self._automatic(pictured=False) if pictured and found == NO_ADAPTER else found
+
     def get_adapter(self, name: str) -> Adapter:
         """A loaded adapter by name. For an unknown name, raises a UsageError that lists those loaded."""
         if name not in self.adapters:
-            there = ", ".join([*self.adapters, NO_ADAPTER])
+            there = ", ".join([*self.adapters, NO_ADAPTER, *([AUTO] if self.adapters else [])])
             raise UsageError(f"no adapter {name!r} is loaded; there are {there}")
         adapter = self.adapters[name]
         assert isinstance(adapter, Adapter)
@@ -417,6 +447,6 @@ def _count(parameter: nn.Parameter) -> int:
 
 
 def default_name(adapter: str | Path) -> str:
-    """An adapter's default name: that of its folder, with characters that are not allowed replaced."""
-    name = Path(str(adapter)).resolve().name.replace(".", "_")
-    return f"{name}_" if name in _NOT_NAMES else name
+    """An adapter's default name: that of its folder, changed where it is reserved."""
+    name = Path(str(adapter)).resolve().name
+    return f"{name}_" if module_name(name) in _NOT_NAMES else name

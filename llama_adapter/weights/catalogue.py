@@ -13,8 +13,29 @@ from typing import Literal
 from llama_adapter.common.files import write_json
 
 DEFAULT_BASE = "smollm2-135m-instruct"
-DEFAULT_TOWER = "clip-mini"
 """The base that a command uses when neither a base nor an adapter is named."""
+DEFAULT_TOWER = "clip-mini"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The adapters that are shipped for a base; one that is not there yet is passed over.
+
+    Attributes:
+        text: answers questions without a picture.
+        vision: answers questions with a picture.
+        scienceqa: chooses among options.
+    """
+
+    text: str
+    vision: str
+    scienceqa: str
+
+
+SHIPPED = {
+    "smollm2-135m-instruct": Shipped("smollm2-135m-alpaca", "smollm2-135m-vision", "smollm2-135m-scienceqa"),
+    "qwen2.5-coder-0.5b-instruct": Shipped("qwen-0.5b-alpaca", "qwen-0.5b-vision", "qwen-0.5b-scienceqa"),
+}
 
 
 @dataclass(frozen=True)

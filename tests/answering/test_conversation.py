@@ -18,6 +18,7 @@ from llama_adapter.decoding.answer import Answer
 from llama_adapter.decoding.question import Question
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.surface.named_adapters import AUTO
 from tests.scripted import MeanColour, ScriptedModel, build_scripted_model
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_model
@@ -349,6 +350,20 @@ def test_what_is_no_picture_changes_nothing(sighted: Conversation, picture: str 
         sighted.ask("And this?", [BLUE, picture])
     assert len(sighted.exchanges) == 1 and list(running), "the answer goes on"
     assert seen(sighted.ask("And now?")) == ["#ff0000"]
+
+
+def test_auto_lets_who_sees_answer_once_there_is_a_picture(sighted: Conversation) -> None:
+    chat = Conversation(sighted.model, adapter=AUTO, sampling=sighted.sampling)
+    assert "one heard: Hello?" in "".join(chat.ask("Hello?"))
+    assert seen(chat.ask("What is it?", [RED])) == ["#ff0000"]
+    assert seen(chat.ask("And its colour?")) == ["#ff0000"], "a follow-up goes to who sees, too"
+    assert [exchange.adapter for exchange in chat.exchanges] == ["one", SEES, SEES]
+    assert not chat.unseen
+    chat.check("And this?", [BLUE])
+    chat.undo()
+    chat.undo()
+    list(chat.ask("And now?"))
+    assert chat.exchanges[-1].adapter == "one"
 
 
 @pytest.mark.parametrize("blind", ["one", NO_ADAPTER])

@@ -288,13 +288,13 @@ def test_the_system_text_and_the_seed_count(model: LlamaAdapter) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_the_best_shipped_adapter_answers(weights: Path, tmp_path: Path, model: LlamaAdapter) -> None:
+def test_the_shipped_adapters_answer(weights: Path, tmp_path: Path, model: LlamaAdapter) -> None:
     def adapter(*words: str) -> tuple[str, str]:
         code, out, err = invoke("ask", "Hi", *GREEDY, "--json", *words)
         assert code == 0, err
         return json.loads(out)["adapter"], err
 
-    assert adapter() == (ADAPTER, "")
+    assert adapter() == adapter("--adapter", "auto") == (ADAPTER, "")
     assert adapter("--base", BASE) == adapter("--base", str(weights / BASE)) == (ADAPTER, "")
     assert adapter("--adapter", "none") == ("none", "")
     assert adapter("--adapter", "none", "--base", "other-base") == ("none", "")
@@ -305,11 +305,26 @@ def test_the_best_shipped_adapter_answers(weights: Path, tmp_path: Path, model: 
     (tmp_path / BASE).symlink_to(weights / BASE)
     name, note = adapter(*there)
     assert name == "none" and f"{BASE!r}; {NOTE}" in note
-    for shipped in (ADAPTER, BETTER):
-        (tmp_path / shipped).symlink_to(weights / ADAPTER)
-        assert adapter(*there) == (shipped, "")
-    assert adapter(*there, "--adapter", ADAPTER) == (ADAPTER, "")
+    (tmp_path / ADAPTER).symlink_to(weights / ADAPTER)
+    (tmp_path / BETTER).symlink_to(weights / SEEING)
+    (tmp_path / "tiny-tower").symlink_to(weights / "tiny-tower")
+    draw_picture(tmp_path / "red.png")
+    pictured = ("--image", str(tmp_path / "red.png"))
+    assert adapter(*there) == (ADAPTER, "")
+    assert adapter(*there, *pictured) == (BETTER, "")
+    assert adapter(*there, *pictured, "--adapter", BETTER) == (BETTER, "")
     assert adapter(*there, "--adapter", str(weights / ADAPTER)) == (ADAPTER, "")
+    said = f"What?\n/image {tmp_path / 'red.png'}\nAnd this?\nAnd?\n/adapter\n"
+    code, out, err = invoke("chat", *there, *GREEDY, stdin=said.encode())
+    assert code == 0 and "auto answers; there are none, auto" in out
+    assert re.findall(r"\((.*) answered\)", err) == [ADAPTER, BETTER, BETTER]
+
+
+def test_an_answer_that_was_cut_off_says_so() -> None:
+    code, out, err = invoke("ask", "Hi", "--temperature", "0", "--max-new-tokens", "3")
+    assert code == 0 and out and err == "(cut off at the length limit, after 3 tokens)\n"
+    code, out, err = invoke("ask", "Hi", "--temperature", "0", "--max-new-tokens", "3", "--json")
+    assert (code, err) == (0, "") and json.loads(out)["finish_reason"] == "length"
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from llama_adapter.scienceqa.problems import (
     answer_text,
     problem_records,
     read_problems,
+    rotate_choices,
     split_problems,
 )
 from llama_adapter.weights.catalogue import DEFAULT_TOWER
@@ -121,6 +122,40 @@ def test_the_result_does_not_depend_on_the_batch(
     for problem in problems:
         alone |= examine(model, [problem], examination, features=features)[0]
     assert results[0][0] == alone
+
+
+@pytest.mark.parametrize("way", ["letter", "option"])
+def test_rotations_are_each_asked_alone_and_averaged(
+    way: str, model: LlamaAdapter, problems: list[Problem]
+) -> None:
+    features = features_of(problems)
+    plain, rotated = Examination(way), Examination(way, rotations=True)
+    shares = rotated.rotated_shares(model, problems, features=features)
+    found = rotated.likelihoods(model, problems, features=features)
+    for problem, several, mean in zip(problems, shares, found, strict=True):
+        count = len(problem.choices)
+        total = [0.0] * count
+        for places, own in enumerate(several):
+            order = [(number + places) % count for number in range(count)]
+            moved = dataclasses.replace(problem, choices=tuple(problem.choices[n] for n in order), answer=0)
+            (alone,) = plain.likelihoods(model, [moved], features=features)
+            weights = torch.tensor(alone, dtype=torch.double).softmax(0)
+            for number, share in zip(order, weights.tolist(), strict=True):
+                assert own[number] == pytest.approx(share, abs=1e-5)
+                total[number] += share / count
+        assert [math.exp(value) for value in mean] == pytest.approx(total, abs=1e-5)
+        assert sum(map(math.exp, mean)) == pytest.approx(1)
+
+
+def test_a_rotation_keeps_the_right_choice(problems: list[Problem]) -> None:
+    for problem in problems:
+        right = problem.choices[problem.answer]
+        rotated = [rotate_choices(problem, places) for places in range(len(problem.choices))]
+        assert rotated[0] == problem
+        assert {own.choices[own.answer] for own in rotated} == {right}
+        assert len({own.answer for own in rotated}) == len(problem.choices)
+    with pytest.raises(UsageError, match="generated answer has no mean over rotations"):
+        Examination("generate", rotations=True)
 
 
 def test_without_features_nothing_is_seen(model: LlamaAdapter, problems: list[Problem]) -> None:
@@ -245,6 +280,9 @@ def test_the_best_way_is_what_training_recorded(model: LlamaAdapter) -> None:
     adapter.config = dataclasses.replace(before, scienceqa=learnt)
     try:
         assert Examination.best_for(model, "tiny") == Examination("option", "QCM-O", caption=True)
+        rotated = dataclasses.replace(learnt, rotations=True)
+        adapter.config = dataclasses.replace(before, scienceqa=rotated)
+        assert Examination.best_for(model) == Examination("option", "QCM-O", caption=True, rotations=True)
     finally:
         adapter.config = before
 

@@ -87,7 +87,12 @@ def test_how_it_sees_is_stored_as_this() -> None:
 def test_how_it_is_asked_is_stored_and_not_read_from_how_it_was_made() -> None:
     config = dataclasses.replace(CONFIG, scienceqa=ScienceQAConfig("QCM-ALE", caption=True, answer="letter"))
     stored = config.to_dict()
-    assert stored["scienceqa"] == {"format": "QCM-ALE", "caption": True, "answer": "letter"}
+    assert stored["scienceqa"] == {
+        "format": "QCM-ALE",
+        "caption": True,
+        "answer": "letter",
+        "rotations": False,
+    }
     assert AdapterConfig.from_dict(stored, "file") == config
     made = dataclasses.replace(CONFIG, training={"data": {"format": "QCM-A"}})
     assert AdapterConfig.from_dict(made.to_dict(), "file").scienceqa is None
@@ -126,6 +131,8 @@ def test_what_was_stored_before_there_were_parts_is_read() -> None:
     asked = AdapterConfig.from_dict(version_1(training=training), "file")
     assert asked.scienceqa == ScienceQAConfig("QCM-A", caption=True, answer="option")
     assert asked.training == training
+    turned = AdapterConfig.from_dict(version_1(training={**training, "rotations": True}), "file")
+    assert turned.scienceqa == ScienceQAConfig("QCM-A", caption=True, answer="option", rotations=True)
     del training["answer"]
     untold = AdapterConfig.from_dict(version_1(training=training), "file").scienceqa
     assert untold == ScienceQAConfig("QCM-A", caption=True)

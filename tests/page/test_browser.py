@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from llama_adapter.commands.arguments import SHIPPED_ADAPTERS
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.page.compare_tab import Compared
 from llama_adapter.page.experts import load_experts
 from llama_adapter.page.layout import build_page
-from llama_adapter.page.parts import EXAMPLES
 from llama_adapter.page.server import serve
-from llama_adapter.page.uploads import PICTURE_EXAMPLES
+from llama_adapter.page.suggestions import PICTURE_EXAMPLES, SCIENCE_EXAMPLES, TEXT_EXAMPLES
 from llama_adapter.page.wiring import PEOPLE
 from tests.compared import build_results
 from tests.conftest import CHECKOUT
@@ -120,7 +118,7 @@ def _opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
     page.on("request", check_request)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(address)
-    page.get_by_role("button", name=EXAMPLES[0]).wait_for()
+    page.get_by_role("button", name=TEXT_EXAMPLES[0].text).wait_for()
     yield page
     context.close()
     assert wrong == []
@@ -214,8 +212,8 @@ def _shorten(page: Page, tokens: int = 48) -> None:
 
 def test_an_example_is_answered_at_the_first_click(page: Page) -> None:
     _shoot(page, "empty")
-    page.get_by_role("button", name=EXAMPLES[0]).click()
-    playwright.expect(_answer(page)).to_contain_text(f"one heard: {EXAMPLES[0]}")
+    page.get_by_role("button", name=TEXT_EXAMPLES[0].text).click()
+    playwright.expect(_answer(page)).to_contain_text(f"one heard: {TEXT_EXAMPLES[0].text}")
     playwright.expect(page.get_by_test_id("bot").last).to_contain_text(
         re.compile(r"\d+ tokens · [\d.]+ tokens/s · one")
     )
@@ -270,7 +268,7 @@ def test_retry_undo_edit_and_clear(page: Page) -> None:
     playwright.expect(page.get_by_placeholder("Ask something")).to_have_value("Third")
     playwright.expect(page.get_by_test_id("user")).to_have_count(1)
     page.get_by_role("button", name="Clear").locator("visible=true").click()
-    playwright.expect(page.get_by_role("button", name=EXAMPLES[0])).to_be_visible()
+    playwright.expect(page.get_by_role("button", name=TEXT_EXAMPLES[0].text)).to_be_visible()
 
 
 def test_the_bare_base_can_be_chosen(page: Page) -> None:
@@ -284,9 +282,9 @@ def test_the_bare_base_can_be_chosen(page: Page) -> None:
 
 def test_side_by_side(page: Page) -> None:
     page.get_by_role("tab", name="Side by side").click()
-    page.get_by_role("button", name=EXAMPLES[1]).click()
+    page.get_by_role("button", name=TEXT_EXAMPLES[1].text).click()
     for number, name in enumerate((NO_ADAPTER, "one")):
-        playwright.expect(_answer(page, number)).to_contain_text(f"{name} heard: {EXAMPLES[1]}")
+        playwright.expect(_answer(page, number)).to_contain_text(f"{name} heard: {TEXT_EXAMPLES[1].text}")
     playwright.expect(_answer(page, 1)).to_contain_text("1 2 3")
     _shoot(page, "side-by-side")
     _stop(page)
@@ -420,7 +418,7 @@ def test_a_picture_can_be_dropped_anywhere_pasted_and_taken(page: Page) -> None:
 
 def test_an_example_with_a_picture_is_answered_at_the_first_click(page: Page) -> None:
     _choose(page, "eyes")
-    example = page.get_by_role("button", name=next(iter(PICTURE_EXAMPLES)))
+    example = page.get_by_role("button", name=PICTURE_EXAMPLES[0].text)
     playwright.expect(example.locator("img")).to_have_js_property("naturalWidth", 256)
     _shoot(page, "picture-examples")
     example.click()
@@ -429,7 +427,7 @@ def test_an_example_with_a_picture_is_answered_at_the_first_click(page: Page) ->
     _stop(page)
     page.get_by_role("button", name="Clear").locator("visible=true").click()
     _choose(page, "one")
-    playwright.expect(page.get_by_role("button", name=EXAMPLES[3])).to_be_visible()
+    playwright.expect(page.get_by_role("button", name=TEXT_EXAMPLES[3].text)).to_be_visible()
     playwright.expect(example).to_have_count(0)
 
 
@@ -492,10 +490,10 @@ def test_a_question_with_options_and_a_picture(page: Page) -> None:
     _choose(page, "eyes")
     page.get_by_role("tab", name="ScienceQA").click()
     page.get_by_role("combobox", name="An example").click()
-    page.get_by_role("option", name=next(iter(PICTURE_EXAMPLES))).click()
+    page.get_by_role("option", name=SCIENCE_EXAMPLES[-1].text).click()
     playwright.expect(_thumbnails(page)).to_have_count(1)
     page.get_by_role("button", name="Answer", exact=True).click()
-    playwright.expect(page.get_by_text("(C) triangle").last).to_be_visible()
+    playwright.expect(page.get_by_text("(A) triangle").last).to_be_visible()
     _shoot(page, "science-picture")
 
 
@@ -546,7 +544,7 @@ def test_chats_survive_a_reload_and_can_be_saved(page: Page) -> None:
     _ask(page, "What is it?")
     _finished(page)
     page.get_by_role("button", name="New chat").click()
-    playwright.expect(page.get_by_role("button", name=EXAMPLES[2])).to_have_count(0)
+    playwright.expect(page.get_by_role("button", name=TEXT_EXAMPLES[2].text)).to_have_count(0)
     _ask(page, "Second chat")
     _finished(page)
     page.wait_for_timeout(500)  # what is to be kept comes after the answer
@@ -656,7 +654,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(
         assert title["x"] + title["width"] <= expert["x"], "beside each other"
         assert page.locator("#title").evaluate("title => title.scrollWidth <= title.clientWidth"), "whole"
         assert box["y"] + box["height"] <= 844, "on the first screen"
-        page.get_by_role("button", name=EXAMPLES[0]).tap()
+        page.get_by_role("button", name=TEXT_EXAMPLES[0].text).tap()
         playwright.expect(_answer(page)).to_contain_text("1 2 3")
         _shoot(page, "phone-chat")
         _stop(page)
@@ -672,7 +670,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(
         page.get_by_role("button", name="Clear").locator("visible=true").tap()
         page.get_by_role("combobox", name="Adapter").tap()
         page.get_by_role("option", name="eyes").tap()
-        page.get_by_role("button", name=next(iter(PICTURE_EXAMPLES))).tap()
+        page.get_by_role("button", name=PICTURE_EXAMPLES[0].text).tap()
         playwright.expect(_answer(page)).to_contain_text("1 2 3")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         _shoot(page, "phone-picture")
@@ -686,10 +684,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(
 @pytest.mark.slow
 def test_picture_for_the_readme(browser: Browser, base_folder: Path) -> None:
     """Leaves the page as it opens, with the shipped adapters, in docs/page.png."""
-    adapter = base_folder.parent / SHIPPED_ADAPTERS[0]
-    if not adapter.is_dir():
-        pytest.skip(f"no adapter in {adapter}")
-    model = LlamaAdapter.from_pretrained(adapter)
+    model = LlamaAdapter.from_pretrained(base=base_folder.name)
     with (
         _served(model, load_experts(model)) as address,
         _opened(browser, address, viewport={"width": 1280, "height": 800}) as page,

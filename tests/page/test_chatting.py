@@ -19,7 +19,8 @@ from llama_adapter.page.chats import MAX_WAITING, Chats
 from llama_adapter.page.chatting import BUSY, EMPTY, IDLE, UNCHANGED, ChatHandlers
 from llama_adapter.page.checks import MAX_CHARACTERS
 from llama_adapter.page.display import messages, pace, shown
-from llama_adapter.page.uploads import PICTURE_EXAMPLES, picture_file
+from llama_adapter.page.suggestions import PICTURE_EXAMPLES
+from llama_adapter.page.uploads import picture_file
 from tests.drawn import SVG, huge_png, png
 from tests.page_parts import HOSTILE, KNOBS, SEEING, SETTINGS, has, pictures, texts, typed_in
 from tests.scripted import build_scripted_model
@@ -362,10 +363,13 @@ def test_a_picture_that_was_cleared_away_is_written_again(
 
 
 def test_an_example_is_asked_with_our_picture_whatever_file_the_click_names(handlers: ChatHandlers) -> None:
-    text = next(iter(PICTURE_EXAMPLES))
-    event = gr.SelectData(None, {"index": 0, "value": {"text": text, "files": [{"path": "/etc/passwd"}]}})
+    example = PICTURE_EXAMPLES[0]
+    event = gr.SelectData(
+        None, {"index": 0, "value": {"text": example.text, "files": [{"path": "/etc/passwd"}]}}
+    )
     chats, _, _, asked, *_ = handlers.ask_example(event, None, *SEEING)
-    assert pictures(asked)[0][0].tobytes() == PICTURE_EXAMPLES[text].tobytes()
+    assert example.picture is not None
+    assert pictures(asked)[0][0].tobytes() == example.picture.tobytes()
     image = chats.open.conversation.exchanges[0].images[0]
     assert picture_file(image) == asked[0]["content"][0]["path"]
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,17 @@ from PIL import Image
 from llama_adapter.common.errors import UsageError
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.methods.checkpoint import read_config, save_adapter
+from llama_adapter.methods.config import ScienceQAConfig
 from llama_adapter.model import NO_ADAPTER
 from llama_adapter.page.about import describe_limits
 from llama_adapter.page.chat_tab import offered
 from llama_adapter.page.checks import MAX_CHARACTERS, MAX_NEW_TOKENS, check_length, read_sampling
 from llama_adapter.page.display import pace, shown, typed
 from llama_adapter.page.experts import describe, load_experts
-from llama_adapter.page.parts import EXAMPLES
-from llama_adapter.page.science import EXAMPLES as SCIENCE_EXAMPLES
-from llama_adapter.page.science import answer, fill
-from llama_adapter.page.uploads import MAX_PICTURES, MAX_SIDE, PICTURE_EXAMPLES, open_given
+from llama_adapter.page.science import Scores, answer, fill, note, score
+from llama_adapter.page.suggestions import PICTURE_EXAMPLES, SCIENCE_EXAMPLES, TEXT_EXAMPLES
+from llama_adapter.page.uploads import MAX_PICTURES, MAX_SIDE, open_given
+from llama_adapter.surface.named_adapters import AUTO
 from tests.drawn import data_url, png
 from tests.page_parts import KNOBS, typed_in
 from tests.scripted import build_scripted_model
@@ -137,8 +139,8 @@ def test_adapters_that_fit_are_loaded_and_others_left_out(
         file.truncate(100)
     model = build_tiny_model(names=())
     lines = load_experts(model, weights=tmp_path)
-    assert list(lines) == ["fits", NO_ADAPTER]
-    assert lines["fits"] == "It fits."
+    assert list(lines) == [AUTO, "fits", NO_ADAPTER]
+    assert lines["fits"] == "It fits." and lines[AUTO] == "fits answers."
     assert list(model.adapters) == ["fits"]
     assert model.active_adapter == NO_ADAPTER
     assert capsys.readouterr().err.startswith("broken is left out: ")
@@ -150,7 +152,7 @@ def test_an_adapter_from_elsewhere_comes_first_and_stays_chosen(tmp_path: Path) 
     model = build_tiny_model(names=())
     model.load_adapter(elsewhere)
     lines = load_experts(model, adapter=str(elsewhere), weights=tmp_path / "weights")
-    assert list(lines.items())[:2] == [("mine", "My own."), ("fits", "It fits.")]
+    assert list(lines.items())[1:3] == [("mine", "My own."), ("fits", "It fits.")]
     assert model.active_adapter == "mine"
 
 
@@ -222,17 +224,59 @@ def test_nothing_is_opened_but_uploads_and_data_urls(given: Any, told: str, uplo
 
 def test_the_form_is_filled_in_and_answered() -> None:
     model = build_scripted_model(seeing=("eyes",))
-    for number, (question, options, context, picture) in enumerate(SCIENCE_EXAMPLES):
-        box, *texts, found = fill(number)
-        assert (box["text"], *texts, found) == (question, options, context, None)
-        assert len(box["files"]) == (picture is not None)
-        shares = answer(model, box, options, context, "eyes")
-        lines = options.splitlines()
-        assert list(shares) == [f"({letter}) {text}" for letter, text in zip("ABCDE", lines, strict=False)]
+    for number, example in enumerate(SCIENCE_EXAMPLES):
+        box, options, *others = fill(number)
+        assert (box["text"], others) == (example.text, [example.context, None, ""])
+        assert options.splitlines() == list(example.options)
+        assert len(box["files"]) == (example.picture is not None)
+        shares, told = answer(model, box, options, example.context, "eyes")
+        lettered = zip("ABCDE", example.options, strict=False)
+        assert list(shares) == [f"({letter}) {text}" for letter, text in lettered]
         assert sum(shares.values()) == pytest.approx(1)
-    assert fill(None) == (gr.skip(),) * 4
+        assert told.startswith("eyes answered. ")
+    assert fill(None) == (gr.skip(),) * 5
     with pytest.warns(UserWarning, match="expected 2 to 5"):
-        assert answer(model, typed_in("Which?"), "\n one \n\n", "", "one") == gr.skip()
+        assert answer(model, typed_in("Which?"), "\n one \n\n", "", "one") == (gr.skip(), gr.skip())
+
+
+def test_the_note_says_whether_the_order_decided() -> None:
+    steady = Scores((0.2, 0.8), "one", (1, 1))
+    assert note(["a", "b"], steady) == "one answered. The order of the options makes no difference."
+    moved = Scores((0.2, 0.5, 0.3), NO_ADAPTER, (1, 0, 2))
+    told = note(["a", "b", "c"], moved)
+    assert told.startswith("bare base answered. **The choice depends on the order of the options**")
+    assert told.endswith("in another order it is “a” or “c”.")
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+def test_scores_are_those_of_the_rotations(rotations: bool) -> None:
+    """By a plain reference: each rotation asked by itself, and its probabilities put back in order."""
+    model = build_scripted_model(seeing=("eyes",))
+    adapter = model.get_adapter("one")
+    asked = ScienceQAConfig("QCM-A", answer="letter", rotations=rotations)
+    adapter.config = replace(adapter.config, scienceqa=asked)
+    options = ["cat", "hen", "dog"]
+    found = score(model, "Which?", options, "", None, "one")
+    adapter.config = replace(adapter.config, scienceqa=replace(asked, rotations=False))
+    shares = []
+    for places in range(3):
+        order = [(number + places) % 3 for number in range(3)]
+        alone = score(model, "Which?", [options[number] for number in order], "", None, "one").shares
+        shares.append([alone[order.index(number)] for number in range(3)])
+    wanted = [sum(column) / 3 for column in zip(*shares, strict=True)] if rotations else shares[0]
+    assert found.shares == pytest.approx(wanted, abs=1e-6)
+    assert found.favourites == tuple(max(range(3), key=own.__getitem__) for own in shares)
+
+
+def test_auto_is_scored_by_the_adapter_for_such_questions() -> None:
+    model = build_scripted_model(seeing=("eyes",))
+    model.set_adapter(AUTO)
+    assert score(model, "Which?", ["a", "b"], "", None, None).adapter == "one"
+    adapter = model.get_adapter("two")
+    adapter.config = replace(adapter.config, scienceqa=ScienceQAConfig("QCM-A"))
+    assert score(model, "Which?", ["a", "b"], "", None, AUTO).adapter == "two"
+    assert score(model, "Which?", ["a", "b"], "", data_url(png("red")), AUTO).adapter == "eyes"
+    assert score(model, "Which?", ["a", "b"], "", None, "one").adapter == "one"
 
 
 # --- what the model is --------------------------------------------------------------------------------------
@@ -242,11 +286,14 @@ def test_the_page_says_how_large_the_model_is_and_what_it_is_not_good_at() -> No
     model = build_scripted_model(seeing=("eyes",))
     size = sum(parameter.numel() for parameter in model.decoder.parameters())
     mine = sum(parameter.numel() for parameter in model.get_adapter("one").parameters())
+    eyes = sum(parameter.numel() for parameter in model.get_adapter("eyes").parameters())
     line = describe_limits(model, "one")
     assert line.startswith(f"tiny-base has {size:,} parameters, this adapter {mine:,} more.")
     assert "wrong about facts, sums" in line and "does not see pictures" in line
     assert "not its fine print" in describe_limits(model, "eyes")
     assert "this adapter" not in describe_limits(model, NO_ADAPTER)
+    both = describe_limits(model, AUTO)
+    assert f"the two adapters {mine + eyes:,} more" in both and "not its fine print" in both
 
 
 def test_a_larger_model_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,12 +305,13 @@ def test_a_larger_model_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_adapters_that_see_are_offered_pictures() -> None:
     model = build_scripted_model(seeing=("eyes",))
-    assert [example["text"] for example in offered(model, "one")] == list(EXAMPLES)
+    assert [example["text"] for example in offered(model, "one")] == [
+        example.text for example in TEXT_EXAMPLES
+    ]
     drawn = [example for example in offered(model, "eyes") if "files" in example]
-    assert [example["text"] for example in drawn] == list(PICTURE_EXAMPLES)
-    for example in drawn:
-        url = example["files"][0]["url"]
-        shown_there = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-        assert shown_there.tobytes() == PICTURE_EXAMPLES[example["text"]].tobytes()
-    red, blue = (image.getpixel((128, 128)) for image in PICTURE_EXAMPLES.values())
-    assert (red, blue) == ((224, 32, 32), (32, 64, 208))
+    for offer, example in zip(drawn, PICTURE_EXAMPLES, strict=True):
+        assert offer["text"] == example.text and example.picture is not None
+        url = offer["files"][0]["url"]
+        there = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        assert there.tobytes() == example.picture.tobytes()
+    assert "files" in offered(model, AUTO)[0]

@@ -95,6 +95,20 @@ def test_answer_is_what_the_model_says(adapter: str, client: Client, model: Llam
     )
 
 
+def test_ask_says_who_answered_and_why_the_answer_ended(
+    client: Client, model: LlamaAdapter, picture: Path
+) -> None:
+    options = {"temperature": 0, "max_new_tokens": 6, "api_name": "/ask"}
+    found = client.predict("Name a colour.", adapter="auto", **options)
+    assert found["answer"] == model.chat("Name a colour.", adapter="one", temperature=0, max_new_tokens=6)
+    assert (found["adapter"], found["finish_reason"], found["tokens"]) == ("one", "length", 6)
+    assert found["base"] == model.base and found["tokens_per_second"] > 0
+    found = client.predict("Which colour?", image=handle_file(picture), adapter="auto", **options)
+    assert found["adapter"] == "eyes"
+    seen = {"image": picture, "adapter": "eyes", "temperature": 0, "max_new_tokens": 6}
+    assert found["answer"] == model.chat("Which colour?", **seen)
+
+
 def test_eight_at_once_get_what_each_would_get_alone(
     address: str, model: LlamaAdapter, picture: Path
 ) -> None:
@@ -221,9 +235,9 @@ def test_hostile_text_comes_back_to_a_program_as_it_is() -> None:
     assert hostile in answer
 
 
-def test_only_the_three_endpoints_are_public(client: Client) -> None:
+def test_only_the_endpoints_are_public(client: Client) -> None:
     described: Any = client.view_api(return_format="dict")
-    assert set(described["named_endpoints"]) == {"/answer", "/chat", "/score"}
+    assert set(described["named_endpoints"]) == {"/answer", "/ask", "/chat", "/score"}
     assert not described["unnamed_endpoints"]
 
 
@@ -454,9 +468,9 @@ def test_an_adapter_trained_on_scienceqa_answers_in_its_own_way_and_is_named(mod
         problem = Problem("7", "Which?", ("a hen", "a cat"), 1, hint="It lays eggs.")
         records = problem_records([problem], "QCM-O")
         (found,) = answer_likelihoods(model, records, [["a hen", "a cat"]], adapter="two")
-        shares = score(model, *asked)
-        assert shares == pytest.approx(torch.tensor(found).softmax(0).tolist(), rel=1e-4)
-        assert shares != pytest.approx(letters, rel=1e-3)
+        shares = score(model, *asked).shares
+        assert list(shares) == pytest.approx(torch.tensor(found).softmax(0).tolist(), rel=1e-4)
+        assert shares != pytest.approx(letters.shares, rel=1e-3)
     finally:
         adapter.config = before
 

@@ -35,7 +35,8 @@ ATTRIBUTES = (
     | {"from_base", "from_pretrained", "load_adapter", "save_pretrained", "push_to_hub", "add_model_tags"}
     | {"new_adapter", "add_adapter", "get_adapter", "set_adapter", "delete_adapter", "unload"}
     | {"merge", "merge_and_unload"}
-    | {"disable_adapters", "disable_adapter", "enable_adapters", "active_adapters", "reference_model"}
+    | {"disable_adapters", "disable_adapter", "enable_adapters", "active_adapters", "answering_adapter"}
+    | {"reference_model"}
     | {"get_base_model", "get_decoder", "set_requires_grad", "num_parameters", "get_memory_footprint"}
     | {"get_nb_trainable_parameters", "print_trainable_parameters", "set_attn_implementation"}
     | {"activation_checkpointing_enable", "gradient_checkpointing_enable", "get_compiled_call"}

@@ -1,0 +1,56 @@
+"""Every example on the page is answered rightly by what is shipped, at the default settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from llama_adapter.answering.questions import CheckedQuestion
+from llama_adapter.model import LlamaAdapter
+from llama_adapter.page.experts import load_experts
+from llama_adapter.page.science import score
+from llama_adapter.page.suggestions import (
+    PICTURE_EXAMPLES,
+    SCIENCE_EXAMPLES,
+    TEXT_EXAMPLES,
+    Example,
+    ScienceExample,
+)
+from llama_adapter.page.uploads import data_url
+from llama_adapter.surface.named_adapters import AUTO
+from llama_adapter.weights import locations
+from llama_adapter.weights.catalogue import DEFAULT_BASE
+
+# A test that takes more than one answer of a real base takes minutes.
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+CHAT_EXAMPLES = (*TEXT_EXAMPLES, *PICTURE_EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaAdapter:
+    """The page's model: the default base with every adapter that fits it."""
+    if DEFAULT_BASE not in locations.list_weights("base"):
+        pytest.skip(f"no base model: run `llama-adapter fetch {DEFAULT_BASE}`")
+    model = LlamaAdapter.from_pretrained()
+    load_experts(model)
+    return model
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("example", CHAT_EXAMPLES, ids=lambda example: example.text)
+def test_the_chats_examples_are_answered_rightly(example: Example, seed: int, model: LlamaAdapter) -> None:
+    answer = model.chat(example.text, image=example.picture, adapter=AUTO, seed=seed)
+    question = CheckedQuestion("example", example.text, example.check, right=())
+    assert question.is_right(answer), answer
+
+
+@pytest.mark.parametrize("example", SCIENCE_EXAMPLES, ids=lambda example: example.text)
+def test_the_problems_are_answered_rightly(example: ScienceExample, model: LlamaAdapter) -> None:
+    image = None if example.picture is None else data_url(example.picture)
+    found = score(model, example.text, list(example.options), example.context, image, AUTO)
+    chosen = max(range(len(example.options)), key=found.shares.__getitem__)
+    assert example.options[chosen] == example.right, found
+    assert len(set(found.favourites)) == 1, f"the order of the options decides: {found}"
+
+
+def test_the_right_answers_are_among_the_options() -> None:
+    assert all(example.right in example.options for example in SCIENCE_EXAMPLES)
