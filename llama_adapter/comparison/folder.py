@@ -12,6 +12,7 @@ from llama_adapter.comparison.results import at_best
 
 RESULTS_FILE = "results.json"
 RUN_FOLDER = "adapter"  # in a run's folder, the folder of its training
+METRICS_FILE = "metrics.jsonl"
 
 
 def run_folder(output: Path, method: str, rate: float, seed: int) -> Path:
@@ -47,6 +48,6 @@ def best_runs(output: Path, results: Mapping[str, Any]) -> dict[str, Path]:
 
 def validation_curve(training: Path) -> list[tuple[int, float]]:
     """(step, validation loss) of a training, in order."""
-    lines = (training / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (training / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     measured = [json.loads(line) for line in lines]
     return [(own["step"], own["validation_loss"]) for own in measured if "validation_loss" in own]

@@ -91,7 +91,7 @@ class Selected(WeightsPart):
     @classmethod
     def sized(cls, size: int) -> dict[str, float]:
         """A size is a millionth of the weights."""
-        return {"share": size * _MILLIONTH}
+        return {"share": round(size * _MILLIONTH, 6)}
 
     @classmethod
     def choose_weights(cls, config: SelectedConfig, decoder: PreTrainedModel) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from llama_adapter.comparison.folder import best_runs, read_results, validation_curve
+from llama_adapter.comparison.folder import METRICS_FILE, best_runs, read_results, validation_curve
 from llama_adapter.comparison.results import COSTS, front, mean_of
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.page.charts import colours_of, draw_cost, draw_curves, draw_legend
@@ -69,7 +69,8 @@ class Compared:
 def read_comparison(folder: Path) -> Compared:
     """Read a comparison's folder. Raises UsageError if it is none."""
     results = read_results(folder)
-    runs = {method: run for method, run in best_runs(folder, results).items() if run.is_dir()}
+    best = best_runs(folder, results)
+    runs = {method: run for method, run in best.items() if (run / METRICS_FILE).is_file()}
     # Not only the method's name: an adapter in the weights folders may have that name.
     name = folder.resolve().name.replace(".", "_")
     experts = {method: f"{name}: {method}" for method in runs}
