@@ -17,7 +17,7 @@ from benchmarks.measuring import rows_to_train_on, seconds_of
 if TYPE_CHECKING:  # slow to import
     import torch
 
-    from llama_adapter.data.records import Example
+    from llama_adapter.data.examples import Example
     from llama_adapter.model import LlamaAdapter
 
 LLAMA_7B = {
@@ -71,8 +71,8 @@ def gpu(
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from llama_adapter.model import LlamaAdapter
-    from llama_adapter.packing.pack import accumulate_gradient
-    from llama_adapter.training.trainer import TrainingSettings
+    from llama_adapter.packing.losses import accumulate_gradient
+    from llama_adapter.training.settings import TrainingSettings
 
     device, started = model.decoder.device, time.monotonic()
     config = LlamaConfig(**(LLAMA_7B if shape is None else shape))

@@ -14,7 +14,8 @@ from llama_adapter.common.errors import UsageError
 if TYPE_CHECKING:  # slow to import
     import torch
 
-    from llama_adapter.data.records import Example, Record
+    from llama_adapter.data.examples import Example
+    from llama_adapter.data.records import Record
     from llama_adapter.model import LlamaAdapter
 
 ROW_TOKENS = 512  # the length to which the authors pad
@@ -100,7 +101,8 @@ def show(what: str, times: Mapping[str, Sequence[float]]) -> None:
 
 def rows_to_train_on(model: LlamaAdapter, arguments: argparse.Namespace, *, count: int) -> list[Example]:
     """Rows of --data, drawn at random but the same in every run; without --data, made-up rows."""
-    from llama_adapter.data.records import encode_records, read_records
+    from llama_adapter.data.examples import encode_records
+    from llama_adapter.data.records import read_records
 
     draw = random.Random(0)
     if arguments.data is None:

@@ -164,7 +164,8 @@ class Plan:
 
 def count_batches(data: str, base: str, size: int, shape: Shape) -> dict[str, float]:
     """Means over batches of a file: tokens, and PEFT's products divided by those of a packed batch."""
-    from llama_adapter.data.records import encode_records, read_records
+    from llama_adapter.data.examples import encode_records
+    from llama_adapter.data.records import read_records
     from llama_adapter.methods.decoder import load_tokenizer
     from llama_adapter.packing.pack import pack
     from llama_adapter.weights import locations

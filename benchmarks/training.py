@@ -29,7 +29,7 @@ from llama_adapter.common.memory import process_memory
 if TYPE_CHECKING:  # slow to import
     import torch
 
-    from llama_adapter.data.records import Example
+    from llama_adapter.data.examples import Example
     from llama_adapter.model import LlamaAdapter
 
 MEGABYTE = 1e6
@@ -174,7 +174,7 @@ def _begin(arguments: argparse.Namespace, label: str) -> int:
 
     from llama_adapter.model import NO_ADAPTER
     from llama_adapter.quantization.linear import kept_bytes
-    from llama_adapter.training.trainer import TrainingSettings
+    from llama_adapter.training.settings import TrainingSettings
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

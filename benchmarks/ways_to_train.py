@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # slow to import
     import torch
     from torch import Tensor
 
-    from llama_adapter.data.records import Example
+    from llama_adapter.data.examples import Example
     from llama_adapter.model import LlamaAdapter
-    from llama_adapter.training.trainer import TrainingSettings
+    from llama_adapter.training.settings import TrainingSettings
 
 PACKED, CHECKPOINTED, PADDED = "packed", "packed, gradient checkpointing", "padded"
 PEFT, PEFT_512 = "PEFT, padded", f"PEFT, padded to {ROW_TOKENS}"
@@ -46,8 +46,8 @@ class WayToTrain:
 def way_to_train(model: LlamaAdapter, label: str, method: str = "prompts") -> WayToTrain:
     """An untrained adapter of a method, the same for every label, and the label's way to its gradient."""
     from llama_adapter.methods.decoder import checkpoint_activations
-    from llama_adapter.packing.pack import accumulate_gradient
-    from llama_adapter.training.trainer import TrainingSettings
+    from llama_adapter.packing.losses import accumulate_gradient
+    from llama_adapter.training.settings import TrainingSettings
 
     device, name = model.decoder.device, "untrained"
     adapter = model.new_adapter(name, method=method, seed=0)
@@ -82,7 +82,7 @@ def pad(batch: Sequence[Example], length: int | None, device: torch.device) -> d
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from llama_adapter.data.records import IGNORED
+    from llama_adapter.data.examples import IGNORED
 
     def filled(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
         padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)

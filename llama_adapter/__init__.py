@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llama_adapter.decoding.sampling import Sampling
     from llama_adapter.model import LlamaAdapter
     from llama_adapter.training.recipes import train
-    from llama_adapter.training.trainer import TrainingSettings
+    from llama_adapter.training.settings import TrainingSettings
 
 __all__ = [
     "Conversation",
@@ -38,7 +38,7 @@ _MODULES = {
     "LlamaAdapter": "model",
     "Question": "decoding.question",
     "Sampling": "decoding.sampling",
-    "TrainingSettings": "training.trainer",
+    "TrainingSettings": "training.settings",
     "Turn": "data.templates",
     "train": "training.recipes",
 }

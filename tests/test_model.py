@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from llama_adapter.common.errors import UsageError
 from llama_adapter.data.templates import Turn, encode_question
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.methods import checkpoint
@@ -32,6 +30,7 @@ from llama_adapter.methods.prompts import Prompts
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.vision import tower as vision
 from tests.reference import plain_llama_logits
+from tests.refusals import refusal
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import (
     VISION,
@@ -45,15 +44,6 @@ from tests.tiny_models import (
 )
 
 ADAPTER_KEYS = {"adapters.tiny.prompts.embeddings", "adapters.tiny.prompts.gates", "adapters.tiny.config"}
-
-
-def refusal(action: Callable[[], Any]) -> str:
-    """The one line with which an action is refused."""
-    with pytest.raises(UsageError) as error:
-        action()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 @pytest.fixture

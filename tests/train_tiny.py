@@ -15,9 +15,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_adapter.common import processes
 from llama_adapter.common.errors import run_command
-from llama_adapter.data.records import IGNORED, Example, PictureFile
+from llama_adapter.data.examples import IGNORED, Example
+from llama_adapter.data.records import PictureFile
 from llama_adapter.training import trainer as training
-from llama_adapter.training.trainer import Trainer, TrainingSettings
+from llama_adapter.training.settings import TrainingSettings
+from llama_adapter.training.trainer import Trainer
 from tests.tiny_models import VISION, build_tiny_model
 
 SETTINGS = TrainingSettings(

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.records import PictureFile, Record, encode_records
+from llama_adapter.data.examples import encode_records
+from llama_adapter.data.records import PictureFile, Record
 from llama_adapter.data.templates import Turn
 from llama_adapter.decoding.answer import Said
 from llama_adapter.decoding.question import Question, Request
@@ -26,7 +27,8 @@ from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.decoding.scheduler import Scheduler, Ticket
 from llama_adapter.methods.state import merge_states
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.packing.pack import answer_losses, split_by_tokens
+from llama_adapter.packing.losses import answer_losses
+from llama_adapter.packing.pack import split_by_tokens
 
 
 def answer_records(

@@ -54,10 +54,12 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.a
 
     # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.common.progress import RowProgress
-    from llama_adapter.data.records import encode_and_count, expect_text, read_records, split_records
+    from llama_adapter.data.choosing import expect_text, split_records
+    from llama_adapter.data.examples import encode_and_count
+    from llama_adapter.data.records import read_records
     from llama_adapter.decoding.sampling import Sampling
     from llama_adapter.model import NO_ADAPTER
-    from llama_adapter.packing.pack import mean_answer_loss
+    from llama_adapter.packing.losses import mean_answer_loss
 
     sampling = Sampling(max_new_tokens=arguments.max_new_tokens, temperature=0)
     split = arguments.split or ("train" if arguments.validation_rows else "test")

@@ -22,7 +22,8 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.c
     from llama_adapter.answering.records_answered import answer_records
     from llama_adapter.answering.scoring import caption_scores
     from llama_adapter.common.progress import RowProgress
-    from llama_adapter.data.records import Record, shuffle_pictures
+    from llama_adapter.data.choosing import shuffle_pictures
+    from llama_adapter.data.records import Record
     from llama_adapter.data.templates import CAPTION_QUESTIONS, Turn
 
     to_score = load_records_to_score(arguments)

@@ -18,7 +18,7 @@ from llama_adapter.weights.catalogue import DEFAULT_BASE
 
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.methods") -> None:
-    from llama_adapter.training.recipes import AdapterPlan
+    from llama_adapter.training.plan import AdapterPlan
 
     parser = Parser(prog=program, description=__doc__)
     parser.add_argument(

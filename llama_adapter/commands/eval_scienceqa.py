@@ -103,7 +103,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.s
 
     # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.scienceqa.grading import grade, guess_unread, read_predictions
-    from llama_adapter.scienceqa.problems import check_format, read_problems, split_problems
+    from llama_adapter.scienceqa.problem_texts import check_format
+    from llama_adapter.scienceqa.problems import split_problems
+    from llama_adapter.scienceqa.reading import read_problems
 
     if arguments.format is not None:
         check_format(arguments.format)

@@ -22,7 +22,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.v
     from llama_adapter.answering.records_answered import answer_records
     from llama_adapter.answering.scoring import accuracy_interval, is_right, question_type
     from llama_adapter.common.progress import RowProgress
-    from llama_adapter.data.records import shuffle_pictures
+    from llama_adapter.data.choosing import shuffle_pictures
 
     to_score = load_records_to_score(arguments)
     records = to_score.records

@@ -69,7 +69,8 @@ class ToScore:
 
 def load_records_to_score(arguments: argparse.Namespace) -> ToScore:
     """Load what `add_picture_scoring_options` describes. Raises UsageError if no row has a picture."""
-    from llama_adapter.data.records import draw_pictures, read_records, split_records
+    from llama_adapter.data.choosing import draw_pictures, split_records
+    from llama_adapter.data.records import read_records
     from llama_adapter.model import NO_ADAPTER
     from llama_adapter.vision.features import picture_features
 

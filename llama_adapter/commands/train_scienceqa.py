@@ -82,20 +82,16 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.common.processes import running_processes
     from llama_adapter.common.progress import RowProgress
-    from llama_adapter.data.records import EncodeSummary
+    from llama_adapter.data.examples import EncodeSummary
     from llama_adapter.methods.checkpoint import save_adapter
     from llama_adapter.methods.config import ScienceQAConfig
     from llama_adapter.scienceqa.examining import WAYS, Examination, examine
     from llama_adapter.scienceqa.grading import grade
-    from llama_adapter.scienceqa.problems import (
-        check_format,
-        encode_problems,
-        question_text,
-        read_problems,
-        shuffle_choices,
-        split_problems,
-    )
-    from llama_adapter.training.recipes import load_best, load_to_train, say_encoded
+    from llama_adapter.scienceqa.problem_texts import check_format, encode_problems, question_text
+    from llama_adapter.scienceqa.problems import shuffle_choices, split_problems
+    from llama_adapter.scienceqa.reading import read_problems
+    from llama_adapter.training.plan import load_best, load_to_train
+    from llama_adapter.training.recipes import say_encoded
     from llama_adapter.training.trainer import Trainer
 
     check_format(arguments.format)

@@ -82,7 +82,8 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     from llama_adapter.answering.scoring import accuracy_interval, is_right
     from llama_adapter.common.files import write_json
     from llama_adapter.common.progress import RowProgress
-    from llama_adapter.data.records import read_records, split_records
+    from llama_adapter.data.choosing import split_records
+    from llama_adapter.data.records import read_records
     from llama_adapter.data.teacher import answer_from_other_rows, directions
     from llama_adapter.vision.features import picture_features
     from llama_adapter.vision.tower import load_tower

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from llama_adapter.commands.arguments import seed_number
 
 if TYPE_CHECKING:  # slow to import; mistyped options are answered without it
-    from llama_adapter.training.recipes import AdapterPlan
-    from llama_adapter.training.trainer import TrainingSettings
+    from llama_adapter.training.plan import AdapterPlan
+    from llama_adapter.training.settings import TrainingSettings
 
 VISION_FIELDS = ("tower", "depths", "bottleneck", "image_tokens", "cache")
 # How a field's annotation is read on the command line.
@@ -27,7 +27,7 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add options for `TrainingSettings` and for `AdapterPlan`, except for pictures and devices."""
-    from llama_adapter.training.recipes import AdapterPlan
+    from llama_adapter.training.plan import AdapterPlan
 
     adapter = parser.add_argument_group("adapter")
     add_fields(adapter, AdapterPlan, ("start_from", "method"))
@@ -50,7 +50,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 def add_settings(group: Any, *, leave_out: Collection[str] = ()) -> None:
     """Add options for the fields of `TrainingSettings`, except those to leave out."""
-    from llama_adapter.training.trainer import TrainingSettings
+    from llama_adapter.training.settings import TrainingSettings
 
     # What the type of a field does not tell.
     special: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def add_settings(group: Any, *, leave_out: Collection[str] = ()) -> None:
 
 def add_vision_options(parser: argparse.ArgumentParser) -> None:
     """Add options for the tower, its features, and how they reach the prompts."""
-    from llama_adapter.training.recipes import AdapterPlan
+    from llama_adapter.training.plan import AdapterPlan
 
     group = parser.add_argument_group("pictures")
     group.add_argument(
@@ -139,7 +139,7 @@ def rows_kept_back(arguments: argparse.Namespace) -> list[object]:
 
 def training_settings(arguments: argparse.Namespace, **changed: Any) -> TrainingSettings:
     """The settings given by the options of `add_settings`. Fields in ``changed`` take precedence."""
-    from llama_adapter.training.trainer import TrainingSettings
+    from llama_adapter.training.settings import TrainingSettings
 
     given = _read(arguments, TrainingSettings)
     return TrainingSettings(**{**given, "rates": dict(given.get("rates", ())), **changed})
@@ -147,7 +147,7 @@ def training_settings(arguments: argparse.Namespace, **changed: Any) -> Training
 
 def adapter_plan(arguments: argparse.Namespace) -> AdapterPlan:
     """The plan given by `add_training_options`, `add_vision_options` and `add_model_options`."""
-    from llama_adapter.training.recipes import AdapterPlan
+    from llama_adapter.training.plan import AdapterPlan
 
     options: dict[str, Any] = {}
     if arguments.prompt_length is not None:

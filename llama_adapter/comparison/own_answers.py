@@ -15,11 +15,12 @@ from collections.abc import Sequence
 
 from llama_adapter.answering.questions import load_questions
 from llama_adapter.answering.records_answered import answer_requests
-from llama_adapter.data.records import IGNORED, Example, Record
+from llama_adapter.data.examples import IGNORED, Example
+from llama_adapter.data.records import Record
 from llama_adapter.decoding.question import Question
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
-from llama_adapter.packing.pack import mean_answer_loss
+from llama_adapter.packing.losses import mean_answer_loss
 
 MAX_NEW_TOKENS = 32
 

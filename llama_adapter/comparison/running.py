@@ -35,7 +35,8 @@ from llama_adapter.common.memory import process_memory
 from llama_adapter.comparison.folder import RUN_FOLDER
 from llama_adapter.comparison.own_answers import answer_as_base, loss_of_answers
 from llama_adapter.comparison.sizes import choose_sizes
-from llama_adapter.data.records import Example, PictureFile, Record
+from llama_adapter.data.examples import Example
+from llama_adapter.data.records import PictureFile, Record
 from llama_adapter.data.templates import CAPTION_QUESTIONS
 from llama_adapter.decoding.question import Question
 from llama_adapter.decoding.sampling import Sampling
@@ -48,9 +49,12 @@ from llama_adapter.methods.table import parts_of_method
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.scienceqa.examining import Examination, examine
 from llama_adapter.scienceqa.grading import grade
-from llama_adapter.scienceqa.problems import Problem, problem_records, read_problems, split_problems
-from llama_adapter.training.recipes import AdapterPlan, Source, read_source, train
-from llama_adapter.training.trainer import TrainingSettings
+from llama_adapter.scienceqa.problem_texts import problem_records
+from llama_adapter.scienceqa.problems import Problem, split_problems
+from llama_adapter.scienceqa.reading import read_problems
+from llama_adapter.training.plan import AdapterPlan
+from llama_adapter.training.recipes import Source, read_source, train
+from llama_adapter.training.settings import TrainingSettings
 from llama_adapter.vision.features import picture_features
 
 STOPPED = 130  # exit code of a run that Ctrl-C ended

@@ -19,7 +19,8 @@ from llama_adapter.page.display import named, shown
 from llama_adapter.page.suggestions import SCIENCE_EXAMPLES
 from llama_adapter.page.uploads import open_given, picture_file
 from llama_adapter.scienceqa.examining import Examination, trained_on_scienceqa
-from llama_adapter.scienceqa.problems import LETTERS, Problem, question_text
+from llama_adapter.scienceqa.problem_texts import question_text
+from llama_adapter.scienceqa.problems import LETTERS, Problem
 from llama_adapter.surface.named_adapters import AUTO
 
 

@@ -20,13 +20,8 @@ from llama_adapter.common.files import write_json
 from llama_adapter.data.records import PictureFile
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.scienceqa.grading import UNREAD, official_results, read_answer
-from llama_adapter.scienceqa.problems import (
-    DEFAULT_FORMAT,
-    Problem,
-    answer_text,
-    problem_records,
-    rotate_choices,
-)
+from llama_adapter.scienceqa.problem_texts import DEFAULT_FORMAT, answer_text, problem_records
+from llama_adapter.scienceqa.problems import Problem, rotate_choices
 
 WAYS = ("generate", "letter", "option")
 _KEPT_EVERY = 64  # problems between two writes of the results

@@ -23,110 +23,17 @@ from torch import Tensor
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.processes import running_processes
 from llama_adapter.common.progress import clock
-from llama_adapter.data.records import Example, PictureFile
+from llama_adapter.data.examples import Example
+from llama_adapter.data.records import PictureFile
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.checkpoint import save_adapter
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.packing.frozen_products import frozen_products
-from llama_adapter.packing.pack import accumulate_gradient, mean_answer_loss
+from llama_adapter.packing.losses import accumulate_gradient, mean_answer_loss
 from llama_adapter.training.run_folder import Onlooker, RunFolder
-from llama_adapter.training.schedule import warmup_cosine
+from llama_adapter.training.settings import TrainingSettings
 
-MEANS = ("tokens", "rows")
 MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How to train. The defaults are the paper's (section 4.1 and the authors' script).
-
-    The paper chose them for larger initial prompts than those of `LlamaAdapter.new_adapter`. The scripts make
-    their options from these fields and their "help".
-    """
-
-    epochs: int = field(default=5, metadata={"help": "passes over the rows"})
-    warmup_epochs: float = field(default=2.0, metadata={"help": "passes in which the learning rate rises"})
-    batch_size: int = field(
-        default=64, metadata={"help": "rows an optimiser step, of all processes together"}
-    )
-    base_learning_rate: float = field(default=9e-3, metadata={"help": "the peak is this * batch size / 256"})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "the peak itself, in place of that rule"}
-    )
-    rates: Mapping[str, float] = field(
-        default_factory=dict,
-        metadata={
-            "help": "a peak of its own for a group of parameters: prompts, gates, projection, scales ...; "
-            "can be given several times (default: --learning-rate for all)"
-        },
-    )
-    weight_decay: float = field(default=0.02, metadata={"help": "AdamW's"})
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float | None = field(
-        default=None, metadata={"help": "scale gradients down to this norm (default: leave them)"}
-    )
-    max_steps: int | None = field(
-        default=None, metadata={"help": "end the run, and its schedule, after so many steps"}
-    )
-    validate_every: int | None = field(
-        default=None,
-        metadata={
-            "help": "steps between validations; the best adapter is kept (default: ten validations, at least "
-            "one an epoch)"
-        },
-    )
-    checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
-    max_tokens: int = field(
-        default=1024,
-        metadata={
-            "help": "tokens through the decoder at once, in each process; a larger batch is accumulated, "
-            "with equal gradients"
-        },
-    )
-    mean_over: str = field(
-        default="tokens",
-        metadata={
-            "help": "tokens: a long answer weighs more than a short one; rows: all alike, which makes "
-            "answers shorter"
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "of the order of the rows and of what starts at random"})
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_steps", "validate_every", "checkpoint_every", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise UsageError(
-                f"--warmup-epochs is {self.warmup_epochs}; expected 0 to {self.epochs}, the epochs"
-            )
-        if not 0 <= self.weight_decay < math.inf:
-            raise UsageError(f"--weight-decay is {self.weight_decay}; expected a number, 0 or more")
-        if self.mean_over not in MEANS:
-            raise UsageError(f"--mean-over is {self.mean_over!r}; expected {' or '.join(MEANS)}")
-        numbers = ("base_learning_rate", "learning_rate", "max_grad_norm")
-        named = {name.replace("_", "-"): getattr(self, name) for name in numbers}
-        named |= {f"rate {group}": rate for group, rate in self.rates.items()}
-        for name, value in named.items():
-            if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"--{name} is {value}; expected a number above 0")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"--seed is {self.seed}; expected 0 to 2**32 - 1")
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate at the end of the warm-up."""
-        return self.learning_rate or self.base_learning_rate * self.batch_size / 256
-
-    def total_steps(self, rows: int) -> int:
-        """The number of optimiser steps of the whole run on this many rows."""
-        steps = math.ceil(rows / self.batch_size) * self.epochs
-        return min(steps, self.max_steps or steps)
-
-    def schedule(self, step: int, total: int) -> float:
-        """A share of the peak rates: a linear warm-up, then half a cosine to zero. ``step`` counts from 0."""
-        return warmup_cosine(step, total, total * self.warmup_epochs / self.epochs)
 
 
 def parameter_groups(adapter: Adapter, settings: TrainingSettings) -> list[dict[str, Any]]:
@@ -241,12 +148,7 @@ class Trainer:
 
         progress = _Progress()
         if (state := processes.from_main(begin)) is not None:
-            adapter.load_state_dict(state["adapter"])
-            optimizer.load_state_dict(state["optimizer"])
-            for kind, part in zip(adapter, adapter.parts, strict=True):
-                part.load_training_state(state.get("parts", {}).get(kind, {}))
-            torch.set_rng_state(state["rng"])
-            progress = _Progress(**state["progress"])
+            progress = _restore(state, adapter, optimizer)
             folder.line.say(f"going on from step {progress.step}")
         elif resume:
             folder.line.say("there is no checkpoint yet: starting from the beginning")
@@ -306,17 +208,7 @@ class Trainer:
                 if bad < MAX_BAD_STEPS and (last or progress.step % validate_every == 0):
                     self._validate(adapter, progress, folder)
                 if last or stopping or bad == MAX_BAD_STEPS or progress.step % settings.checkpoint_every == 0:
-                    state = {
-                        "adapter": adapter.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "parts": {
-                            kind: part.training_state()
-                            for kind, part in zip(adapter, adapter.parts, strict=True)
-                        },
-                        "progress": dataclasses.asdict(progress),
-                        "rng": torch.get_rng_state(),
-                    }
-                    folder.save_checkpoint(progress.step, state)
+                    folder.save_checkpoint(progress.step, _state(adapter, optimizer, progress))
                 if bad == MAX_BAD_STEPS:
                     numbers = ", ".join(str(example.row) for example in batch[:20])
                     raise UsageError(
@@ -440,6 +332,28 @@ class Trainer:
     @property
     def _validation_rows(self) -> int:
         return sum(map(len, self.validation_examples.values()))
+
+
+def _state(adapter: Adapter, optimizer: torch.optim.Optimizer, progress: _Progress) -> dict[str, Any]:
+    """Everything that a checkpoint needs so that the run can go on exactly."""
+    parts = zip(adapter, adapter.parts, strict=True)
+    return {
+        "adapter": adapter.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "parts": {kind: part.training_state() for kind, part in parts},
+        "progress": dataclasses.asdict(progress),
+        "rng": torch.get_rng_state(),
+    }
+
+
+def _restore(state: Mapping[str, Any], adapter: Adapter, optimizer: torch.optim.Optimizer) -> _Progress:
+    """Go back to a checkpoint's state, and return how far the run had got."""
+    adapter.load_state_dict(state["adapter"])
+    optimizer.load_state_dict(state["optimizer"])
+    for kind, part in zip(adapter, adapter.parts, strict=True):
+        part.load_training_state(state.get("parts", {}).get(kind, {}))
+    torch.set_rng_state(state["rng"])
+    return _Progress(**state["progress"])
 
 
 class _Pace:

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import scaling
 from benchmarks.scaling import SHAPES, Plan, Shape
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.records import Example
+from llama_adapter.data.examples import Example
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.packing.pack import accumulate_gradient, answer_loss, pack
+from llama_adapter.packing.losses import accumulate_gradient, answer_loss
+from llama_adapter.packing.pack import pack
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder

@@ -17,10 +17,10 @@ from benchmarks import examining, measuring, quantized, throughput, ways_to_trai
 from benchmarks.gpu import LLAMA_7B, gpu, work_of
 from benchmarks.large import build_random_base, large
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.records import Example
+from llama_adapter.data.examples import Example
 from llama_adapter.methods.config import ScienceQAConfig
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.packing.pack import accumulate_gradient
+from llama_adapter.packing.losses import accumulate_gradient
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_gguf import build_tiny_gguf
@@ -242,7 +242,7 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
 
 
 def test_rows_are_padded_to_the_longest_or_to_a_length() -> None:
-    from llama_adapter.data.records import Example
+    from llama_adapter.data.examples import Example
 
     batch = [Example([5, 6, 7], [-100, 6, 7], (), 1), Example([8], [8], (), 2)]
     inputs = ways_to_train.pad(batch, None, torch.device("cpu"))

@@ -22,14 +22,9 @@ from llama_adapter.methods.config import ScienceQAConfig
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.scienceqa.examining import WAYS, Examination, examine
 from llama_adapter.scienceqa.grading import grade
-from llama_adapter.scienceqa.problems import (
-    Problem,
-    answer_text,
-    problem_records,
-    read_problems,
-    rotate_choices,
-    split_problems,
-)
+from llama_adapter.scienceqa.problem_texts import answer_text, problem_records
+from llama_adapter.scienceqa.problems import Problem, rotate_choices, split_problems
+from llama_adapter.scienceqa.reading import read_problems
 from llama_adapter.weights.catalogue import DEFAULT_TOWER
 from tests.pasted import run_pasted
 from tests.science import build_problems, write_official

@@ -19,7 +19,7 @@ import llama_adapter.training.trainer
 import train.alpaca
 import train.vqa
 from llama_adapter.common.errors import UsageError, run_command
-from llama_adapter.data.records import IGNORED, Example
+from llama_adapter.data.examples import IGNORED, Example
 from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.weights.catalogue import DEFAULT_TOWER

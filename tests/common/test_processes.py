@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_adapter.common.processes import Processes, running_processes
-from llama_adapter.data.records import Example
+from llama_adapter.data.examples import Example
 from llama_adapter.packing.pack import deal
 from tests.conftest import CHECKOUT
 from tests.train_tiny import build

@@ -14,7 +14,8 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.comparison.own_answers import answer_as_base, kept_apart, loss_of_answers
 from llama_adapter.comparison.running import RESULT_FILE, rates_of, rows_per_second, start
 from llama_adapter.comparison.sizes import choose_sizes
-from llama_adapter.data.records import IGNORED, Record
+from llama_adapter.data.examples import IGNORED
+from llama_adapter.data.records import Record
 from llama_adapter.data.templates import Turn
 from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import projections_of

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import train.teacher
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.records import read_records, split_records
+from llama_adapter.data.choosing import split_records
+from llama_adapter.data.records import read_records
 from llama_adapter.data.teacher import QuestionRow, Teacher, answer_from_other_rows, directions
 from llama_adapter.weights.catalogue import DEFAULT_TOWER
 from tests.commands.test_train_vqa import COLOURS, refusal, run

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from llama_adapter.methods.adalora import AdaLora
 from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.training.trainer import Trainer, TrainingSettings
+from llama_adapter.training.settings import TrainingSettings
+from llama_adapter.training.trainer import Trainer
 from tests.tiny_models import build_tiny_decoder, random_rows
 from tests.train_tiny import rows
 

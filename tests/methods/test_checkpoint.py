@@ -32,6 +32,7 @@ from llama_adapter.methods.checkpoint import (
 )
 from llama_adapter.methods.projection import Projection
 from llama_adapter.methods.prompts import Prompts, PromptsConfig
+from tests.refusals import refusal
 from tests.tiny_models import CONFIG, SHAPE, VISION
 
 SEEING = replace(CONFIG, parts=(PromptsConfig(), VISION))
@@ -49,15 +50,6 @@ def adapter() -> Adapter:
 def folder(adapter: Adapter, tmp_path: Path) -> Path:
     save_adapter(adapter, tmp_path / "mine")
     return tmp_path / "mine"
-
-
-def refusal(action: Callable[[], Any]) -> str:
-    """The one line with which an action is refused."""
-    with pytest.raises(UsageError) as error:
-        action()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 # --- folders ------------------------------------------------------------------------------------------------

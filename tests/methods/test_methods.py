@@ -20,7 +20,8 @@ from llama_adapter.methods.decoder import checkpoint_activations
 from llama_adapter.methods.probe import attention_layers
 from llama_adapter.methods.state import merge_states
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
-from llama_adapter.packing.pack import answer_loss, pack
+from llama_adapter.packing.losses import answer_loss
+from llama_adapter.packing.pack import pack
 from llama_adapter.quantization.linear import quantize_decoder
 from tests.tiny_models import build_tiny_decoder, build_tiny_model
 from tests.train_tiny import rows

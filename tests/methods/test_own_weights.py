@@ -27,10 +27,12 @@ from llama_adapter.methods.merging import merge_adapter
 from llama_adapter.methods.selected import Selected
 from llama_adapter.methods.state import merge_states
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
-from llama_adapter.packing.pack import answer_loss, pack
+from llama_adapter.packing.losses import answer_loss
+from llama_adapter.packing.pack import pack
 from llama_adapter.quantization.linear import quantize_decoder
 from llama_adapter.training import trainer as training
-from llama_adapter.training.trainer import Trainer, TrainingSettings, parameter_groups
+from llama_adapter.training.settings import TrainingSettings
+from llama_adapter.training.trainer import Trainer, parameter_groups
 from tests.tiny_models import VISION, build_tiny_decoder, build_tiny_model
 from tests.train_tiny import rows
 

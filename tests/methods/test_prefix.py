@@ -14,14 +14,15 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.records import IGNORED, Example
+from llama_adapter.data.examples import IGNORED, Example
 from llama_adapter.methods.attention import gated_attention
 from llama_adapter.methods.checkpoint import load_adapter, save_adapter
 from llama_adapter.methods.prefix import Prefix, PrefixConfig
 from llama_adapter.methods.probe import attention_layers
 from llama_adapter.methods.state import merge_states
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
-from llama_adapter.packing.pack import answer_loss, pack
+from llama_adapter.packing.losses import answer_loss
+from llama_adapter.packing.pack import pack
 from tests.reference import read
 from tests.tiny_models import FAMILIES, UNUSUAL, build_tiny_decoder, build_tiny_model, padded, random_rows
 

@@ -9,12 +9,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.records import IGNORED, Example
+from llama_adapter.data.examples import IGNORED, Example
 from llama_adapter.methods.attention import PREFIX, attention_form
 from llama_adapter.methods.packed_attention import Segment
 from llama_adapter.methods.probe import attention_layers, prepare_decoder
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.packing.pack import answer_losses
+from llama_adapter.packing.losses import answer_losses
 from tests.reference import PlainDecoder
 from tests.tiny_models import FAMILIES, UNUSUAL, build_tiny_decoder, build_tiny_model, padded, random_rows
 

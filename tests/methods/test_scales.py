@@ -28,7 +28,8 @@ from llama_adapter.methods.scales import ScalesConfig
 from llama_adapter.methods.sites import projections_of
 from llama_adapter.methods.state import AdapterState, merge_states
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
-from llama_adapter.packing.pack import answer_loss, pack
+from llama_adapter.packing.losses import answer_loss
+from llama_adapter.packing.pack import pack
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import FAMILIES, VISION, build_tiny_decoder, build_tiny_model, random_rows
 from tests.train_tiny import rows

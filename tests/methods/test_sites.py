@@ -23,7 +23,8 @@ from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import SitePart, projections_of, register_parameters
 from llama_adapter.methods.state import merge_states
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.packing.pack import answer_loss, pack
+from llama_adapter.packing.losses import answer_loss
+from llama_adapter.packing.pack import pack
 from tests.tiny_models import build_tiny_decoder, random_rows
 from tests.train_tiny import rows
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from llama_adapter.data.records import Example
+from llama_adapter.data.examples import Example
 from llama_adapter.methods.decoder import checkpoint_activations
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.packing import frozen_products as module
 from llama_adapter.packing.frozen_products import WORTH_A_CALL, frozen_products
-from llama_adapter.packing.pack import accumulate_gradient, mean_answer_loss
+from llama_adapter.packing.losses import accumulate_gradient, mean_answer_loss
 from tests.tiny_models import build_tiny_decoder
 
 LARGE = (3, 40, 96, 160)  # rows, tokens, in, out: above the threshold

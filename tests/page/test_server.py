@@ -37,7 +37,8 @@ from llama_adapter.page.endpoints import Endpoints
 from llama_adapter.page.layout import build_page
 from llama_adapter.page.science import score, trained_for_it
 from llama_adapter.page.server import check_port, serve
-from llama_adapter.scienceqa.problems import Problem, problem_records
+from llama_adapter.scienceqa.problem_texts import problem_records
+from llama_adapter.scienceqa.problems import Problem
 from tests.conftest import CHECKOUT
 from tests.drawn import SVG, data_url, huge_png, png
 from tests.scripted import ScriptedModel, build_scripted_model, open_eyes

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from llama_adapter.methods.decoder import checkpoint_activations
 from llama_adapter.methods.table import METHODS, PARTS
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.packing.pack import answer_loss, pack
+from llama_adapter.packing.losses import answer_loss
+from llama_adapter.packing.pack import pack
 from llama_adapter.quantization.formats import FORMATS
 from llama_adapter.quantization.gguf_files import load_gguf
 from llama_adapter.quantization.linear import QuantizedEmbedding, QuantizedLinear, quantize_decoder

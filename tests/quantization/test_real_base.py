@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from llama_adapter.data.records import Example, encode_records, read_records
+from llama_adapter.data.examples import Example, encode_records
+from llama_adapter.data.records import read_records
 from llama_adapter.methods.decoder import load_decoder, load_tokenizer
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
-from llama_adapter.packing.pack import accumulate_gradient, mean_answer_loss
+from llama_adapter.packing.losses import accumulate_gradient, mean_answer_loss
 from llama_adapter.quantization import stored
 from llama_adapter.quantization.formats import FORMATS
 from llama_adapter.quantization.linear import format_of, kept_bytes

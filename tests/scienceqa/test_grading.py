@@ -19,7 +19,8 @@ from llama_adapter.scienceqa.grading import (
     read_answer,
     read_predictions,
 )
-from llama_adapter.scienceqa.problems import GROUPS, Problem, read_problems
+from llama_adapter.scienceqa.problems import GROUPS, Problem
+from llama_adapter.scienceqa.reading import read_problems
 from tests.science import build_problems, write_official
 
 

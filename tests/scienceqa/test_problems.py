@@ -18,21 +18,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.records import IGNORED
-from llama_adapter.scienceqa.problems import (
-    GROUPS,
-    Problem,
+from llama_adapter.data.examples import IGNORED
+from llama_adapter.scienceqa.problem_texts import (
     answer_text,
     check_format,
     encode_problems,
-    groups_of,
     problem_records,
     question_text,
-    read_problems,
+)
+from llama_adapter.scienceqa.problems import (
+    GROUPS,
+    Problem,
+    groups_of,
     shuffle_choices,
     shuffle_pictures,
     split_problems,
 )
+from llama_adapter.scienceqa.reading import read_problems
 from tests.conftest import CHECKOUT
 from tests.science import build_problems, write_hub, write_official
 from tests.tiny import build_tiny_tokenizer

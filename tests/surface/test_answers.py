@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig
 
-from llama_adapter.common.errors import UsageError
 from llama_adapter.data.templates import Turn
+from llama_adapter.decoding.question import Question
 from llama_adapter.decoding.sampling import Sampling
-from llama_adapter.model import LlamaAdapter
+from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from tests.refusals import refusal
 from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder, build_tiny_model, random_rows
-
-
-def refusal(action: Callable[[], Any]) -> str:
-    """The one line with which an action is refused."""
-    with pytest.raises(UsageError) as error:
-        action()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
+from tests.tiny_models import VISION, build_tiny_decoder, build_tiny_model, random_rows
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +35,35 @@ def test_single_settings_of_sampling_are_taken(chatty: LlamaAdapter) -> None:
     assert "".join(chatty.stream_chat("Hi", max_new_tokens=8, temperature=0)).strip() == expected
     assert "no option 'max_length' of a question" in refusal(lambda: chatty.chat("Hi", max_length=8))
     assert "top-p is 2" in refusal(lambda: chatty.chat("Hi", top_p=2))
+
+
+def test_a_question_object_is_answered_as_its_parts_are(chatty: LlamaAdapter) -> None:
+    asked = Question.of("Hi", adapter=NO_ADAPTER, max_new_tokens=8, temperature=0)
+    expected = chatty.chat("Hi", adapter=NO_ADAPTER, max_new_tokens=8, temperature=0)
+    assert chatty.chat(asked) == expected != chatty.chat(asked, adapter="tiny")
+
+
+def test_requests_with_the_same_pictures_share_a_state_and_all_are_right() -> None:
+    model = build_tiny_model(tokenizer=build_tiny_tokenizer(), vision=VISION)
+    projection = model.get_adapter("tiny").projection
+    assert projection is not None
+    torch.nn.init.normal_(projection.up.weight, generator=torch.Generator().manual_seed(1))
+    one, two = torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).split([1, 2])
+    made = model.project("tiny", image_features=two, image_owners=torch.tensor([0, 0]))
+    asked = [("tiny", one), ("tiny", None), ("tiny", two), (NO_ADAPTER, None), ("tiny", one), (made, None)]
+    requests = [
+        replace(model.prepare_request(Question.of("Hi")), adapter=adapter, features=features)
+        for adapter, features in asked
+    ]
+    states = model.project_requests(requests)
+    assert states[0] is states[4] and states[5] is made and not states[3].parts
+    for state, (adapter, features) in zip(states, asked, strict=True):
+        if isinstance(adapter, str):
+            owners = None if features is None else torch.zeros(len(features), dtype=torch.long)
+            expected = model.project(adapter, image_features=features, image_owners=owners)
+            for part, tensors in expected.parts.items():
+                for name, tensor in tensors.items():
+                    torch.testing.assert_close(state.parts[part][name], tensor)
 
 
 def test_dictionaries_are_turns(chatty: LlamaAdapter) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,22 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
-from llama_adapter.common.errors import UsageError
 from llama_adapter.methods import checkpoint
 from llama_adapter.methods.checkpoint import read_config
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.surface import folders
+from tests.refusals import refusal
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder, build_tiny_model, random_rows
-
-
-def refusal(action: Callable[[], Any]) -> str:
-    """The one line with which an action is refused."""
-    with pytest.raises(UsageError) as error:
-        action()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,17 +12,9 @@ from transformers import Trainer, TrainingArguments, pipeline
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.model import LlamaAdapter
+from tests.refusals import refusal
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder, build_tiny_model, random_rows
-
-
-def refusal(action: Callable[[], Any]) -> str:
-    """The one line with which an action is refused."""
-    with pytest.raises(UsageError) as error:
-        action()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import llama_adapter
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.methods.table import METHODS, PARTS, option_names
-from llama_adapter.training.recipes import AdapterPlan, read_source, validation_loss
-from llama_adapter.training.trainer import TrainingSettings
+from llama_adapter.training.plan import AdapterPlan
+from llama_adapter.training.recipes import read_source, validation_loss
+from llama_adapter.training.settings import TrainingSettings
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder

@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.records import IGNORED, Example
+from llama_adapter.data.examples import IGNORED, Example
 from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.methods.projection import Projection
-from llama_adapter.packing import pack as packing
-from llama_adapter.packing.pack import accumulate_gradient, answer_loss
+from llama_adapter.packing import losses as packed_losses
+from llama_adapter.packing.losses import accumulate_gradient, answer_loss
 from llama_adapter.training import trainer as training
-from llama_adapter.training.trainer import Trainer, TrainingSettings
+from llama_adapter.training.settings import TrainingSettings
+from llama_adapter.training.trainer import Trainer
 from tests.tiny_models import VISION, build_tiny_model
 
 SETTINGS = TrainingSettings(
@@ -178,7 +179,7 @@ def scale_losses(monkeypatch: pytest.MonkeyPatch, factor: Callable[[int], float]
     def accumulate(*args: Any, **kwargs: Any) -> float:
         step = next(steps)
         with monkeypatch.context() as patch:
-            patch.setattr(packing, "answer_loss", lambda *a, **k: answer_loss(*a, **k) * factor(step))
+            patch.setattr(packed_losses, "answer_loss", lambda *a, **k: answer_loss(*a, **k) * factor(step))
             return accumulate_gradient(*args, **kwargs)
 
     monkeypatch.setattr(training, "accumulate_gradient", accumulate)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.vision.tower import VisionTower, load_tower
+from tests.refusals import refusal
 from tests.tiny_models import build_tiny_tower_folder
 
 KINDS = {
@@ -46,13 +47,9 @@ def folder(folders: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders["vit"], tmp_path / "mine"))
 
 
-def refusal(name: str | Path, **kwargs: Any) -> str:
+def tower_refusal(name: str | Path, **kwargs: Any) -> str:
     """The one line with which a tower is refused."""
-    with pytest.raises(UsageError) as error:
-        load_tower(str(name), **kwargs)
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
+    return refusal(lambda: load_tower(str(name), **kwargs))
 
 
 def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
@@ -144,7 +141,7 @@ def test_pictures_are_prepared_as_its_config_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depths", [(), (0,), (3,), (-1,), (2, 1), (1, 1)])
 def test_depths_that_it_does_not_have_are_refused(folder: Path, depths: tuple[int, ...]) -> None:
-    message = refusal(folder, depths=depths)
+    message = tower_refusal(folder, depths=depths)
     assert "has the depths 1 to 2, lowest first" in message
     assert (", ".join(map(str, depths)) or "none") in message
 
@@ -264,7 +261,7 @@ def test_one_of_open_clips_own_is_found_by_its_tag(
     ],
 )
 def test_a_name_that_stands_for_nothing_is_refused(name: str, expected: str, tmp_path: Path) -> None:
-    assert expected in refusal(name, weights=tmp_path)
+    assert expected in tower_refusal(name, weights=tmp_path)
 
 
 def test_a_gated_tower_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +270,7 @@ def test_a_gated_tower_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         raise GatedRepoError("Access is restricted.\nLog in.", response=response)
 
     monkeypatch.setattr("open_clip.create_model", refuse)
-    assert "accept its terms on its hub page, then run `hf auth login`" in refusal("owner/clip")
+    assert "accept its terms on its hub page, then run `hf auth login`" in tower_refusal("owner/clip")
 
 
 DAMAGE = {
@@ -304,7 +301,7 @@ def change(folder: Path, part: str, values: dict[str, Any]) -> None:
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_folder_is_refused(folder: Path, damage: str) -> None:
     DAMAGE[damage](folder)
-    message = refusal(folder)
+    message = tower_refusal(folder)
     assert f"tower {str(folder)!r} cannot be loaded: " in message
     assert not message.endswith(": ")
 
@@ -319,6 +316,6 @@ def test_loading_says_nothing_and_leaves_the_log_as_it_was(folder: Path, heard: 
     before = logging.getLogger().level
     load_tower(str(folder))
     (folder / "open_clip_model.safetensors").unlink()
-    refusal(folder)
+    tower_refusal(folder)
     assert logging.getLogger().level == before == logging.INFO
     assert not heard
