@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, TypeVar
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.common.typed import STRICT, read_typed
 from llama_adapter.methods.part import PartConfig
 from llama_adapter.methods.projection import VisionConfig
 from llama_adapter.methods.prompts import PromptsConfig
@@ -36,11 +38,14 @@ class ScienceQAConfig:
     caption: bool = False
     answer: str | None = None
     rotations: bool = False
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """An adapter's parts, and the base that it belongs to."""
+
+    __pydantic_config__ = STRICT
 
     base: str  # name, folder or hub id of the decoder
     shape: DecoderShape
@@ -53,7 +58,6 @@ class AdapterConfig:
     template_date: str | None = (
         None  # the date that a chat template writes, such as 2026-11-28; None: today, or none
     )
-
     quantization: str | None = None  # of the decoder's weights in training; None: not quantised
 
     def __post_init__(self) -> None:
@@ -64,6 +68,8 @@ class AdapterConfig:
                 f"adapted layers: {self.adapted_layers} given; the decoder has {self.shape.num_layers}, "
                 f"so choose 1 to {self.shape.num_layers}"
             )
+        if any(width < 1 for widths in self.projections.values() for width in widths):
+            raise UsageError(f"projections: {dict(self.projections)} given; expected widths of 1 or more")
         kinds = [self.kind_of(part) for part in self.parts]
         if not kinds or kinds != [kind for kind in PARTS if kind in kinds]:
             raise UsageError(
@@ -140,7 +146,7 @@ class AdapterConfig:
             "scienceqa": None if self.scienceqa is None else dataclasses.asdict(self.scienceqa),
             "training": self.training,
         }
-        plain: dict[str, Any] = _without_tuples(values)
+        plain: dict[str, Any] = json.loads(json.dumps(values))  # lists in place of tuples
         return plain
 
     @classmethod
@@ -160,15 +166,15 @@ class AdapterConfig:
         if version == 1:
             values = _from_version_1(values, source)
         fingerprint = values.pop("base_fingerprint", None)
-        shape = values.pop("shape", None)
-        if not isinstance(shape, dict):
-            raise UsageError(f"{source}: 'shape' must be an object, found {type(shape).__name__}")
-        values["shape"] = _build(DecoderShape, shape, source)
-        values["parts"] = tuple(_build_part(part, source) for part in _list(values.get("parts"), source))
-        values["projections"] = _build_projections(values.get("projections", {}), source)
-        if isinstance(scienceqa := values.get("scienceqa"), dict):
-            values["scienceqa"] = _build(ScienceQAConfig, scienceqa, source)
-        config: AdapterConfig = _build(cls, values, source)
+        stored = values.pop("parts", None)
+        if not isinstance(stored, list):
+            raise UsageError(f"{source}: 'parts': expected a list, found {type(stored).__name__}")
+        parts = tuple(_build_part(part, source) for part in stored)
+        config = read_typed(cls, values, source)
+        try:
+            config = dataclasses.replace(config, parts=parts)
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
         if fingerprint != config.shape.fingerprint():
             raise UsageError(f"{source}: its base_fingerprint does not match its shape; the file was edited")
         return config
@@ -194,19 +200,6 @@ def _chosen(part: PartConfig) -> dict[str, Any]:
     }
 
 
-def _without_tuples(value: Any) -> Any:
-    """The value with lists instead of tuples, as in JSON."""
-    if isinstance(value, Mapping):
-        return {name: _without_tuples(inner) for name, inner in value.items()}
-    return [_without_tuples(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _list(parts: Any, source: str) -> list[Any]:
-    if not isinstance(parts, list):
-        raise UsageError(f"{source}: 'parts' must be a list, found {type(parts).__name__}")
-    return parts
-
-
 def _build_part(values: Any, source: str) -> PartConfig:
     if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
         raise UsageError(f"{source}: each of 'parts' must be an object with a 'kind', found {values!r:.60}")
@@ -217,23 +210,7 @@ def _build_part(values: Any, source: str) -> PartConfig:
             f"{source}: a part of kind {kind!r}; this llama-adapter knows {', '.join(PARTS)}: "
             "install the release that wrote it"
         )
-    part: PartConfig = _build(PARTS[kind].Config, values, source)
-    return part
-
-
-def _build_projections(values: Any, source: str) -> dict[str, tuple[int, int]]:
-    def pair(size: Any) -> bool:
-        return (
-            isinstance(size, list)
-            and len(size) == 2
-            and all(type(width) is int and width > 0 for width in size)
-        )
-
-    if not isinstance(values, dict) or not all(pair(size) for size in values.values()):
-        raise UsageError(
-            f"{source}: 'projections' must be an object of pairs of widths, found {values!r:.60}"
-        )
-    return {name: (size[0], size[1]) for name, size in values.items()}
+    return read_typed(PARTS[kind].Config, values, f"{source}, part {kind!r}")
 
 
 def _from_version_1(values: dict[str, Any], source: str) -> dict[str, Any]:
@@ -261,39 +238,3 @@ def _from_version_1(values: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _moved(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: values.pop(name) for name in names if name in values}
-
-
-# What a field's annotation allows, and how errors call it.
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "str": ((str,), "str"),
-    "int": ((int,), "int"),
-    "bool": ((bool,), "bool"),
-    "float": ((float, int), "a number"),
-    "str | None": ((str, type(None)), "str or null"),
-    "int | None": ((int, type(None)), "int or null"),
-    "float | None": ((float, int, type(None)), "a number or null"),
-    "dict[str, Any]": ((dict,), "dict"),
-    "tuple[int, ...]": ((list,), "list"),
-    "tuple[str, ...]": ((list,), "list"),
-    "ScienceQAConfig | None": ((ScienceQAConfig, type(None)), "an object or null"),
-}
-
-
-def _build(cls: Any, values: dict[str, Any], source: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
-    missing = sorted(required - set(values))
-    if unknown or missing:
-        what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
-        raise UsageError(f"{source}: {what}; expected {', '.join(sorted(fields))}")
-    for name, value in values.items():
-        types, called = _TYPES.get(str(fields[name].type), ((object,), ""))
-        if not isinstance(value, types) or (
-            isinstance(value, bool) and bool not in types and object not in types
-        ):
-            raise UsageError(f"{source}: {name!r} must be {called}, found {value!r:.60}")
-    try:
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-    except UsageError as error:
-        raise UsageError(f"{source}: {error}") from None

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llama_adapter.common.processes import Processes
+from llama_adapter.common.typed import STRICT
 from llama_adapter.methods.attention import compute_dtype
 from llama_adapter.methods.shape import Layout
 
@@ -37,6 +38,8 @@ class PartConfig:
     was added after a part's first release is marked ``"later": True``. It is written only if it differs from
     its default, so that other adapters' folders do not change.
     """
+
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llama_adapter.common.typed import STRICT
+
 
 @dataclass(frozen=True)
 class DecoderShape:
     """The sizes of a decoder that an adapter has to fit."""
+
+    __pydantic_config__ = STRICT
 
     family: str  # transformers' model_type
     num_layers: int
