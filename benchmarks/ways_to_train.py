@@ -111,7 +111,7 @@ def build_peft(model: LlamaAdapter, *, like: str | None = None) -> torch.nn.Modu
     except ImportError:
         raise UsageError("--peers compares with PEFT, which is not installed: pip install peft") from None
 
-    from llama_adapter.methods.peft_folders import write_peft
+    from llama_adapter.methods.peft_writing import write_peft
     from llama_adapter.methods.sites import detach_sites
 
     adapter: Any = model.adapters[like or model.active_adapter]

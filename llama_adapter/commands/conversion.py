@@ -55,7 +55,7 @@ def convert(arguments: argparse.Namespace) -> None:
         save_adapter,
     )
     from llama_adapter.methods.decoder import load_shape, load_structure
-    from llama_adapter.methods.peft_folders import write_peft
+    from llama_adapter.methods.peft_writing import write_peft
 
     source, target, weights = arguments.source, arguments.target, arguments.weights
     wanted = arguments.to or ("pth" if target.suffix == ".pth" else "llama-adapter")

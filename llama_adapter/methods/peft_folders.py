@@ -1,4 +1,4 @@
-"""Adapters of PEFT as folders: LoRA (with rsLoRA), IA3 and AdaptionPrompt are read and written.
+"""Reads PEFT's folders of LoRA (with rsLoRA), IA3 and AdaptionPrompt. `peft_writing` writes them.
 
 PEFT's folder has adapter_config.json, with a "peft_type", and adapter_model.safetensors. Its config does not
 have the sizes of the base, so reading a folder needs a decoder. One on the meta device is enough: its weights
@@ -17,18 +17,16 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.common.files import write_atomically, write_json
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.methods.decoder import decoder_shape
@@ -41,9 +39,9 @@ from llama_adapter.methods.sites import choose_projections, locate_projections, 
 
 PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # PEFT writes this before a module's name in the decoder
+PREFIX = "base_model.model."  # PEFT writes this before a module's name in the decoder
 # The families for which PEFT's AdaptionPrompt computes the same. For GPT-2 it skips the output projection.
-_PROMPT_FAMILIES = ("llama", "mistral")
+PROMPT_FAMILIES = ("llama", "mistral")
 # Settings that are read, that follow from the tensors, or that change nothing in a trained adapter. All
 # others must be empty: PEFT adds settings with every release, and an unknown one may change everything.
 _HARMLESS = frozenset(
@@ -74,9 +72,6 @@ def peft_base(values: Mapping[str, Any], source: str | Path) -> str:
     if not isinstance(base, str) or not base:
         raise UsageError(f"{source}: PEFT's config does not say what its base is; give it with --base")
     return base
-
-
-# --- reading ------------------------------------------------------------------------------------------------
 
 
 def read_peft(folder: str | Path, decoder: PreTrainedModel, *, base: str, template: str) -> Adapter:
@@ -112,7 +107,7 @@ def read_peft(folder: str | Path, decoder: PreTrainedModel, *, base: str, templa
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UsageError(f"{path}: {name!r} has values that are not finite; train again")
-    own = {name.removeprefix(_PREFIX): tensor.float() for name, tensor in tensors.items()}
+    own = {name.removeprefix(PREFIX): tensor.float() for name, tensor in tensors.items()}
     part, layers, state = _READERS[kind](values, own, decoder, str(path))
     config = AdapterConfig(
         base=base,
@@ -238,7 +233,7 @@ def _read_ia3(
     first = decoder_shape(decoder.config).num_layers - layers
     projections = projections_of(decoder, layers)
     sites = choose_projections(projections, TARGETS)
-    up, down = _mlp(sites, projections)
+    up, down = up_and_down(sites, projections)
     state = {f"{site}.scale": torch.zeros(layers, outside) for site, (_, outside) in sites.items()}
     for (layer, site), own in found.items():
         factors = own["ia3_l"]
@@ -257,7 +252,7 @@ def _read_ia3(
     return Ia3Config(), layers, state
 
 
-def _mlp(sites: Iterable[str], projections: Mapping[str, tuple[int, int]]) -> tuple[str, str | None]:
+def up_and_down(sites: Iterable[str], projections: Mapping[str, tuple[int, int]]) -> tuple[str, str | None]:
     """The MLP's up projection and its down projection.
 
     The down projection is None unless the MLP is down(act(gate(x)) * up(x)). Only there is it the same to
@@ -273,12 +268,12 @@ def _read_prompts(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], decoder: PreTrainedModel, source: str
 ) -> _Found:
     shape = decoder_shape(decoder.config)
-    if shape.family not in _PROMPT_FAMILIES:
+    if shape.family not in PROMPT_FAMILIES:
         raise UsageError(
             f"{source}: an AdaptionPrompt of the family {shape.family!r}; it can be read for "
-            f"{' and '.join(_PROMPT_FAMILIES)}"
+            f"{' and '.join(PROMPT_FAMILIES)}"
         )
-    names = _attention_names(decoder)
+    names = attention_names(decoder)
     embeddings: list[Tensor] = []
     gates: list[Tensor] = []
     for name in names:
@@ -310,7 +305,8 @@ def _read_prompts(
     return PromptsConfig(prompt_length=len(embeddings[0])), len(gates), state
 
 
-def _attention_names(decoder: PreTrainedModel) -> list[str]:
+def attention_names(decoder: PreTrainedModel) -> list[str]:
+    """The name of each layer's attention in the decoder."""
     names = {module: name for name, module in decoder.named_modules()}
     return [names[attention] for attention in attention_layers(decoder)]
 
@@ -319,157 +315,4 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], PreTraine
     "LORA": _read_lora,
     "IA3": _read_ia3,
     "ADAPTION_PROMPT": _read_prompts,
-}
-
-
-# --- writing ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Written:
-    """A part as it is written to PEFT's folder: its config, and its tensors by their names in the decoder."""
-
-    values: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-
-def write_peft(adapter: Adapter, folder: str | Path, decoder: PreTrainedModel) -> None:
-    """Write an adapter as a folder of PEFT.
-
-    Args:
-        decoder: a prepared decoder of its base. Its weights are not used.
-
-    Raises:
-        UsageError: an adapter that PEFT's format can't represent.
-    """
-    config = adapter.config
-    if len(config.parts) != 1 or AdapterConfig.kind_of(config.parts[0]) not in _WRITERS:
-        raise UsageError(
-            f"PEFT's folders have room for one of {', '.join(_WRITERS)}; this adapter is {config.method}"
-            + (" with a projection of pictures" if config.vision is not None else "")
-        )
-    kind = AdapterConfig.kind_of(config.parts[0])
-    written = _WRITERS[kind](adapter, decoder)
-    values = {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base,
-        "inference_mode": True,
-        **written.values,
-    }
-    kept = {
-        f"{_PREFIX}{n}": t.detach().float().cpu().contiguous().clone() for n, t in written.tensors.items()
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with write_atomically(folder / PEFT_WEIGHTS_FILE) as path:
-        path.write_bytes(save(kept, metadata={"format": "pt"}))
-    write_json(folder / PEFT_CONFIG_FILE, values)
-
-
-def _write_lora(adapter: Adapter, decoder: PreTrainedModel) -> _Written:
-    config = adapter.config
-    settings = config.find(LoraConfig)
-    assert settings is not None
-    tensors, sites = {}, set()
-    for name, layer, site in _adapted(adapter, decoder):
-        if f"lora.{site}.down" in (state := dict(adapter.named_parameters())):
-            sites.add(site)
-            tensors[f"{name}.lora_A.weight"] = state[f"lora.{site}.down"][layer]
-            tensors[f"{name}.lora_B.weight"] = state[f"lora.{site}.up"][layer]
-    layers = range(config.first_layer, config.shape.num_layers)
-    values = {
-        "peft_type": "LORA",
-        "r": settings.rank,
-        # A whole number if possible: other programs read it as an int.
-        "lora_alpha": int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha,
-        "lora_dropout": settings.dropout,
-        "use_rslora": settings.rslora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "init_lora_weights": True,
-        "target_modules": _short(sorted(sites), decoder),
-        "layers_to_transform": list(layers) if config.first_layer else None,
-    }
-    return _Written(values, tensors)
-
-
-def _short(sites: list[str], decoder: PreTrainedModel) -> list[str]:
-    """The last part of each site's name, as other programs expect it, if no other module has that name."""
-    modules = {tuple(name.split(".")[-2:]) for name, _ in decoder.named_modules()}
-
-    def alone(site: str) -> bool:
-        last = site.split(".")[-1]
-        return len({module for module in modules if module[-1] == last}) == 1
-
-    return [site.split(".")[-1] if alone(site) else site for site in sites]
-
-
-def _write_ia3(adapter: Adapter, decoder: PreTrainedModel) -> _Written:
-    config = adapter.config
-    up, down = _mlp(choose_projections(config.projections, TARGETS), config.projections)
-    if down is None:
-        raise UsageError(
-            "PEFT's IA3 rescales what down_proj reads, ours what up_proj gives: in this base they differ"
-        )
-    state = dict(adapter.named_parameters())
-    tensors, targets, feedforward = {}, [], []
-    for name, layer, site in _adapted(adapter, decoder):
-        if site == down:
-            tensors[f"{name}.ia3_l"] = 1 + state[f"ia3.{up}.scale"][layer][None]
-            feedforward.append(name)
-        elif site != up and f"ia3.{site}.scale" in state:
-            tensors[f"{name}.ia3_l"] = 1 + state[f"ia3.{site}.scale"][layer][:, None]
-            targets.append(name)
-    # By their full names: PEFT's IA3 has no layers_to_transform.
-    values = {
-        "peft_type": "IA3",
-        "target_modules": targets + feedforward,
-        "feedforward_modules": feedforward,
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "init_ia3_weights": True,
-    }
-    return _Written(values, tensors)
-
-
-def _write_prompts(adapter: Adapter, decoder: PreTrainedModel) -> _Written:
-    config = adapter.config
-    if config.shape.family not in _PROMPT_FAMILIES:
-        raise UsageError(
-            f"PEFT's AdaptionPrompt computes as ours for {' and '.join(_PROMPT_FAMILIES)}; this adapter is "
-            f"for {config.shape.family}"
-        )
-    gates = adapter.prompts.gates.detach().double().tanh()
-    if float((gates - gates[:, :1]).abs().max()) > 1e-6:
-        raise UsageError(
-            "PEFT's AdaptionPrompt has one gate a layer; this adapter's heads have gates of their own, "
-            "and cannot be written"
-        )
-    tensors = {}
-    names = _attention_names(decoder)[config.first_layer :]
-    for name, prompts, gate in zip(names, adapter.prompts.plain(), gates, strict=True):
-        tensors[f"{name}.adaption_prompt"] = prompts[None]
-        tensors[f"{name}.adaption_gate"] = gate[:1]
-    values = {
-        "peft_type": "ADAPTION_PROMPT",
-        "target_modules": names[-1].split(".")[-1],
-        "adapter_len": config.prompt_length,
-        "adapter_layers": config.adapted_layers,
-    }
-    return _Written(values, tensors)
-
-
-def _adapted(adapter: Adapter, decoder: PreTrainedModel) -> Iterable[tuple[str, int, str]]:
-    """The projections of the adapted layers: name in the decoder, index among these layers, site."""
-    first = adapter.config.first_layer
-    for name, (layer, site) in locate_projections(decoder).items():
-        if layer >= first:
-            yield name, layer - first, site
-
-
-_WRITERS: dict[str, Callable[[Adapter, PreTrainedModel], _Written]] = {
-    "lora": _write_lora,
-    "ia3": _write_ia3,
-    "prompts": _write_prompts,
 }

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.methods.peft_folders import read_peft, write_peft
+from llama_adapter.methods.peft_folders import read_peft
+from llama_adapter.methods.peft_writing import write_peft
 from llama_adapter.model import LlamaAdapter
 from tests import tiny_models
 
