@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.common.typed import STRICT, read_typed
 
 OWN_QUESTIONS = Path(__file__).with_name("questions.jsonl")
 
@@ -53,24 +53,39 @@ class Check:
     of: Sequence[str] = ()
     number: float | None = None
     matches: Sequence[str] = ()
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        texts = (*self.words, *self.all, *self.none, *self.first, *self.others, *self.of, *self.matches)
+        for pattern in texts:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
 
 
 @dataclass(frozen=True)
 class CheckedQuestion:
     """One question, and what tells right answers from wrong ones."""
 
+    __pydantic_config__ = STRICT
+
     kind: str
-    text: str
+    question: str
     check: Check
     right: Sequence[str]
     """Answers that pass; the first is shown as the expected one."""
     wrong: Sequence[str] = field(default=())
     """Answers that fail."""
 
+    def __post_init__(self) -> None:
+        if self.check == Check():
+            raise UsageError("an empty check, which any answer would pass")
+
     def is_right(self, answer: str) -> bool:
         """Whether the answer passes the check; what it only repeats of the question does not count."""
         check = self.check
-        for repeated in (self.text, *_QUOTED.findall(self.text)):
+        for repeated in (self.question, *_QUOTED.findall(self.question)):
             answer = answer.replace(repeated, "")
         answer = answer.replace("’", "'").strip()
         plain = _plain(answer)
@@ -80,7 +95,7 @@ class CheckedQuestion:
             and all(_place(word, plain) is None for word in check.none)
             and (not check.first or _comes_first(check.first, check.others, plain))
             and sum(_place(word, plain) is not None for word in check.of) >= check.least
-            and (check.number is None or _states(check.number, answer, self.text))
+            and (check.number is None or _states(check.number, answer, self.question))
             and (not check.matches or any(re.search(pattern, answer) for pattern in check.matches))
         )
 
@@ -124,32 +139,12 @@ def load_questions(path: Path = OWN_QUESTIONS) -> list[CheckedQuestion]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
+        source = f"{path}, line {number}"
         try:
-            questions.append(_question(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-            raise UsageError(
-                f"{path}, line {number}: {type(error).__name__} {error}; expected an object with kind, "
-                f"question, check (of {', '.join(item.name for item in fields(Check))}) and right"
-            ) from None
+            values = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{source}: not valid JSON ({error})") from None
+        questions.append(read_typed(CheckedQuestion, values, source))
     if not questions:
         raise UsageError(f"{path} holds no question")
     return questions
-
-
-def _question(row: Mapping[str, Any]) -> CheckedQuestion:
-    check = Check(**row["check"])
-    for pattern in (
-        *check.words,
-        *check.all,
-        *check.none,
-        *check.first,
-        *check.others,
-        *check.of,
-        *check.matches,
-    ):
-        re.compile(pattern)
-    if check == Check():
-        raise ValueError("an empty check")
-    return CheckedQuestion(
-        row["kind"], row["question"], check, tuple(row["right"]), tuple(row.get("wrong", ()))
-    )

@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.q
         questions = [questions[i] for i in sorted(chosen)]
     model = load_model(arguments)
     records = [
-        Record((Turn("user", question.text), Turn("assistant", question.right[0])), row)
+        Record((Turn("user", question.question), Turn("assistant", question.right[0])), row)
         for row, question in enumerate(questions, start=1)
     ]
     answers = answer_records(
@@ -64,7 +64,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.q
     marks = [question.is_right(answer) for question, answer in zip(questions, answers, strict=True)]
     for question, answer, right in zip(questions, answers, marks, strict=True):
         if not right:
-            print(f"{question.kind}: {question.text}")
+            print(f"{question.kind}: {question.question}")
             print(f"    said      {' / '.join(answer.splitlines()) or '(nothing)'}")
             print(f"    expected  {' / '.join(question.right[0].splitlines())}")
     sys.stdout.flush()

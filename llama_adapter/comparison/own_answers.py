@@ -28,7 +28,7 @@ MAX_NEW_TOKENS = 32
 def kept_apart(records: Sequence[Record]) -> list[str]:
     """Those of our own questions that none of these rows asks; case and spaces are ignored."""
     asked = {_plain(turn.text) for record in records for turn in record.turns if turn.role == "user"}
-    return [question.text for question in load_questions() if _plain(question.text) not in asked]
+    return [question.question for question in load_questions() if _plain(question.question) not in asked]
 
 
 def _plain(text: str) -> str:

@@ -17,21 +17,21 @@ def ask(text: str = "?", **check: object) -> CheckedQuestion:
 
 
 def test_there_are_sixty_of_seven_kinds_and_none_twice() -> None:
-    assert len(OWN) == len({question.text for question in OWN}) == 60
+    assert len(OWN) == len({question.question for question in OWN}) == 60
     kinds = Counter(question.kind for question in OWN)
     assert len(kinds) == 7 and min(kinds.values()) >= 6
 
 
-@pytest.mark.parametrize("question", OWN, ids=lambda question: question.text[:40])
+@pytest.mark.parametrize("question", OWN, ids=lambda question: question.question[:40])
 def test_each_tells_its_right_answers_from_its_wrong_ones(question: CheckedQuestion) -> None:
     assert question.right and question.wrong
     assert [answer for answer in question.right if not question.is_right(answer)] == []
     assert [answer for answer in question.wrong if question.is_right(answer)] == []
 
 
-@pytest.mark.parametrize("question", OWN, ids=lambda question: question.text[:40])
+@pytest.mark.parametrize("question", OWN, ids=lambda question: question.question[:40])
 def test_nothing_and_the_question_itself_are_no_answers(question: CheckedQuestion) -> None:
-    for answer in ("", "I am not sure.", "I cannot answer that.", question.text):
+    for answer in ("", "I am not sure.", "I cannot answer that.", question.question):
         assert not question.is_right(answer), answer
 
 
@@ -60,14 +60,27 @@ def test_every_rule(question: CheckedQuestion, right: list[str], wrong: list[str
     assert [answer for answer in wrong if question.is_right(answer)] == []
 
 
+ROW = {"kind": "facts", "question": "?", "right": ["a"]}
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ("[]", "line 2: TypeError"),
+        ("[]", "line 2: expected an object"),
         ('{"kind": "facts"', "line 2"),
-        ({"kind": "facts", "question": "?", "check": {"word": ["a"]}, "right": ["a"]}, "line 2.*'word'"),
-        ({"kind": "facts", "question": "?", "check": {}, "right": ["a"]}, "an empty check"),
-        ({"kind": "facts", "question": "?", "check": {"words": ["("]}, "right": ["a"]}, "line 2"),
+        (
+            {**ROW, "check": {"word": ["a"]}},
+            "line 2: unknown key 'check.word'",
+        ),
+        ({**ROW, "check": {}}, "an empty check"),
+        (
+            {**ROW, "check": {"words": ["("]}},
+            "line 2: .* no regular",
+        ),
+        (
+            {**ROW, "check": {"words": "a"}},
+            "line 2: 'check.words'",
+        ),
     ],
 )
 def test_what_is_no_question_is_refused_with_its_line(tmp_path: Path, row: object, expected: str) -> None:
