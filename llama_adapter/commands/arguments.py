@@ -73,7 +73,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add --base, --weights, --device, --dtype and --quantize."""
     parser.add_argument(
         "--base",
-        help=f"name, folder or hub id of a decoder (default: the adapter's own, else {DEFAULT_BASE})",
+        help="name, folder, hub id or GGUF file of a decoder (default: the adapter's own, else "
+        f"{DEFAULT_BASE})",
     )
     add_weights_option(parser)
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")

@@ -121,7 +121,7 @@ def train(
         data: where the rows are, or the result of `read_source`; or a list of these. With several sources the
             best adapter has the lowest validation loss on average over the sources.
         output: folder of the run and of the best adapter.
-        base: name, folder or hub id of a decoder; None takes the default, or that of ``start_from``.
+        base: name, folder, hub id or GGUF file of a decoder; None: the default, or that of ``start_from``.
         method: what is trained, such as "prompts+lora"; None takes prompts, or that of ``start_from``.
         validation_rows, split, limit, image_root: as in `read_source`, for each source that is not read yet.
         balance_answers: let each question be answered with yes as often as with no.

@@ -54,7 +54,7 @@ def list_weights(kind: Kind, weights: str | Path | None = None) -> dict[str, Pat
 
 
 def resolve(name_or_path: str, *, kind: Kind, weights: str | Path | None = None) -> str:
-    """The absolute path of the folder, or the hub id, that `name_or_path` stands for.
+    """The absolute path of the folder or GGUF file, or the hub id, that `name_or_path` stands for.
 
     A folder that exists comes before a name in the weights folders, and that before a hub id. Whether the
     folder holds such weights, or the hub has that id, is only checked when they are loaded.
