@@ -106,6 +106,13 @@ def test_a_transformers_config_dequantises_it(file: Path) -> None:
     assert format_of(dense) is None and not any(isinstance(m, QuantizedLinear) for m in dense.modules())
 
 
+def test_where_it_cannot_stay_as_it_is_a_line_says_so(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_tiny_gguf(file)
+    decoder = load_decoder(str(file), device=CPU, dtype=torch.bfloat16, device_map="cpu")
+    assert format_of(decoder) is None and decoder.dtype == torch.bfloat16
+    assert "its weights become bfloat16; blocks of GGUF are kept on a CPU only" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["Q2_K", "IQ4_XS"])
 def test_another_kind_is_refused_by_its_name(file: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build_tiny_gguf(file, kinds=("F32", kind))
