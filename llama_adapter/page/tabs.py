@@ -91,13 +91,13 @@ def science_tab(model: LlamaAdapter, expert: gr.Dropdown) -> None:
             found = gr.Label(label="Answer", num_top_classes=5)
             note = gr.Markdown(elem_id="science-note", elem_classes="line")
             trained = "".join(
-                f" **{name}** was trained on such questions: choose it above."
+                f" **{name}** was trained on such questions: auto asks it."
                 for name in science.trained_for_it(model)
             )
             gr.Markdown(
-                "How likely the adapter finds each option as the answer, by its letter or by its text, "
-                "whichever it is better at. The question is put to it as in the paper's ScienceQA "
-                f"experiments.{trained}"
+                "How likely the adapter finds each option as the answer: by its letter or by its text, in "
+                "the given order or as the mean over rotations of the options, whichever it is better at. "
+                f"The question is put to it as in the paper's ScienceQA experiments.{trained}"
             )
     example.input(science.fill, example, [box, options, context, found, note], **AT_ONCE)
     answer = partial(science.answer, model)
