@@ -172,7 +172,7 @@ class DecodingStep:
     def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.calls = 0
-        self._prepared: tuple[Any, list[Tensor]] | None = None
+        self._prepared: tuple[Any, Norm, list[Tensor]] | None = None
         # An adapter's state never changes, and many tokens are decoded with the same one.
         self._adapters: WeakKeyDictionary[Any, _Added] = WeakKeyDictionary()
 
@@ -238,10 +238,9 @@ class DecodingStep:
             past_key_values._room = room  # type: ignore[attr-defined]
         if self._prepared is None:
             self._prepared = self._prepare()
-        frozen, _ = self._prepared
+        frozen, last, _ = self._prepared
         hidden = embeds.clone(memory_format=torch.contiguous_format)
         key_heads = layers[0].keys.shape[1]
-        last = self.inner.norm
         step = Step(
             rows=rows,
             threads=torch.get_num_threads(),
@@ -260,7 +259,7 @@ class DecodingStep:
             added=None if added is None else added.address,
             ranks=0 if added is None else added.ranks,
             hidden=hidden.data_ptr(),
-            last=Norm(last.weight.data_ptr(), last.variance_epsilon),
+            last=last,
         )
         kernels = load_kernels()
         assert kernels is not None
@@ -281,8 +280,8 @@ class DecodingStep:
                 self._adapters[adapter] = added
         return added
 
-    def _prepare(self) -> tuple[Any, list[Tensor]]:
-        """The frozen parts of all layers for the kernel, and the tensors that it reads."""
+    def _prepare(self) -> tuple[Any, Norm, list[Tensor]]:
+        """The frozen parts of all layers, the last norm, and the tensors that the kernel reads."""
         held: list[Tensor] = []
 
         def norm_of(module: Any) -> Norm:
@@ -308,7 +307,7 @@ class DecodingStep:
             own.of_queries = norm_of(getattr(layer.self_attn, "q_norm", None))
             own.of_keys = norm_of(getattr(layer.self_attn, "k_norm", None))
             own.scaling = layer.self_attn.scaling
-        return layers, held
+        return layers, norm_of(self.inner.norm), held
 
 
 def _starts(mask: Tensor | None, rows: int, places: int) -> Tensor | None:

@@ -318,6 +318,22 @@ def test_a_decoder_in_another_dtype_takes_its_own_steps() -> None:
     assert step_of(model).calls == before
 
 
+def test_norms_in_another_dtype_are_read_as_they_are() -> None:
+    decoder = build_tiny_decoder(dtype=torch.bfloat16)
+    exact = copy.deepcopy(decoder).float()
+    for own in (decoder, exact):
+        quantize_decoder(own, "int8")
+    rows = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
+    states = []
+    for own in (decoder, exact):
+        inner, cache = LlamaAdapter(own, base="tiny-base").decoder.base_model, DynamicCache()
+        with torch.no_grad():
+            inner(inputs_embeds=rows[:, :5], past_key_values=cache, use_cache=True)
+            states.append(inner(inputs_embeds=rows[:, 5:], past_key_values=cache, use_cache=True)[0])
+        assert inner.forward.__self__.calls > 0
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
+
+
 def test_generate_gives_the_same_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_quantized_model()
     ids, mask = padded(random_rows(6, 4), "left")
