@@ -29,6 +29,7 @@ def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> di
 
     from llama_adapter.decoding.sampling import Sampling
     from llama_adapter.decoding.streams import stream_tokens
+    from llama_adapter.quantization.kernels import load_kernels
     from llama_adapter.quantization.linear import format_of, kept_bytes, read_bytes
 
     quantized = str(format_of(model.decoder))
@@ -75,10 +76,22 @@ def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> di
         f"\n{weights / 1e6:,.0f} MB of weights a token; memory is read at "
         f"{1e-9 / statistics.median(speed):.1f} GB/s, {statistics.median(shares):.0%} of it by {quantized}"
     )
+    around: float | None = None
+    kernels = load_kernels()
+    if kernels is not None:  # else torch computes, which the line on standard error says
+        with _watched(kernels, ("decode", "linear")) as compiled:
+            shares_of_token = []
+            for _ in range(arguments.pairs):
+                compiled.clear()
+                whole = answer(model, 0) * (arguments.new_tokens - 1)
+                shares_of_token.append((whole - sum(compiled)) / (arguments.new_tokens - 1))
+        around = statistics.median(shares_of_token)
+        print(f"around the compiled calls, Python and torch take {1e3 * around:.2f} ms of a token")
     figures = {
         f"{quantized}_vs_float32": ratio(full, ours),
         "bandwidth_share": statistics.median(shares),
         "tokens_per_second": 1 / statistics.median(ours),
+        "seconds_around_kernels": around,
         "peer_tokens_per_second": 1 / statistics.median(peers[0]) if peers else None,
     }
     file = locations.gguf_in(base)
@@ -100,6 +113,26 @@ def load_in_floats(arguments: argparse.Namespace) -> LlamaAdapter:
     if locations.gguf_in(locations.resolve(base, kind="base", weights=arguments.weights)) is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)
     return LlamaAdapter.from_base(base, **options)
+
+
+@contextmanager
+def _watched(library: Any, names: tuple[str, ...]) -> Iterator[list[float]]:
+    """Within it, the seconds of each call of these functions of a compiled library are put into the list."""
+    seconds: list[float] = []
+    usual = {name: getattr(library, name) for name in names}
+
+    def watch(function: Callable[..., None], *arguments: Any) -> None:
+        started = time.perf_counter()
+        function(*arguments)
+        seconds.append(time.perf_counter() - started)
+
+    for name, function in usual.items():
+        setattr(library, name, partial(watch, function))
+    try:
+        yield seconds
+    finally:
+        for name, function in usual.items():
+            setattr(library, name, function)
 
 
 @contextmanager

@@ -91,8 +91,10 @@ def test_quantised_decoding_is_measured_beside_float32(
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
     options = ["--suite", "decoding", "--quantize", "int8", "--pairs", "2", "--new-tokens", "3"]
     figures = measure(monkeypatch, tmp_path, "--base", str(base), *options)
-    assert set(figures) == DECODING | {"int8_vs_float32", "bandwidth_share", "peer_tokens_per_second"}
+    own = {"int8_vs_float32", "bandwidth_share", "seconds_around_kernels", "peer_tokens_per_second"}
+    assert set(figures) == DECODING | own
     assert figures["int8_vs_float32"] > 0 and figures["bandwidth_share"] > 0
+    assert figures["seconds_around_kernels"] > 0
     assert figures["peer_tokens_per_second"] is None
     assert "peer left out" in capsys.readouterr().out
 
