@@ -39,10 +39,12 @@ def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> di
     sampling = Sampling(max_new_tokens=arguments.new_tokens, temperature=0)
     matrix, vector = torch.ones(READ_BYTES // 4 // 1024, 1024), torch.ones(1024)
 
-    def answer(contender: LlamaAdapter, _: int) -> float:
-        """Seconds for each token after the first."""
+    def answer(contender: LlamaAdapter, _: int, calls: list[float] | None = None) -> float:
+        """Seconds for each token after the first. ``calls`` is emptied when their time begins."""
         stream = stream_tokens(partial(contender, adapter="none"), question, sampling, ())
         next(stream)
+        if calls is not None:
+            calls.clear()
         first = time.perf_counter()
         for _ in stream:
             pass
@@ -80,12 +82,11 @@ def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> di
     kernels = load_kernels()
     if kernels is not None:  # else torch computes, which the line on standard error says
         with _watched(kernels, ("decode", "linear")) as compiled:
-            shares_of_token = []
-            for _ in range(arguments.pairs):
-                compiled.clear()
-                whole = answer(model, 0) * (arguments.new_tokens - 1)
-                shares_of_token.append((whole - sum(compiled)) / (arguments.new_tokens - 1))
-        around = statistics.median(shares_of_token)
+            others = [
+                answer(model, 0, compiled) - sum(compiled) / (arguments.new_tokens - 1)
+                for _ in range(arguments.pairs)
+            ]
+        around = statistics.median(others)
         print(f"around the compiled calls, Python and torch take {1e3 * around:.2f} ms of a token")
     figures = {
         f"{quantized}_vs_float32": ratio(full, ours),

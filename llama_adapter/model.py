@@ -78,6 +78,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         self.base = base or str(decoder.config._name_or_path)
         self.weights = weights
         self._towers = {}
+        self._precisions_told = set()
         self.adapters = AdapterDict()
         self.active_adapter = NO_ADAPTER
         self.config = decoder.config

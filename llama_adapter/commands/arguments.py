@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -18,7 +19,7 @@ from llama_adapter.weights.catalogue import DEFAULT_BASE
 if TYPE_CHECKING:  # slow to import; --help and mistyped options are answered without torch
     from llama_adapter.model import LlamaAdapter
 
-FORMATS = ("int8", "int4")  # for --quantize. formats.py has them too, but imports torch.
+FORMATS = ("int8", "int4", "nf4")  # for --quantize. formats.py has them too, but imports torch.
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,8 +70,12 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="DIR", help="look up names in this folder")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add --base, --weights, --device, --dtype and --quantize."""
+def add_model_options(parser: argparse.ArgumentParser, *, answers: bool = False) -> None:
+    """Add --base, --weights, --device, --dtype and --quantize.
+
+    Args:
+        answers: the command only answers, so int8 is the default where it is fast.
+    """
     parser.add_argument(
         "--base",
         help="name, folder, hub id or GGUF file of a decoder (default: the adapter's own, else "
@@ -86,10 +91,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=FORMATS,
+        choices=(*FORMATS, "none"),
+        default="auto" if answers else None,
         metavar="FORMAT",
-        help=f"keep the decoder's weights as {' or '.join(FORMATS)}, which takes less memory and time "
-        "(default: unchanged)",
+        help=f"keep the decoder's weights as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, which takes less "
+        f"memory; none keeps them unchanged (default: {'int8 on a CPU, else none' if answers else 'none'})",
     )
 
 
@@ -115,6 +121,8 @@ def load_model(arguments: argparse.Namespace) -> LlamaAdapter:
 
     quieten_libraries()
     options = {name: getattr(arguments, name) for name in ("weights", "device", "dtype", "quantize")}
+    if options["quantize"] == "auto" and options["dtype"] not in (None, "auto"):
+        options["quantize"] = "none"  # a dtype was asked for
     adapter = getattr(arguments, "adapter", NO_ADAPTER) or AUTO
     if adapter == AUTO and not shipped_adapters(arguments.base, arguments.weights):
         adapter = NO_ADAPTER
@@ -134,12 +142,18 @@ def quieten_libraries() -> None:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    warnings.showwarning = _print_warning
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     bars = not are_progress_bars_disabled()
     logging.disable_progress_bar()  # of the hub too
     if bars:
         enable_progress_bars()
+
+
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line, without the place in the code that gave it."""
+    print(message, file=sys.stderr)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

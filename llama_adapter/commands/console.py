@@ -133,7 +133,7 @@ def _parser() -> Parser:
 
 def _add_answering_options(parser: argparse.ArgumentParser) -> None:
     add_adapter_option(parser)
-    add_model_options(parser)
+    add_model_options(parser, answers=True)
     parser.add_argument("--system", default="", metavar="TEXT", help="a system text before the conversation")
     parser.add_argument(
         "--allow-urls", action="store_true", help="allow pictures to be fetched from public web addresses"

@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m demo")
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = Parser(prog=program, description=__doc__)
     add_adapter_option(parser)
-    add_model_options(parser)
+    add_model_options(parser, answers=True)
     group = parser.add_argument_group("page")
     group.add_argument("--adapters", type=Path, metavar="DIR", help="one more folder of adapters to offer")
     group.add_argument(

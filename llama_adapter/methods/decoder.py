@@ -29,8 +29,10 @@ from transformers.utils.hub import cached_file
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.probe import prepare_decoder
 from llama_adapter.methods.shape import DecoderShape
-from llama_adapter.quantization.formats import check_format
+from llama_adapter.quantization.formats import AUTO, CHOICES, FORMATS, INT8, check_format
 from llama_adapter.quantization.gguf_files import load_gguf
+from llama_adapter.quantization.kernels import find_compiler
+from llama_adapter.quantization.libraries import library_config
 from llama_adapter.quantization.linear import quantize_decoder
 from llama_adapter.quantization.stored import load_stored, store, stored_file
 from llama_adapter.weights.hub import gated_error
@@ -111,21 +113,25 @@ def load_decoder(
 
     Args:
         device: where the decoder is loaded to, unless ``options`` has a ``device_map``.
-        quantize: the format for its weights (`quantization.formats`); None does not quantise.
+        quantize: the format for its weights (`quantization.formats`). On a CPU int8 and int4 are ours; the
+            others are those of transformers' quantizers. "auto" is int8 on a CPU. None and "none" keep the
+            weights as they are.
         gguf_file: the name of a GGUF file in the folder or the hub's repository.
         options: all else that transformers' ``from_pretrained`` takes.
 
     Raises:
         UsageError: not found, gated, no decoder, of a family that can't be adapted, or a format that is
-        unknown or
-            not available on the device.
+            unknown, not available on the device, or of a library that is not installed.
     """
     on_cpu = device.type == "cpu" and options.get("device_map") is None
-    if quantize is not None:
-        check_format(quantize)
-        if not on_cpu:
-            place = options.get("device_map") or device.type
-            raise UsageError(f"quantize: {quantize} runs on a CPU only, not on {place!r}; choose device cpu")
+    by_default = not options
+    if quantize not in (None, *CHOICES):
+        check_format(str(quantize))
+        if options.get("quantization_config") is not None:
+            raise UsageError(f"quantize: {quantize} and quantization_config given; give one of them")
+        if not on_cpu or quantize not in FORMATS:
+            options["quantization_config"] = library_config(str(quantize), device, dtype)
+            quantize = None
     if options.get("quantization_config") is not None and options.get("device_map") is None:
         options["device_map"] = {"": device}  # quantised on the device where they stay
     hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
@@ -135,10 +141,12 @@ def load_decoder(
         place, named = _source(base, file)
         # Before all else, so that an unreachable hub is waited for only once.
         config = AutoConfig.from_pretrained(place, **named, **hub)
+        if quantize in CHOICES:
+            fast = quantize == AUTO and on_cpu and file is None
+            quantize = _fast_format(config, options) if fast else None
         as_it_is = file is not None and quantize is None and options.get("quantization_config") is None
         if file is not None and as_it_is and on_cpu:
             return prepare_decoder(load_gguf(file, config, dtype))
-        by_default = not options
         if file is not None:
             # Otherwise transformers would treat the dequantised weights as quantised.
             options.setdefault("quantization_config", GgufConfig(dequantize=True))
@@ -158,6 +166,12 @@ def load_decoder(
     return prepare_decoder(decoder if placed else decoder.to(device, dtype))
 
 
+def _fast_format(config: PreTrainedConfig, options: dict[str, Any]) -> str | None:
+    """int8 if our kernels compute with it and the base is not quantised already."""
+    given = options.get("quantization_config") or getattr(config, "quantization_config", None)
+    return None if given or find_compiler() is None else INT8
+
+
 def _load_quantized(
     place: str, config: PreTrainedConfig, format: str, path: Path | None, options: dict[str, Any]
 ) -> PreTrainedModel:
@@ -169,6 +183,8 @@ def _load_quantized(
         quantize_decoder(decoder, format)
         if path is not None:
             store(decoder, path)
+            # From the file, which is mapped into memory: what quantising took is freed.
+            decoder = load_stored(place, config, path) or decoder
     return decoder
 
 

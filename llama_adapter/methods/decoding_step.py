@@ -221,7 +221,7 @@ class DecodingStep:
         if starts is None or embeds.dtype != torch.float32 or layers[0].keys.dtype != torch.float32:
             return None
         added = None if adapter is None else self._added(adapter, rows)
-        if added is not None and not added.known:
+        if adapter is not None and (added is None or not added.known):
             return None
         if position_ids is None:
             position_ids = torch.full((1, 1), length)

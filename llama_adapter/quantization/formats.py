@@ -28,8 +28,12 @@ from torch.nn import functional as F
 from llama_adapter.common.errors import UsageError
 
 BLOCK = 32
+SLICE = 1 << 22  # weights that are quantised at a time: each takes some floats meanwhile
 INT8, INT4 = "int8", "int4"
-FORMATS = (INT8, INT4)
+FORMATS = (INT8, INT4)  # ours
+NF4 = "nf4"  # bitsandbytes'
+AUTO, AS_IT_IS = "auto", "none"
+CHOICES = (AUTO, AS_IT_IS)  # in place of a format: int8 if it is fast, or the weights as they are
 GGUF_KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")  # which kernels.cpp reads
 CODES = {name: code for code, name in enumerate((*FORMATS, *GGUF_KINDS), start=1)}  # their numbers there
 
@@ -57,15 +61,25 @@ class Quantized:
 
 
 def check_format(name: str) -> str:
-    """The name of a format, unchanged. Raises UsageError if it is unknown."""
-    if name not in FORMATS:
-        raise UsageError(f"quantize: {name!r} is not known; choose one of {', '.join(FORMATS)}")
+    """The name of a format, ours or a library's. Raises UsageError for any other."""
+    if name not in (*FORMATS, NF4):
+        known = ", ".join((*FORMATS, NF4, *CHOICES))
+        raise UsageError(f"quantize: {name!r} is not known; choose one of {known}")
     return name
 
 
 @torch.no_grad()
 def quantize(weight: Tensor, format: str) -> Quantized:
     """Quantise a matrix (N, K). Each number is the nearest one for the scale as it is stored."""
+    columns = weight.shape[1]
+    parts = [_quantize(part, format) for part in weight.split(max(1, SLICE // columns))]
+    numbers = torch.cat([part.numbers for part in parts])
+    scales = [part.scales for part in parts if part.scales is not None]
+    offsets = [part.offsets for part in parts if part.offsets is not None]
+    return Quantized(format, columns, numbers, torch.cat(scales), torch.cat(offsets) if offsets else None)
+
+
+def _quantize(weight: Tensor, format: str) -> Quantized:
     columns = weight.shape[1]
     blocks = _blocks(weight.float())
     if format == INT8:

@@ -160,6 +160,12 @@ def kernel_folder() -> Path:
     return cache_folder() / "kernels"
 
 
+def find_compiler() -> str | None:
+    """The C++ compiler that $CXX names, else the first one there is; None where there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    return next((found for found in map(shutil.which, names) if found), None)
+
+
 def _build() -> Path:
     """The file of the compiled library. It is compiled if it is not there.
 
@@ -167,14 +173,13 @@ def _build() -> Path:
         OSError: there is no compiler, or the folder can't be written.
         subprocess.SubprocessError: the compiler failed.
     """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
-    compiler = next((found for found in map(shutil.which, names) if found), None)
+    compiler = find_compiler()
     key = f"{SOURCE.read_text()} {_processor()} {OPTIMISATION} {WISHES}"
     target = kernel_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if target.is_file():
         return target
     if compiler is None:
-        raise FileNotFoundError(f"no {', '.join(names)} was found")
+        raise FileNotFoundError(f"no {', '.join(COMPILERS)} was found")
     target.parent.mkdir(parents=True, exist_ok=True)
     failure: subprocess.CalledProcessError | None = None
     with write_atomically(target) as temporary:

@@ -47,12 +47,12 @@ def stored_file(base: str, config: PreTrainedConfig, format: str) -> Path | None
         within = folder.iterdir() if folder.is_dir() else [folder]
         files = sorted(path for path in within if path.suffix in _WEIGHTS)
         state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        version = json.dumps([str(folder.resolve()), state])
+        name, version = str(folder.resolve()), json.dumps(state)
     else:
-        version = str(getattr(config, "_commit_hash", None) or "")
+        name, version = base, str(getattr(config, "_commit_hash", None) or "")
     if not version:
         return None
-    key = hashlib.sha256(f"{VERSION} {__version__} {base} {version}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{VERSION} {__version__} {name} {version}".encode()).hexdigest()[:12]
     return cache_folder() / "quantized" / f"{folder.name}-{format}-{key}.safetensors"
 
 

@@ -34,6 +34,7 @@ from llama_adapter.methods.decoder import (
     load_decoder,
     load_tokenizer,
 )
+from llama_adapter.quantization import formats
 from llama_adapter.surface.adapter_dict import module_name
 from llama_adapter.surface.named_adapters import AUTO, NO_ADAPTER, NamedAdapters, default_name
 from llama_adapter.weights import locations
@@ -77,8 +78,8 @@ class Folders(NamedAdapters):
             device: cpu, cuda or mps. None takes the fastest one available.
             dtype: float32, bfloat16 or float16, by name or as a torch dtype. None takes what is fast on the
                 device.
-            quantize: the format of the decoder's weights: int8 or int4. None keeps them as they are, those
-                of a GGUF file in its blocks.
+            quantize: the format of the decoder's weights: int8, int4 or nf4. "auto" is int8 on a CPU. None
+                and "none" keep them as they are, those of a GGUF file in its blocks.
             **options: those of transformers' ``from_pretrained``: ``device_map``, ``quantization_config``,
                 ``revision``, ``token``, ``cache_dir``, ``trust_remote_code`` and others.
 
@@ -99,7 +100,10 @@ class Folders(NamedAdapters):
             found, **{n: v for n, v in options.items() if n in HUB_OPTIONS or n == "gguf_file"}
         )
         name = locations.name_of(found, kind="base", weights=weights)
-        return cls(decoder, tokenizer, base=name, weights=weights)
+        model = cls(decoder, tokenizer, base=name, weights=weights)
+        if quantize == formats.AUTO:  # not chosen by anyone, and as good as what adapters were trained on
+            model._precisions_told.add(formats.AS_IT_IS)
+        return model
 
     @classmethod
     def from_pretrained(

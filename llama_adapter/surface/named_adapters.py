@@ -29,7 +29,7 @@ from llama_adapter.methods.projection import VisionConfig
 from llama_adapter.methods.shape import DecoderShape, default_adapted_layers
 from llama_adapter.methods.sites import SitePart, projections_of
 from llama_adapter.methods.table import PARTS, build_configs
-from llama_adapter.quantization.linear import format_of
+from llama_adapter.quantization.libraries import precision_of
 from llama_adapter.surface.adapter_dict import AdapterDict, module_name
 from llama_adapter.surface.carried import carry
 from llama_adapter.surface.effect import check_offloading
@@ -53,6 +53,7 @@ class NamedAdapters(PassedOn):
     base: str
     weights: str | Path | None
     _switched_off: str | None = None  # the adapter that `enable_adapters` switches on again, if any
+    _precisions_told: set[str]  # those of adapters for which it was said that the base has another
 
     @property
     def shape(self) -> DecoderShape:
@@ -132,7 +133,7 @@ class NamedAdapters(PassedOn):
             template=template,
             projections=projections_of(self.decoder, adapted_layers) if at_sites else {},
             template_date=template_date if dated else None,
-            quantization=format_of(self.decoder),
+            quantization=precision_of(self.decoder),
         )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         adapter = Adapter(config, generator)
@@ -176,11 +177,12 @@ class NamedAdapters(PassedOn):
                 f"{what_to_do}",
                 stacklevel=3,
             )
-        here, then = (found or "no" for found in (format_of(self.decoder), adapter.config.quantization))
-        if here != then:
+        here, then = (found or "none" for found in (precision_of(self.decoder), adapter.config.quantization))
+        if here != then and then not in self._precisions_told:
+            self._precisions_told.add(then)  # once is enough: a page loads several adapters
             warnings.warn(
-                f"adapter {name!r} was trained with {then} quantisation, {self.base!r} has {here} here; its "
-                "answers may be a little worse",
+                f"adapter {name!r} was trained with quantization {then}; {self.base!r} has {here} here, so "
+                "answers may differ a little",
                 stacklevel=3,
             )
         if any(isinstance(part, SitePart) for part in adapter.parts):

@@ -110,6 +110,7 @@ def test_a_gguf_file_is_measured_beside_its_size(
     options = ["--suite", "decoding", "--pairs", "1", "--new-tokens", "2"]
     figures = measure(monkeypatch, tmp_path, "--base", str(tmp_path / "tiny.gguf"), *options)
     own = {"gguf_vs_float32", "gguf_memory_vs_file", "bandwidth_share", "peer_tokens_per_second"}
+    own |= {"seconds_around_kernels"}
     assert set(figures) == DECODING | own
     assert 0.9 < figures["gguf_memory_vs_file"] <= 1.05
     assert "times its file" in capsys.readouterr().out

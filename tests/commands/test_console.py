@@ -29,6 +29,7 @@ from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.methods.checkpoint import CONFIG_FILE, load_adapter, save_adapter
 from llama_adapter.methods.projection import Projection
 from llama_adapter.model import LlamaAdapter
+from llama_adapter.quantization import stored
 from llama_adapter.weights.catalogue import CATALOGUE, DEFAULT_BASE
 from llama_adapter.weights.fetch import PROVENANCE
 from tests.conftest import CHECKOUT
@@ -91,7 +92,7 @@ def make_adapter(folder: Path, decoder: Any, *, base: str, seed: int = 1, **sett
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Tiny weights by the names of the real ones, where every command of this file looks for them."""
-    folder = tmp_path_factory.mktemp("weights")
+    folder, cache = (tmp_path_factory.mktemp(name) for name in ("weights", "cache"))
     tokenizer = build_tiny_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     for name, width in ((BASE, 32), ("other-base", 64)):
@@ -106,6 +107,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / BASE / PROVENANCE).write_text('{"file_bytes": {}}')  # as if `fetch` had made it
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAMA_ADAPTER_WEIGHTS", str(folder))
+        patch.setattr(stored, "cache_folder", lambda: cache)
         yield folder
 
 
@@ -114,7 +116,7 @@ pytestmark = pytest.mark.usefixtures("weights")
 
 @pytest.fixture(scope="module")
 def model(weights: Path) -> LlamaAdapter:
-    return LlamaAdapter.from_pretrained(ADAPTER)
+    return LlamaAdapter.from_pretrained(ADAPTER, quantize="auto")  # as commands that answer load it
 
 
 def greedy(model: LlamaAdapter, question: str | list[Turn], **kwargs: Any) -> str:
@@ -533,7 +535,7 @@ SEES = (*GREEDY, "--adapter", SEEING)
 
 @pytest.fixture(scope="module")
 def seeing(weights: Path) -> LlamaAdapter:
-    return LlamaAdapter.from_pretrained(SEEING)
+    return LlamaAdapter.from_pretrained(SEEING, quantize="auto")
 
 
 @pytest.fixture(scope="module")

@@ -305,8 +305,9 @@ def test_an_adapter_says_once_where_its_base_has_another_precision(tmp_path: Pat
         warnings.simplefilter("error")
         model.load_adapter(tmp_path / "adapter", name="again")
     plain = LlamaAdapter(build_tiny_decoder(), base="tiny-base")
-    with pytest.warns(UserWarning, match="int8 quantisation, 'tiny-base' has no here") as told:
+    with pytest.warns(UserWarning, match="with quantization int8; 'tiny-base' has none here") as told:
         plain.load_adapter(tmp_path / "adapter", name="elsewhere")
+        plain.load_adapter(tmp_path / "adapter", name="once more")
     assert len(told) == 1
 
 
