@@ -14,12 +14,13 @@ SMALL_BASE := smollm2-135m-instruct
 demo: .venv/installed
 	@base=$$($(BIN)/llama-adapter fetch $(or $(BASE),--else $(SMALL_BASE))) && exec $(BIN)/python -m demo --base "$$base"
 
-# Two workers with one thread each: more threads than cores makes torch many times slower.
+# Two workers with one thread each: more threads than cores makes torch many times slower. Files keep the order
+# that tests/conftest.py gives them, the longest first.
 test: base .venv/chromium
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy llama_adapter train eval demo benchmarks
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What takes minutes each.
 test-slow: base .venv/chromium

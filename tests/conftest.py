@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Settings and fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -11,14 +11,41 @@ from hypothesis import settings
 
 from llama_adapter.weights.fetch import PROVENANCE
 
-# A shell that starts the tests in the background (`nohup make test &`) lets them ignore Ctrl-C, and every
-# process that they start inherits that. The tests send Ctrl-C themselves, so it has to work as in a terminal.
+# If a shell starts the tests in the background (`nohup make test &`), they ignore Ctrl-C, and so does every
+# process that they start. But the tests send Ctrl-C themselves, so it has to work as in a terminal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
-# A slow example says that the machine is busy, not that the code is wrong.
+# The files whose tests take longest. They come first, so that the workers of a parallel run end at about the
+# same time: xdist gives whole files to workers (`--dist loadfile`), and a long one at the end would keep one
+# waiting.
+LONG_FILES = (
+    "tests/page/test_browser.py",
+    "tests/test_readme.py",
+    "tests/benchmarks/test_throughput.py",
+    "tests/test_wheel.py",
+    "tests/commands/test_eval_methods.py",
+    "tests/test_model.py",
+    "tests/common/test_processes.py",
+    "tests/commands/test_train_vqa.py",
+    "tests/commands/test_train_scienceqa.py",
+    "tests/page/test_server.py",
+    "tests/training/test_safety.py",
+    "tests/vision/test_contrastive.py",
+    "tests/methods/test_compile.py",
+    "tests/benchmarks/test_families.py",
+    "tests/commands/test_console.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {CHECKOUT / file: number for number, file in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+# A slow example means that the machine is busy, not that the code is wrong.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
@@ -52,7 +79,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="module")
 def uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Gradio's folder for uploads, of one module's own: other pages clear theirs away when they close."""
+    """A folder for Gradio's uploads, one for each module: other pages delete theirs when they close."""
     folder = tmp_path_factory.mktemp("uploads")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
@@ -61,7 +88,7 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def upload(uploads: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Puts a file where Gradio puts what is uploaded."""
+    """A function that puts a file where Gradio puts uploads."""
 
     def put(name: str, content: bytes) -> Path:
         folder = uploads / tmp_path.name

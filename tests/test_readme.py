@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from llama_adapter.__main__ import main
 from tests.conftest import CHECKOUT
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -27,47 +29,60 @@ def expected(line: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder in which the commands find the examples, and leave what they write."""
+    """An empty folder, with the examples, in which the commands run and write their results."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "examples").symlink_to(CHECKOUT / "examples")
     return folder
 
 
-def run(command: list[str], place: Path) -> str:
-    binaries = Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(CHECKOUT),
-    }
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run a line of the README, with more words at its end, and return what it prints.
+
+    It runs in this process, which imports the libraries only once. tests/test_wheel.py starts processes.
+    """
+
+    def run(line: str, *more: str) -> str:
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(sys, "argv", [*shlex.split(line, comments=True), *more])
+        assert sys.argv[0] == "llama-adapter"
+        code = main()
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        return printed.out
+
+    return run
 
 
 @pytest.mark.usefixtures("base_folder")
 @pytest.mark.parametrize("block", blocks("bash"))
-def test_the_commands_run(block: str, place: Path) -> None:
+def test_the_commands_run(block: str, run: Callable[..., str]) -> None:
     for line in block.splitlines():
-        said = run(["bash", "-c", line], place)
+        said = run(line)
         assert said.strip() and all(word in said.lower() for word in expected(line)), (line, said)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("base_folder")
 @pytest.mark.parametrize("seed", [1, 2])
-def test_the_answers_are_steady(seed: int, place: Path) -> None:
+def test_the_answers_are_steady(seed: int, run: Callable[..., str]) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines() if expected(line)]
     assert len(lines) >= 2
     for line in lines:
-        said = run(["bash", "-c", f"{line.partition('#')[0]} --seed {seed}"], place)
+        said = run(line, "--seed", str(seed))
         assert all(word in said.lower() for word in expected(line)), (line, said)
 
 
 @pytest.mark.usefixtures("base_folder")
 @pytest.mark.parametrize("block", blocks("python"))
-def test_the_python_runs(block: str, place: Path) -> None:
-    said = run([sys.executable, "-c", block], place)
+def test_the_python_runs(
+    block: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    exec(compile(block, "README.md", "exec"), {})
+    said = capsys.readouterr().out
     assert said.strip()
     for line in block.splitlines():
         assert all(word in said.lower() for word in expected(line)), (line, said)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import eval.alpaca
 import train.alpaca
 from llama_adapter.common.errors import UsageError
 from tests.conftest import CHECKOUT
+from tests.own_process import OwnProcess
 from tests.pasted import run_pasted
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder
@@ -125,11 +125,12 @@ def test_the_commands_that_it_ends_with_work(
     assert ("--validation-rows" in score) == (not more)
 
 
-def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(base: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    command = [sys.executable, "-m", "train.alpaca"]
-    subprocess.run([*command, *options(base, whole)], cwd=CHECKOUT, check=True, capture_output=True)
-    victim = subprocess.Popen([*command, *options(base, cut)], cwd=CHECKOUT, stderr=subprocess.DEVNULL)
+    run(train.alpaca, options(base, whole), monkeypatch)
+    victim = OwnProcess("train.alpaca", *options(base, cut))
     metrics = cut / "metrics.jsonl"
     for _ in range(6000):
         if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
@@ -137,10 +138,8 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(base: Path, tmp
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    resumed = subprocess.run(
-        [*command, *options(base, cut, "--resume")], cwd=CHECKOUT, check=True, capture_output=True, text=True
-    )
-    assert "going on from step" in resumed.stderr
+    run(train.alpaca, options(base, cut, "--resume"), monkeypatch)
+    assert "going on from step" in capsys.readouterr().err
     assert losses(cut) == losses(whole)
     final = "adapter_model.safetensors"
     assert (cut / final).read_bytes() == (whole / final).read_bytes()
@@ -194,16 +193,14 @@ def test_a_mistyped_option_is_told_in_one_line(module: str) -> None:
 
 def test_ctrl_c_ends_a_run_with_130(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "train.alpaca", *options(base, output, "--epochs", "500")]
-    training = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
+    training = OwnProcess("train.alpaca", *options(base, output, "--epochs", "500"))
     for _ in range(6000):
         if (output / "metrics.jsonl").exists() and (output / "metrics.jsonl").stat().st_size:
             break
         time.sleep(0.01)
-    os.kill(training.pid, signal.SIGINT)
-    _, told = training.communicate(timeout=60)
-    assert training.returncode == 130
-    assert "--resume goes on from there" in told and "Traceback" not in told
+    training.send_signal(signal.SIGINT)
+    assert training.wait() == 130
+    assert "--resume goes on from there" in training.stderr and "Traceback" not in training.stderr
 
 
 # --- what the screen and run.json say of the data -----------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Several processes of one run: what they compute together is what one computes alone."""
+"""Several processes of one run: together they compute what a single process computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from llama_adapter.common.processes import Processes, running_processes
 from llama_adapter.data.examples import Example
 from llama_adapter.packing.pack import deal
 from tests.conftest import CHECKOUT
+from tests.own_process import OwnProcess
 from tests.train_tiny import build
 
 
@@ -28,18 +28,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def launch(
-    arguments: list[str], *, processes: int = 2, config: str | None = "ddp", code: int = 0
-) -> subprocess.CompletedProcess[str]:
-    """Run a module by `accelerate launch` (by torchrun where there is no config) and expect an exit code."""
-    places = ["--main_process_port" if config else "--master-port", str(free_port())]
-    if config:
-        started = ["accelerate.commands.launch", "--config_file", str(CHECKOUT / f"configs/{config}.yaml")]
-        started += ["--num_processes", str(processes)]
-    else:
-        started = ["torch.distributed.run", "--nproc-per-node", str(processes)]
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a module in two processes with `accelerate launch`."""
+    options = ["--config_file", str(CHECKOUT / "configs/ddp.yaml"), "--num_processes", "2"]
+    options += ["--main_process_port", str(free_port())]
     done = subprocess.run(
-        [sys.executable, "-m", *started, *places, "-m", *arguments],
+        [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", *arguments],
         cwd=CHECKOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -47,8 +41,19 @@ def launch(
         check=False,
         timeout=300,
     )
-    assert done.returncode == code, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def together(module: str, *arguments: str, code: int = 0) -> list[OwnProcess]:
+    """Run a module in two processes, as a launcher would. Both have to end with the exit code."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(free_port())
+    own = [{"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    processes = [OwnProcess(module, *arguments, environment=shared | ranks) for ranks in own]
+    for process in processes:
+        assert process.wait() == code, process.stderr[-3000:]
+    return processes
 
 
 def losses(output: Path) -> list[float]:
@@ -97,21 +102,13 @@ def test_one_process_gets_the_rows_as_they_are() -> None:
 # --- two processes, by gloo ---------------------------------------------------------------------------------
 
 
-def train(output: Path, *more: str, processes: int = 2, **options: Any) -> subprocess.CompletedProcess[str]:
-    arguments = ["tests.train_tiny", "--output", str(output), *more]
-    if processes == 1:
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done
-    return launch(arguments, processes=processes, **options)
+TRAINING = ("tests.train_tiny", "--output")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("alone") / "run"
-    train(output, processes=1)
+    OwnProcess(*TRAINING, str(output)).finish()
     return output
 
 
@@ -123,9 +120,9 @@ def expect_same(output: Path, alone: Path) -> None:
 
 
 def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
-    """Pictures are in some batches only, and the last batch of an epoch is one row: one process has none."""
+    """Only some batches have pictures. An epoch's last batch is a single row, so one process has none."""
     output = tmp_path / "run"
-    done = train(output)
+    done = launch(*TRAINING, str(output))
     expect_same(output, alone)
     assert done.stderr.count("validation loss") == (alone.parent / "run/metrics.jsonl").read_text().count(
         "validation_loss"
@@ -138,9 +135,9 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_train_other_methods_as_one(tmp_path: Path) -> None:
-    """Each has an extra: a penalty and the choice of ranks, gradients that are handed on, chosen weights."""
+    """Each does something more: a penalty and a choice of ranks; gradients passed on; a choice of weights."""
     methods = ("adalora", "full", "selected")
-    train(tmp_path / "two", "--methods", *methods, config=None)
+    together(*TRAINING, str(tmp_path / "two"), "--methods", *methods)
     for method in methods:
         build(method, tmp_path / "one" / method).run()
         expect_same(tmp_path / "two" / method, tmp_path / "one" / method)
@@ -148,28 +145,28 @@ def test_two_processes_train_other_methods_as_one(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_with_another_number_of_processes(alone: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    train(output, "--stop-after", "5", processes=2, config=None, code=1)
+    together(*TRAINING, str(output), "--stop-after", "5", code=130)
     assert len(losses(output)) == 5
-    done = train(output, "--resume", processes=1)
+    done = OwnProcess(*TRAINING, str(output), "--resume").finish()
     assert "going on from step 5" in done.stderr
     expect_same(output, alone)
 
 
 def test_a_mistake_ends_all_processes_with_one_line(alone: Path) -> None:
-    done = train(alone, config=None, code=1)
-    assert done.stderr.count("holds a run already") == 1
+    told = "".join(process.stderr for process in together(*TRAINING, str(alone), code=2))
+    assert told.count("holds a run already") == 1
 
 
 def test_a_sharded_decoder_gives_the_same(alone: Path, tmp_path: Path) -> None:
-    """accelerate shards on accelerators only: here the decoder is sharded by the call that it makes."""
+    """accelerate shards only on accelerators. Here the decoder is sharded with the function that it calls."""
     output = tmp_path / "run"
-    train(output, "--shard", config=None)
+    together(*TRAINING, str(output), "--shard")
     expect_same(output, alone)
 
 
 def test_a_sharded_decoder_generates_the_same() -> None:
-    done = launch(["tests.generate_tiny"], config=None)
-    assert done.stdout.count("the same tokens: True") == 2
+    for process in together("tests.generate_tiny"):
+        assert "the same tokens: True" in process.stdout
 
 
 def test_the_decoder_is_not_sharded_unless_asked() -> None:

@@ -1,10 +1,9 @@
-"""What can go wrong under a training: it is killed, the disk fills up, the data vanish or change."""
+"""What can go wrong in a training: it is killed, the disk is full, the data are gone or have changed."""
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import random
 import shutil
 import signal
@@ -21,34 +20,15 @@ from llama_adapter.common.errors import run_command
 from llama_adapter.training import run_folder
 from tests.commands.test_train_alpaca import DATA, base, options  # noqa: F401  (base is a fixture)
 from tests.conftest import CHECKOUT
+from tests.own_process import OwnProcess
 from tests.training.test_trainer import losses, trainer, weights
 
 EPOCHS = 40  # of four steps, a checkpoint after each
 
 
-def start(output: Path, *more: str) -> subprocess.Popen[str]:
-    command = [
-        "tests.train_tiny",
-        "--output",
-        str(output),
-        "--epochs",
-        str(EPOCHS),
-        "--checkpoint-every",
-        "1",
-    ]
-    return subprocess.Popen(
-        [sys.executable, "-m", *command, *more],
-        cwd=CHECKOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told[-3000:]
-    return told
+def start(output: Path, *more: str) -> OwnProcess:
+    options = ["--output", str(output), "--epochs", str(EPOCHS), "--checkpoint-every", "1"]
+    return OwnProcess("tests.train_tiny", *options, *more)
 
 
 def lines_in(path: Path) -> int:
@@ -56,28 +36,28 @@ def lines_in(path: Path) -> int:
 
 
 def kill_at_a_random_moment(output: Path, moments: random.Random, *more: str) -> None:
-    """Start a run or go on with it, and kill -9 it at some moment before its end."""
+    """Start or resume a run, and kill it with SIGKILL at a random moment before its end."""
     process = start(output, *more)
     metrics = output / "metrics.jsonl"
-    enough = lines_in(metrics) + 1  # so that every session gets somewhere
+    enough = lines_in(metrics) + 1  # so that every session makes progress
     deadline = time.monotonic() + 120
-    while lines_in(metrics) < enough and process.poll() is None and time.monotonic() < deadline:
+    while lines_in(metrics) < enough and process.is_running() and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(moments.uniform(0, 0.15))
-    assert process.poll() is None, "the run was over before it could be killed; let it have more epochs"
+    assert process.is_running(), "the run was over before it could be killed; let it have more epochs"
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
 
 
 def expect_the_same_after(kills: int, tmp_path: Path, *, seed: int) -> None:
     moments = random.Random(seed)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    finish(start(whole))
+    start(whole).finish()
     kill_at_a_random_moment(cut, moments)
     for _ in range(kills - 1):
         kill_at_a_random_moment(cut, moments, "--resume")
     assert len(list((cut / "checkpoints").glob("step-*.pt"))) <= 3, "two are kept, and one may be new"
-    assert "going on from step" in finish(start(cut, "--resume"))
+    assert "going on from step" in start(cut, "--resume").finish().stderr
     assert losses(cut) == losses(whole)
     before, after = weights(whole), weights(cut)
     assert all(torch.equal(before[name], after[name]) for name in before)
