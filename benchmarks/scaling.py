@@ -176,7 +176,7 @@ def count_batches(data: str, base: str, size: int, shape: Shape) -> dict[str, fl
     rows = encode_records(records, template="alpaca", tokenizer=tokenizer, max_length=ROW_TOKENS)
     batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
     if not batches:
-        raise UsageError(f"{data}: {len(rows)} rows make no batch of {size}; lower --batch-size")
+        raise UsageError(f"{data}: {len(rows)} rows are fewer than a batch of {size}; lower --batch-size")
     packs = [pack(batch) for batch in batches]
     count = len(batches)
     tokens = sum(packed.input_ids.numel() for packed in packs) / count

@@ -24,7 +24,7 @@ def demo(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]
     from gradio_client import Client
 
     if not sys.platform.startswith("linux"):
-        print("left out: only Linux tells the memory of another process")
+        print("left out: only Linux reports the memory of another process")
         return {}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -38,7 +38,7 @@ def demo(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float]
             assert page.stdout is not None
             address = page.stdout.readline().split(" ")[0]  # empty if the process has ended
             if not address.startswith("http"):
-                raise UsageError("the page did not start; what it said is above")
+                raise UsageError("the page did not start; its output is above")
             served = time.perf_counter() - started
             client = Client(address, verbose=False)
             job = client.submit(

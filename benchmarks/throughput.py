@@ -133,7 +133,7 @@ def main() -> None:
     add_json_option(parser)
     arguments = parser.parse_args()
     if arguments.new_tokens < 2:
-        raise UsageError("new-tokens is 1; expected 2 or more, since the first is measured apart")
+        raise UsageError("new-tokens is 1; expected 2 or more, since the first is measured separately")
     untrained = argparse.Namespace(**{**vars(arguments), "adapter": arguments.adapter or "none"})
 
     import torch
@@ -231,7 +231,7 @@ def vision(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, floa
     from llama_adapter.decoding.streams import stream_tokens
 
     if not model.sees():
-        print("left out: the adapter knows nothing of pictures; name one that does with --adapter")
+        print("left out: the adapter can't see pictures; name one that can with --adapter")
         return {}
     photo, device = _photo(), model.decoder.device
     generator = torch.Generator().manual_seed(0)

@@ -95,7 +95,7 @@ def training(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, fl
         pair = pairs[label] = _take_turns(arguments, label, batches)
         other, packed = ([step.seconds for step in steps] for steps in (pair.other, pair.packed))
         low, _, high = quartiles(other, packed)
-        peaks = "left out: only Linux and CUDA tell it"
+        peaks = "left out: only Linux and CUDA report it"
         if pair.packed_peak is not None and pair.other_peak is not None:
             peaks = f"{pair.other_peak / MEGABYTE:,.0f} MB, packed {pair.packed_peak / MEGABYTE:,.0f}"
         print(

@@ -1,4 +1,4 @@
-"""Pictures to give, made here and now: good, huge and drawn ones."""
+"""Pictures for tests: good, huge and drawn ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes that generate with a tiny model, first whole, then sharded, for a test to launch."""
+"""Generates with a tiny model in two processes, first whole, then sharded. A test launches it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The method written out from its equations, slowly and without the library: what it must agree with.
+"""The method written out from its equations, slowly and without the library, for comparison.
 
-One row at a time, no padding, no cache; every head by itself, every softmax by its definition. `PlainDecoder`
-needs a family's own layers and replaces their attention; `plain_llama_logits` needs nothing but the weights.
+It computes one row at a time without padding or cache, each head separately, and each softmax by its
+definition. `PlainDecoder` uses a family's own layers and replaces their attention. `plain_llama_logits` uses
+only the weights.
 
 Shapes: T tokens, L adapted layers, H heads, G key-value heads, K prompts, d head width, D hidden size.
 """
@@ -21,7 +22,7 @@ NAME = "plain_reference"
 def read(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """softmax(q k^T s) v of one head: query (T, d), keys and values (S, d), visible (T, S)."""
+    """softmax(q k^T s) v for one head: query (T, d), keys and values (S, d), visible (T, S)."""
     scores = (query @ keys.T) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -70,7 +71,7 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def normalised_prompt_keys(family: str, layer: Any, keys: Tensor, width: int) -> Tensor:
-    """(K, G * d) as the family normalises its keys -> (G, K, d)."""
+    """(K, G * d) -> (G, K, d), with the family's normalisation of keys."""
     if family == "olmo2":
         return split_heads(rms_norm(keys, layer.k_norm.weight, layer.k_norm.variance_epsilon), width)
     heads = split_heads(keys, width)
@@ -94,7 +95,7 @@ def normalised_prompt_keys(family: str, layer: Any, keys: Tensor, width: int) ->
 
 
 def plain_keys_and_values(family: str, layer: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts (K, D) -> their keys and values, (G, K, d), as the family has them, not rotated."""
+    """Prompts (K, D) -> their keys and values, (G, K, d), by the family's own layers, not rotated."""
 
     def product(linear: Any, states: Tensor = prompts) -> Tensor:
         weight = linear.weight if type(linear).__name__ == "Conv1D" else linear.weight.T
@@ -106,7 +107,7 @@ def plain_keys_and_values(family: str, layer: Any, prompts: Tensor) -> tuple[Ten
         heads = split_heads(
             product(layer.kv_b_proj, rms_norm(latent, norm.weight, norm.variance_epsilon)), 10
         )
-        # The even columns of what is rotated come first; all heads share it.
+        # The even columns of the rotated part come first, and all heads share it.
         rotated = torch.cat((rotated[:, 0::2], rotated[:, 1::2]), dim=1).expand(len(heads), -1, -1)
         return torch.cat((heads[..., :6], rotated), dim=2), heads[..., 6:]
     width = layer.head_size if family == "gpt_neox" else layer.head_dim
@@ -116,7 +117,7 @@ def plain_keys_and_values(family: str, layer: Any, prompts: Tensor) -> tuple[Ten
         _, keys, values = product(layer.c_attn).split([32, width, width], dim=1)
     elif family == "phi3":
         _, keys, values = product(layer.qkv_proj).split([32, 16, 16], dim=1)
-    elif family == "gpt_neox":  # each head's query, key and value side by side
+    elif family == "gpt_neox":  # query, key and value of each head are neighbours
         parts = product(layer.query_key_value).unflatten(1, (-1, 3, width))
         keys, values = parts[:, :, 1].flatten(1), parts[:, :, 2].flatten(1)
     else:
@@ -140,7 +141,7 @@ def plain_attention(
         prompts, gate = layer.plain_prompts
         prompt_keys, prompt_values = plain_keys_and_values(layer.config.model_type, layer, prompts)
     window = kwargs.get("sliding_window")
-    if layer.config.model_type == "phimoe":  # its layers are not told
+    if layer.config.model_type == "phimoe":  # its layers do not know the config
         window = layer.config.sliding_window
     output = gated_heads(
         query[0],
@@ -216,7 +217,7 @@ def plain_llama_logits(decoder: PreTrainedModel, row: Tensor, prompts: Tensor, g
 
 
 def rotate(heads: Tensor, config: Any) -> Tensor:
-    """Rotary embedding of (H, T, d) at positions 0..T-1; angles in float32, as transformers has them."""
+    """Rotary embedding of (H, T, d) at positions 0..T-1. Angles are in float32, as in transformers."""
     half = heads.shape[2] // 2
     speeds = config.rope_parameters["rope_theta"] ** -(torch.arange(half, dtype=torch.float32) / half)
     angles = torch.arange(heads.shape[1], dtype=torch.float32)[:, None] * speeds
@@ -226,7 +227,7 @@ def rotate(heads: Tensor, config: Any) -> Tensor:
 
 
 def use_exact_norms(decoder: nn.Module) -> None:
-    """Let a decoder's RMS norms compute in its own dtype: transformers' float32 blurs float64."""
+    """Let a decoder's RMS norms compute in its own dtype: transformers' float32 would reduce float64."""
     for module in decoder.modules():
         if type(module).__name__.endswith("RMSNorm"):
             weight, eps = module.weight, module.variance_epsilon

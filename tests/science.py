@@ -15,7 +15,7 @@ SUBJECTS = ("natural science", "social science", "language science", None)
 
 
 def build_problems(folder: Path, *, rows: int = 20, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """Rows by split, each with its pid: colours to tell from a picture, or from the hint, or not at all."""
+    """Rows by split and pid. Their colours can be told from a picture, from the hint, or not at all."""
     draw = random.Random(seed)
     pictures = {}
     for colour in COLOURS:
@@ -50,7 +50,7 @@ def build_problems(folder: Path, *, rows: int = 20, seed: int = 0) -> dict[str, 
 
 
 def write_official(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> Path:
-    """The official release's files; returns the folder."""
+    """Write the files of the official release. Returns the folder."""
     problems, captions = {}, {}
     for split, rows in splits.items():
         for row in rows:
@@ -71,7 +71,7 @@ def write_official(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> Pat
 
 
 def write_hub(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> Path:
-    """A saved copy of the hub's data set; returns the folder."""
+    """Save a copy of the hub's data set. Returns the folder."""
     import datasets
 
     names = {"train": "train", "val": "validation", "test": "test"}

@@ -1,4 +1,4 @@
-"""A folder of the library imports only from folders above it, a file only from files above it."""
+"""A folder of the library imports only from folders above it; files within a folder import one way."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 LIBRARY = CHECKOUT / "llama_adapter"
 SCRIPTS = ("train", "eval", "demo", "benchmarks")
 
-# From the ground up: each may import from those before it.
+# From the bottom up: each may import from those before it.
 FOLDERS = (
     *("common", "weights", "data", "vision", "quantization", "methods", "packing", "decoding", "surface"),
     *("model", "training", "answering", "scienceqa", "comparison", "page", "commands"),
 )
-FACES = ("__init__", "__main__")  # the package's own, which import whatever they hand on
+FACES = ("__init__", "__main__")  # of the package; they may import everything that they export
 FILES = [path for path in sorted(LIBRARY.rglob("*.py")) if path.stem not in FACES]
 
 
@@ -29,7 +29,7 @@ def dotted(path: Path) -> str:
 
 
 def library_imports(path: Path) -> set[str]:
-    """The library's files that a file imports, wherever in it, as `dotted` names them."""
+    """The library's files that a file imports, anywhere in it, in the form of `dotted`."""
     known = {dotted(file) for file in FILES}
     imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -45,7 +45,7 @@ def library_imports(path: Path) -> set[str]:
 
 
 def top_imports(path: Path) -> set[str]:
-    """The first name of every module that a file imports."""
+    """The first part of the name of every module that a file imports."""
     imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):

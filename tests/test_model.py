@@ -432,8 +432,8 @@ def test_pictures_that_do_not_fit_are_refused(seeing: LlamaAdapter) -> None:
         refusal(lambda use=use: use(ids, image_features=FEATURES, image_owners=torch.tensor([0, 1])))
     blind = build_tiny_model(names=("first",))
     for model, name, said in (
-        (seeing, "none", "the bare base knows nothing of pictures"),
-        (blind, "first", "adapter 'first' knows nothing of pictures; choose one"),
+        (seeing, "none", "the bare base can't see pictures"),
+        (blind, "first", "adapter 'first' can't see pictures; choose one"),
     ):
         assert not model.sees(name)
         for action in (
@@ -682,7 +682,7 @@ def test_an_adapter_with_the_wrong_base_is_refused(tiny_base: Path, tmp_path: Pa
     message = refusal(lambda: LlamaAdapter.from_pretrained(tmp_path / "mine", base=str(other), device="cpu"))
     assert "other-base" in message and "tiny-base" in message and "4 layers" in message
     message = refusal(lambda: LlamaAdapter.from_pretrained(tiny_base, device="cpu"))
-    assert "no adapter folder" in message
+    assert "not an adapter folder" in message
 
 
 def test_bfloat16_keeps_the_adapter_in_float32(tiny_base: Path, tmp_path: Path) -> None:

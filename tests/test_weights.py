@@ -1,4 +1,4 @@
-"""What is shipped in weights/: it is small, its card says how it was made, and it does what it is for."""
+"""The shipped weights: they are small, their cards say how they were made, and they do what they are for."""
 
 from __future__ import annotations
 

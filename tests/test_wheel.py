@@ -1,4 +1,4 @@
-"""The wheel, installed apart from the checkout and used in an empty folder."""
+"""The wheel, installed outside of the checkout and used in an empty folder."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_it_holds_one_package_with_what_is_shipped(wheel: Path) -> None:
     shipped = {name.split("/")[2] for name in names if name.startswith("llama_adapter/shipped/")}
     carded = {card.parent.name for card in (CHECKOUT / "weights").glob("*/README.md")}
     assert shipped == carded and len(shipped) >= 4
-    assert not [name for name in names if "instruct/" in name]  # base models are fetched
+    assert not [name for name in names if "instruct/" in name]  # base models are fetched instead
 
 
 def test_a_user_trains_asks_and_scores(command: Command) -> None:

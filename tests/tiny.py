@@ -1,4 +1,4 @@
-"""Tiny stand-ins for what is downloaded: a tokenizer of each kind, trained on a few lines here and now."""
+"""Tiny tokenizers of each kind, trained on a few lines, in place of downloaded ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 320 tokens and a ChatML template: any text comes back from its ids as it was."""
+    """Byte-level BPE with 320 tokens and a ChatML template. Decoding its ids gives any text back exactly."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,10 +45,10 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
 def build_tiny_sentencepiece_tokenizer(
     *, words: Sequence[str] = (), specials: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """Built like LLaMA 1 and 2's: a space in front of every text, bytes as a fallback, BOS added, no chat.
+    """A tokenizer like those of LLaMA 1 and 2: a space before every text, byte fallback, BOS added, no chat.
 
     Args:
-        words: those that are one token, with what they start with; "▁" is a space.
+        words: words that are a single token, including the "▁" (a space) before them.
         specials: more control tokens.
     """
     specials = ["<unk>", "<s>", "</s>", *specials]

@@ -1,4 +1,4 @@
-"""Tiny random decoders and adapters that the tests share: built in milliseconds, the same every time."""
+"""Tiny random decoders and adapters for tests: built in milliseconds, and always the same."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ SHAPE = DecoderShape(
 )
 CONFIG = AdapterConfig(base="base", shape=SHAPE, adapted_layers=6)
 
-# For adapters that see: features of 6 numbers from a tower that nobody loads.
+# For adapters that see: 6 features, from a tower that is never loaded.
 VISION = VisionConfig(tower="tiny", tower_fingerprint="0" * 16, depths=(1, 2), feature_width=6, bottleneck=5)
 
-# What is particular to a family, set so that it matters in a decoder of width 32 and a row of ten tokens.
+# Settings special to a family, chosen so that they matter in a decoder of width 32 with rows of ten tokens.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 4},
@@ -44,14 +44,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": True, "logit_scale": 1.0},
     "starcoder2": {"sliding_window": 4},
 }
-# Families whose layers compute keys and values, or mask, in other ways.
+# Families whose layers compute keys and values, or masks, in different ways.
 UNUSUAL: dict[str, dict[str, Any]] = {
     # Keys and values cut out of one product, in four ways.
     "gpt2": {},
     "gpt_neox": {},
     "phi3": {"sliding_window": 4},
     "gpt_bigcode": {"multi_query": True},
-    # A window that only the mask knows; a norm without weights; one behind the rotation; a latent product.
+    # A window that only the mask has; a norm without weights; a norm after the rotation; a latent product.
     "phimoe": {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
     "nanochat": {},
     "hunyuan_v1_dense": {},
@@ -75,12 +75,12 @@ def build_tiny_decoder(
     vocab_size: int = 64,
     **settings: Any,
 ) -> PreTrainedModel:
-    """A decoder of width 32 with 3 layers of 4 heads (2 key-value), its weights random and of every size.
+    """A decoder of width 32 with 3 layers of 4 heads (2 key-value), with random weights of many sizes.
 
-    ``settings`` are the config's; None leaves one out that a family does not take.
+    ``settings`` are the config's. None leaves out one that a family does not have.
 
-    transformers' own start has weights so small that attention sees hardly a difference, norms of one and
-    biases of zero: with these a forgotten norm or scale would not show.
+    With transformers' initial values, weights are so small that attention hardly matters, norms are one and
+    biases zero: a forgotten norm or scale would not show.
     """
     sizes = {
         "vocab_size": vocab_size,
@@ -121,9 +121,9 @@ def build_tiny_model(
     vision: VisionConfig | None = None,
     **settings: Any,
 ) -> LlamaAdapter:
-    """A tiny decoder with adapters of 3 prompts in its top 2 layers, whose gates are far from zero.
+    """A tiny decoder with adapters of 3 prompts in its top 2 layers, with gates far from zero.
 
-    The last of ``names`` is the active one.
+    The last of ``names`` is active.
     """
     if tokenizer is not None:
         settings |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
@@ -154,9 +154,9 @@ TOWERS: dict[str, dict[str, Any]] = {
 
 
 def build_tiny_tower_folder(folder: Path, kind: str = "vit", *, seed: int = 0, **preprocess: Any) -> Path:
-    """An open_clip folder with a random CLIP whose picture side is one of `TOWERS`; returns the folder.
+    """Write an open_clip folder with a random CLIP whose picture side is one of `TOWERS`. Returns the folder.
 
-    ``preprocess`` is what its config says of the preparation of pictures.
+    ``preprocess`` is the part of its config about preparing pictures.
     """
     import open_clip  # slow to import, and few tests need it
     from safetensors.torch import save_model
@@ -179,7 +179,7 @@ def build_tiny_tower_folder(folder: Path, kind: str = "vit", *, seed: int = 0, *
 
 
 def sight_of(weights: Path, tower: str) -> VisionConfig:
-    """How an adapter sees by a tower in a weights folder."""
+    """The vision config for a tower in a weights folder."""
     from llama_adapter.vision.tower import load_tower
 
     loaded = load_tower(tower, weights=weights)
@@ -193,14 +193,14 @@ def sight_of(weights: Path, tower: str) -> VisionConfig:
 
 
 def draw_picture(path: Path, colour: str | tuple[int, int, int] = "red", size: int = 16) -> Path:
-    """A square of one colour in a file; returns the file."""
+    """Write a picture of a single colour. Returns the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (size, size), colour).save(path)
     return path
 
 
 def random_rows(*lengths: int, seed: int = 0, vocab_size: int = 64) -> list[torch.Tensor]:
-    """Rows of random token ids, (T,) each, none of them special."""
+    """Rows of random token ids, (T,) each, without special ones."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, vocab_size, (length,), generator=generator) for length in lengths]
 

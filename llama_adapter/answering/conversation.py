@@ -1,4 +1,4 @@
-"""The exchanges of one chat, and what can become of them: answered anew, edited, taken back."""
+"""The exchanges of one chat. They can be retried, edited and undone."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:  # slow to import
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer, which may still be growing."""
+    """A question and its answer, which may still be incomplete."""
 
     question: Turn
     answer: Answer
-    adapter: str  # who answered
-    images: tuple[Image.Image, ...] = ()  # what came with the question, upright RGB
-    unseen: bool = False  # there was a picture, and the adapter knows nothing of pictures
+    adapter: str  # the adapter that answered
+    images: tuple[Image.Image, ...] = ()  # the pictures that came with the question, upright RGB
+    unseen: bool = False  # there was a picture, but the adapter can't see pictures
     read: tuple[Turn, ...] = ()  # what the answer was made from: the conversation up to the question
     features: Tensor | None = None  # (I, F) of the pictures that it was made from
-    dropped: int = 0  # how many of the earliest exchanges the context had no room for
+    dropped: int = 0  # how many of the earliest exchanges did not fit into the context
 
     @property
     def turns(self) -> list[Turn]:
@@ -42,22 +42,23 @@ class Exchange:
 
 
 class Conversation:
-    """One person's chat with a model. Several of them can share one model.
+    """One person's chat with a model. Several chats can share one model.
 
-    Every call that asks gives the `Answer` to iterate over. What it has said so far is already part of the
-    conversation, so an answer that is closed early is kept as far as it got.
+    Every call that asks returns an `Answer` to iterate over. What it has said so far is already part of the
+    conversation: an answer that is closed early is kept as far as it got.
 
     Attributes:
-        model: who answers.
-        stream_chat: what makes the answers; None is the model's own, an `Engine`'s answers several at once.
-        adapter: name of the adapter that does; None is the model's active one, ``"none"`` the bare base, and
-            ``"auto"`` the adapter that sees once there is a picture, before that the text adapter.
+        model: the model that answers.
+        stream_chat: makes the answers. None is the model's own; an `Engine`'s answers several people at once.
+        adapter: the name of the adapter. None is the model's active one, ``"none"`` the bare base. ``"auto"``
+        is the
+            adapter that sees once there is a picture, and the text adapter before that.
         system: the text of a system turn; empty for none.
         sampling: how tokens are chosen.
-        exchanges: what was said; the latest one's answer has its ``tokens`` and ``tokens_per_second``.
+        exchanges: what was said so far. The latest one's answer has its ``tokens`` and ``tokens_per_second``.
 
-    A question's pictures stay known in the questions after it, until other pictures come. Each is encoded
-    once for all adapters with the same tower.
+    A question's pictures are also used for later questions, until other pictures come. Each picture is
+    encoded once for all adapters with the same tower.
     """
 
     def __init__(
@@ -75,27 +76,27 @@ class Conversation:
         self.system = system
         self.sampling = sampling or Sampling()
         self.exchanges: list[Exchange] = []
-        # By picture and tower; the picture is held so that its id stays its own.
+        # By picture and tower. The picture is kept alive, so that no other one gets its id.
         self._features: dict[tuple[int, str], tuple[Image.Image, Tensor]] = {}
 
     @property
     def unseen(self) -> bool:
-        """True where the latest answer was made without the conversation's picture, because its adapter
-        knows nothing of pictures."""
+        """Whether the latest answer was made without the conversation's picture, because its adapter can't
+        see pictures."""
         return bool(self.exchanges) and self.exchanges[-1].unseen
 
     @property
     def dropped(self) -> int:
-        """How many of the earliest exchanges the latest answer was made without, because the context has no
-        room for them."""
+        """How many of the earliest exchanges the latest answer was made without, because they did not fit
+        into the context."""
         return self.exchanges[-1].dropped if self.exchanges else 0
 
     def ask(self, message: str, images: Sequence[Picture] = ()) -> Answer:
-        """Ask something, perhaps about pictures. An answer that is still being made ends where it is.
+        """Ask something, perhaps about pictures. An answer that is still being made is stopped.
 
         Raises:
-            UsageError: an empty question, one longer than the context, what is no picture, pictures for an
-                adapter that knows nothing of them; nothing has changed then.
+            UsageError: a question that is empty or longer than the context, a file that is no picture, or
+                pictures for an adapter that can't see. Then nothing has changed.
         """
         question = question_turn(message)
         if images:
@@ -106,7 +107,7 @@ class Conversation:
         """Raise the UsageError with which `ask` would refuse a question, without asking it.
 
         Args:
-            adapter: who would answer; None is `adapter` as it is now.
+            adapter: the adapter that would answer; None is the current `adapter`.
         """
         adapter = self.adapter if adapter is None else adapter
         self.model.prepare_request(Question([question_turn(message)], adapter=adapter))
@@ -116,14 +117,14 @@ class Conversation:
             opened_picture(image)
 
     def restore(self, exchange: Exchange) -> None:
-        """Let an exchange of an earlier conversation be part of this one, after those that are there."""
+        """Add an exchange of an earlier conversation after those that are there."""
         turns = self._turns(exchange.question, self.exchanges[exchange.dropped :])
         self.exchanges = [*self.exchanges, replace(exchange, read=tuple(turns))]
 
     def latest_features(self) -> Tensor | None:
-        """(I, F) of the pictures that the latest answer was made from; None where it was made from none.
+        """(I, F) of the pictures that the latest answer was made from, or None.
 
-        Those of an exchange that was restored are encoded anew.
+        For an exchange that was restored, they are encoded again.
         """
         if not self.exchanges:
             return None
@@ -134,28 +135,28 @@ class Conversation:
         return self._encode(seen, latest.adapter)
 
     def retry(self) -> Answer:
-        """Ask the last question again; the new answer takes the old one's place. Raises as `edit`."""
+        """Ask the last question again. The new answer replaces the old one. Raises as `edit`."""
         last = self._exchange(-1)
         return self._ask(last.question, self.exchanges[:-1], last.images)
 
     def edit(self, index: int, message: str) -> Answer:
-        """Ask something else in the place of an exchange; that one and all after it are forgotten.
+        """Ask something else in place of an exchange. That exchange and all later ones are removed.
 
         Raises:
-            UsageError: as `ask`, and an exchange that is not there.
+            UsageError: as `ask`, or an exchange that does not exist.
         """
         images = self._exchange(index).images
         return self._ask(question_turn(message), self.exchanges[:index], images)
 
     def undo(self) -> str:
-        """Forget the last exchange; returns what its question was. Raises UsageError where there is none."""
+        """Remove the last exchange and return its question. Raises UsageError if there is none."""
         last = self._exchange(-1)
         last.answer.close()
         self.exchanges = self.exchanges[:-1]
         return last.question.text
 
     def clear(self) -> None:
-        """Forget everything that was said."""
+        """Remove all exchanges."""
         while self.exchanges:
             self.undo()
         self._features.clear()
@@ -186,9 +187,9 @@ class Conversation:
         return next((exchange.images for exchange in reversed(exchanges) if exchange.images), ())
 
     def _turns(self, question: Turn, before: Sequence[Exchange]) -> list[Turn]:
-        """What is read to answer a question after other exchanges."""
+        """The turns that are read to answer a question after other exchanges."""
         opening = [Turn("system", self.system)] if self.system.strip() else []
-        # An answer stopped before its first word would teach the model to say nothing.
+        # An answer stopped before its first word is left out: it would teach the model to say nothing.
         kept = [exchange.turns for exchange in before if exchange.answer.text]
         return [*opening, *chain.from_iterable(kept), question]
 
@@ -205,7 +206,7 @@ class Conversation:
     def _window(
         self, question: Turn, before: Sequence[Exchange], adapter: str
     ) -> tuple[int, list[Turn], list[int]]:
-        """How many of the earliest exchanges have no room; the turns of the rest; their tokens."""
+        """How many of the earliest exchanges do not fit; the turns of the rest; their tokens."""
 
         def turns(dropped: int) -> list[Turn]:
             return self._turns(question, before[dropped:])
@@ -217,7 +218,7 @@ class Conversation:
         context = self.model.context_length
         if context is None:
             return 0, turns(0), tokens
-        # The answer needs room as well, but a long one shall not push out the whole conversation.
+        # The answer needs room too, but a long one should not push out the whole conversation.
         room = context - min(self.sampling.max_new_tokens, context // 2)
 
         if len(tokens) <= room or not before:

@@ -1,7 +1,7 @@
-"""Several people answered at once by one model: an engine whose answers come from one batch.
+"""Answers several people at once with one model: all answers come from one batch.
 
-Every answer is the one that `LlamaAdapter.stream_chat` gives, with its own adapter, pictures, sampling and
-stop strings, whoever else is being answered.
+Every answer is the same as that of `LlamaAdapter.stream_chat`, with its own adapter, pictures, sampling
+settings and stop strings, whoever else is being answered.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from llama_adapter.model import LlamaAdapter
 
 
 class Engine:
-    """Answers requests together, up to ``rows`` at a time; the others wait their turn.
+    """Answers up to ``rows`` requests together. The others wait for their turn.
 
-    An answer joins when it is first iterated, and leaves between two tokens when it is closed. The work is
-    done by a thread that is there while there is any; its tokens may be a little ahead of who reads them.
+    An answer joins the batch when it is first iterated, and leaves it between two tokens when it is closed. A
+    thread does the work, and ends when there is none. It may be a little ahead of those who read its tokens.
 
     Attributes:
-        model: who answers.
-        rows: how many are answered at once.
+        model: the model that answers.
+        rows: how many requests are answered at once.
     """
 
     def __init__(self, model: LlamaAdapter, *, rows: int = 8) -> None:
         self.model = model
         self.rows = rows
-        self._lock = threading.Lock()  # of the two below
+        self._lock = threading.Lock()  # guards the two below
         self._waiting: deque[_QueuedTicket] = deque()
         self._working = False
 
     def stream_chat(self, question: Question | GivenTurns, **options: Any) -> Answer:
-        """As `LlamaAdapter.stream_chat`, made in one batch with whatever else is asked."""
+        """As `LlamaAdapter.stream_chat`, but made in one batch with all other answers."""
         request = self.model.prepare_request(Question.of(question, **options))
         ticket = _QueuedTicket(self, request)
         return Answer(ticket.progress(), stop=ticket.close)
@@ -51,16 +51,16 @@ class Engine:
                 threading.Thread(target=self._work, name="answers").start()
 
     def _work(self) -> None:
-        """Answer until nobody wants anything any more."""
+        """Answer until no request is left."""
         while True:
             scheduler = Scheduler(self.model, self.model.project_requests, self._admit)
             try:
                 for _ in scheduler.run():
-                    if not threading.main_thread().is_alive():  # the interpreter waits for this thread to end
+                    if not threading.main_thread().is_alive():  # the interpreter is waiting for this thread
                         for ticket in scheduler.tickets:
                             ticket.close()
                 return
-            except Exception as error:  # each reader gets it; it would wait for ever otherwise
+            except Exception as error:  # passed on to each reader, which would otherwise wait for ever
                 for ticket in scheduler.tickets:
                     ticket.fail(error)
 
@@ -76,10 +76,10 @@ class Engine:
 
 
 class _QueuedTicket(Ticket):
-    """A ticket whose progress passes from the engine's thread to the reader's.
+    """A ticket whose progress is passed from the engine's thread to the reader's.
 
     Attributes:
-        started: when the reading of the question began, by the performance counter.
+        started: when the reading of the question started, by the performance counter.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:

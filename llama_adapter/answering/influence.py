@@ -23,9 +23,10 @@ class Influence:
 
     Attributes:
         first_layer: index of the lowest adapted layer.
-        tokens: the answer's, as text.
-        shares: (L, T), for each token the norm of what the layer read from its prompts, gated, divided by the
-            norm of what it read from the tokens, at the place from which that token was predicted.
+        tokens: the answer's tokens, as text.
+        shares: (L, T). For each token, the norm of what the layer read from its prompts, gated, divided by
+        the norm
+            of what it read from the tokens, at the position from which that token was predicted.
     """
 
     first_layer: int
@@ -35,7 +36,7 @@ class Influence:
 
 @torch.no_grad()
 def effective_gates(model: LlamaAdapter, adapter: str) -> Tensor:
-    """tanh(gate) of every head, (L, H), -1 to 1: what its prompts' part is multiplied with."""
+    """tanh(gate) of every head, (L, H), from -1 to 1: the factor of its prompts' part."""
     prompts = model.get_adapter(adapter).find(Prompts)
     if prompts is None:
         raise UsageError(f"adapter {adapter!r} has no prompts, so no gates to look at; choose another")
@@ -52,15 +53,15 @@ def measure_influence(
     adapter: str | None = None,
     max_tokens: int = 256,
 ) -> Influence:
-    """What the prompts did to an answer, by one forward pass over the question and the answer.
+    """The effect of the prompts on an answer, by one forward pass over the question and the answer.
 
     Args:
-        turns: the conversation that the answer was given to; the question is its last turn.
-        features: (I, F) of the pictures that it was given with.
-        max_tokens: of the answer, from its start; its end token counts where it is among them.
+        turns: the conversation that was answered. Its last turn is the question.
+        features: (I, F) of the pictures that it was answered with.
+        max_tokens: how many tokens of the answer are used, from its start. The end token may be one of them.
 
     Raises:
-        UsageError: the bare base, which has no prompts, or an answer without a token.
+        UsageError: the bare base, which has no prompts, or an empty answer.
     """
     name = model.answering_adapter(adapter, pictured=features is not None)
     if name == NO_ADAPTER:
@@ -79,7 +80,7 @@ def measure_influence(
     shares: dict[int, Tensor] = {}
 
     def observe(layer: int, from_tokens: Tensor, from_prompts: Tensor) -> None:
-        places = slice(len(question) - 1, -1)  # each token is predicted at the one before it
+        places = slice(len(question) - 1, -1)  # each token is predicted at the position before it
         read, moved = (
             part[0, places].flatten(1).float().norm(dim=-1) for part in (from_tokens, from_prompts)
         )

@@ -1,7 +1,8 @@
-"""Plain questions with short answers that rules can check: how well a decoder does what it is asked.
+"""Plain questions with short answers that rules can check. They show how well a decoder does what it is
+asked.
 
-The 60 questions beside this file are our own. Each carries answers that have to pass and answers that have to
-fail, which a test tries.
+The 60 questions in the file beside this one are our own. Each has answers that must pass and answers that
+must fail; a test checks them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ _NUMBER_WORDS = (
 
 @dataclass(frozen=True)
 class Check:
-    """What a right answer has to be; all that is given has to hold.
+    """What a right answer has to be. Everything that is given has to hold.
 
-    Words and phrases are compared whole, without case and punctuation; each may be a regular expression.
+    Words and phrases are compared as a whole, ignoring case and punctuation. Each may be a regular
+    expression.
 
     Attributes:
         words: one of these occurs.
@@ -39,9 +41,9 @@ class Check:
         others: what may not come first.
         least: how many different ones of `of` occur at least.
         of: see `least`.
-        number: the last number that the question itself does not have; in words, where the answer has none
-            in digits.
-        matches: one of these regular expressions is found in the answer as it stands, case and all.
+        number: the last number that is not also in the question. It may be in words if the answer has none in
+            digits.
+        matches: one of these regular expressions is found in the unchanged answer; case counts.
     """
 
     words: Sequence[str] = ()
@@ -61,12 +63,12 @@ class Check:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
+                raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 @dataclass(frozen=True)
 class CheckedQuestion:
-    """One question, and what tells right answers from wrong ones."""
+    """A question, and what distinguishes right answers from wrong ones."""
 
     __pydantic_config__ = STRICT
 
@@ -83,7 +85,7 @@ class CheckedQuestion:
             raise UsageError("an empty check, which any answer would pass")
 
     def is_right(self, answer: str) -> bool:
-        """Whether the answer passes the check; what it only repeats of the question does not count."""
+        """Whether the answer passes the check. Parts that only repeat the question do not count."""
         check = self.check
         for repeated in (self.question, *_QUOTED.findall(self.question)):
             answer = answer.replace(repeated, "")
@@ -101,12 +103,12 @@ class CheckedQuestion:
 
 
 def _plain(text: str) -> str:
-    """The words alone, in lower case with one space between."""
+    """Only the words, in lower case, with single spaces between them."""
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower()))
 
 
 def _place(words: str, plain: str) -> int | None:
-    """Where a word or a phrase first occurs as a whole."""
+    """Where a word or phrase first occurs as a whole."""
     found = re.search(rf"(?<![^ ])(?:{words})(?![^ ])", plain)
     return found and found.start()
 
@@ -131,9 +133,9 @@ def _numbers(text: str) -> list[float]:
 
 
 def load_questions(path: Path = OWN_QUESTIONS) -> list[CheckedQuestion]:
-    """Questions from a JSONL file, a row each: kind, question, check (as `Check`), right, wrong.
+    """Read questions from a JSONL file. Each row has kind, question, check (as `Check`), right and wrong.
 
-    Raises UsageError, naming the line, for what is no such row.
+    Raises UsageError naming the line if it is no such row.
     """
     questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

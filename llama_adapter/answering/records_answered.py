@@ -1,8 +1,7 @@
-"""Many questions answered in batches, for scoring: in the model's own words, or by choosing among answers.
+"""Answers many questions in batches, for scoring: by generating text, or by choosing among given answers.
 
-Questions of about the same length are read together, and what padding there is nobody sees: no answer
-depends on what it was batched with but for rounding. Questions about the same pictures share what the adapter
-adds.
+Questions of about the same length are read together, and padding is hidden. So no answer depends on the
+others in its batch, except for rounding. Questions about the same pictures share what the adapter adds.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ def answer_records(
     """The model's own answers to the questions of records, in their order, by greedy or beam search.
 
     Args:
-        features: (F,) of each picture of the records; None where they have none.
+        features: (F,) for each picture of the records; None without pictures.
         adapter: None takes the active one.
-        progress: gets the number of records that are done.
+        progress: called with the number of records done.
     """
     requests = _prepare(model, records, features, adapter, max_new_tokens)
     said = answer_requests(model, requests, beams=beams, batch_size=batch_size, progress=progress)
@@ -65,8 +64,8 @@ def answer_requests(
     """The answers to requests, in their order. Arguments are those of `answer_records`."""
     assert model.tokenizer is not None
     tickets = [Ticket(request, model.tokenizer) for request in requests]
-    # Longest first, so that the last ones leave no places empty for long; of equal length those with equal
-    # pictures side by side (by where they first came up).
+    # Longest first, so that rows of the batch do not stay empty for long at the end. Among equal lengths,
+    # those with equal pictures are neighbours (ordered by where the pictures first occurred).
     first: dict[int, int] = {}
     for request in requests:
         first.setdefault(id(request.features), len(first))
@@ -92,7 +91,7 @@ def _prepare(
     adapter: str | None,
     max_new_tokens: int,
 ) -> list[Request]:
-    """The questions of records as requests; the same pictures are one tensor of features."""
+    """The questions of records as requests. Equal pictures are the same tensor of features."""
     greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
     seen: dict[tuple[PictureFile, ...], Tensor | None] = {(): None}
     requests = []
@@ -120,17 +119,17 @@ def answer_likelihoods(
 ) -> list[list[float]]:
     """How likely a model finds each of some answers to each record's question.
 
-    The question is computed once for all of its answers; questions stand side by side in one sequence without
+    A question is computed once for all of its answers. Questions are packed into one sequence, without
     padding and without seeing each other.
 
     Args:
-        records: what is asked; their own last turn does not count.
-        answers: for each record the texts to compare.
-        max_tokens: of such a sequence, the question counted with each of its answers.
+        records: the questions. Their own last turns are not used.
+        answers: for each record, the texts to compare.
+        max_tokens: of such a sequence; a question is counted with each of its answers.
         features, adapter: as in `answer_records`.
 
     Returns:
-        for each record the log-probability of each answer, its end token included.
+        for each record the log-probability of each answer, including its end token.
     """
     assert model.tokenizer is not None
     asked = [
@@ -154,15 +153,15 @@ def answer_likelihoods(
 
 
 def _as_context(turns: Sequence[Turn]) -> list[Turn]:
-    """Turns of which no answer counts."""
+    """The turns, with no answer learnt."""
     return [replace(turn, learnt=False) for turn in turns]
 
 
 def _greedily(model: LlamaAdapter, waiting: deque[Ticket], batch_size: int) -> Iterator[list[Ticket]]:
-    """Make the answers, so many at once; gives those that ended, and others take their place."""
+    """Make the answers, `batch_size` at once. Yields those that ended; others take their place."""
 
     def admit(answering: int) -> list[Ticket]:
-        # Several are read in less time than one by one, so it waits until half of the places are free.
+        # Reading several at once is faster than one by one, so it waits until half of the batch is free.
         return _take_alike(waiting, batch_size - answering) if 2 * answering <= batch_size else []
 
     return Scheduler(model, model.project_requests, admit).run()
@@ -171,7 +170,7 @@ def _greedily(model: LlamaAdapter, waiting: deque[Ticket], batch_size: int) -> I
 def _by_beams(
     model: LlamaAdapter, waiting: deque[Ticket], batch_size: int, beams: int
 ) -> Iterator[list[Ticket]]:
-    """As `_greedily`, by transformers' beam search, where a batch ends together."""
+    """As `_greedily`, with transformers' beam search. There all answers of a batch end together."""
     while some := _take_alike(waiting, batch_size):
         requests = [ticket.request for ticket in some]
         longest = max(request.tokens.shape[1] for request in requests)
@@ -186,20 +185,20 @@ def _by_beams(
             attention_mask=torch.cat([padded(torch.ones_like(request.tokens), 0) for request in requests]),
             do_sample=False,
             num_beams=beams,
-            repetition_penalty=1.0,  # a base may come with another
+            repetition_penalty=1.0,  # a base may have another default
             max_new_tokens=max(request.sampling.max_new_tokens for request in requests),
             eos_token_id=ends,
             pad_token_id=ends[0],
         )
         for ticket, tokens in zip(some, output[:, longest:].tolist(), strict=True):
-            for token in tokens:  # behind the end of an answer the batch is filled up
+            for token in tokens:  # after the end of an answer there is only padding
                 ticket.take(token)
             ticket.said.end()
         yield some
 
 
 def _take_alike(waiting: deque[Ticket], most: int) -> list[Ticket]:
-    """The next questions, longest first, as many as are read with no more than a quarter of padding."""
+    """The next questions, longest first: as many as can be read with at most a quarter of padding."""
     taken: list[Ticket] = []
     while waiting and len(taken) < most:
         length, longest = (ticket.request.tokens.shape[1] for ticket in (waiting[0], (taken or waiting)[0]))

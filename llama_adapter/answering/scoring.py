@@ -1,4 +1,4 @@
-"""How answers to pictures are scored: captions by BLEU-4 and CIDEr-D, short answers by exact match."""
+"""Scores answers about pictures: captions by BLEU-4 and CIDEr-D, short answers by exact match."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llama_adapter.common.errors import UsageError
 
 # ---- captions ----
 
-# The tokens of Stanford's PTBTokenizer, on which published scores rest, in lower case. What pycocoevalcap
-# drops (quotes and . , : ; - ? !, though not brackets) is matched by no branch, so it disappears.
-# NLTK's Treebank tokenizers are no substitute: they leave a full stop within the text on its word ("dog.").
+# The tokens of Stanford's PTBTokenizer, which published scores use, in lower case. Whatever pycocoevalcap
+# removes (quotes and . , : ; - ? !, but not brackets) is matched by no branch, so it is removed here too.
+# NLTK's Treebank tokenizers can't replace it: they leave a full stop inside the text on its word ("dog.").
 _TOKEN = re.compile(
     r"""
     (?<!\w)(?:[a-z]\.)+(?![a-z])                   # initials keep their dots: u.s.
@@ -34,11 +34,11 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """How close captions come to people's.
+    """How close captions come to those of people.
 
-    `bleu4` is a fraction, over all rows at once. `cider` is CIDEr-D on pycocoevalcap's scale (0 to 10), the
-    mean of `cider_rows`. CIDEr weighs words by how few rows have them in their references: figures compare
-    only on the same rows, and those of a single row are 0.
+    `bleu4` is a fraction, over all rows together. `cider` is CIDEr-D on pycocoevalcap's scale (0 to 10), the
+    mean of `cider_rows`. CIDEr weights words by how few rows have them in their references. So figures can
+    only be compared on the same rows, and those of a single row are 0.
     """
 
     bleu4: float
@@ -47,15 +47,16 @@ class CaptionScores:
 
 
 def caption_tokens(text: str) -> list[str]:
-    """A caption's words as PTBTokenizer and pycocoevalcap leave them: "The man's dog." -> the man 's dog."""
+    """A caption's words as PTBTokenizer and pycocoevalcap give them: "The man's dog." -> the man 's dog."""
     return [_BRACKETS.get(token, token) for token in _TOKEN.findall(text.lower().replace("’", "'"))]
 
 
 def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
-    """Score one caption a row against the row's references, by pycocoevalcap's BLEU and CIDEr, without Java.
+    """Score one caption for each row against the row's references, by pycocoevalcap's BLEU and CIDEr, without
+    Java.
 
-    Raises UsageError where there are no rows, the lengths differ, a row has no reference with a word in it,
-    or pycocoevalcap is not installed.
+    Raises UsageError if there are no rows, the numbers differ, a row has no reference with a word in it, or
+    pycocoevalcap is not installed.
     """
     try:
         from pycocoevalcap.bleu.bleu import Bleu
@@ -74,7 +75,7 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
     for row, texts in wanted.items():
         if not any(texts):
             raise UsageError(f"row {row + 1} of the references has no caption to compare with")
-    bleu, _ = Bleu(4).compute_score(wanted, given, verbose=0)  # else it prints
+    bleu, _ = Bleu(4).compute_score(wanted, given, verbose=0)  # otherwise it prints
     cider, cider_rows = Cider().compute_score(wanted, given)
     return CaptionScores(float(bleu[3]), float(cider), tuple(map(float, cider_rows)))
 
@@ -87,7 +88,7 @@ _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# Those that are no words of their own without their apostrophe ("well", "shed", "its" are).
+# Contractions that are not words of their own without the apostrophe (unlike "well", "shed", "its").
 _CONTRACTIONS = {
     word.replace("'", ""): word
     for ending, stems in {
@@ -110,14 +111,15 @@ def normalise_answer(text: str) -> str:
     """A short answer in the form in which VQA answers are compared: "The two dogs." -> "2 dogs".
 
     After VQA v2's vqaEval.py (github.com/GT-Vision-Lab/VQA, PythonEvaluationTools): lower case, punctuation,
-    number words, articles, contractions. Other than there, "’" is "'", contractions follow a rule instead of
-    a list of spellings, and an answer of articles alone is kept: "A" may be a choice.
+    number words, articles, contractions. There are three differences: "’" is "'", contractions follow a rule
+    and not a list of spellings, and an answer of only articles is kept, since "A" may be a choice.
     """
     text = " ".join(text.lower().replace("’", "'").split()).rstrip(". ")
     in_number = _COMMA_IN_NUMBER.search(text) is not None
     cleaned = text
     for mark in _PUNCTUATION:
-        # The official rule: a mark beside a space, or any in a text with 1,000, goes; others part words.
+        # The official rule: a mark beside a space, or any mark in a text with 1,000, is removed; others split
+        # words.
         goes = in_number or f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if goes else " ")
     words = [_NUMBER_WORDS.get(word, word) for word in _PERIOD.sub("", cleaned).split()]
@@ -126,8 +128,8 @@ def normalise_answer(text: str) -> str:
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """Whether the two are the same after `normalise_answer`, or as lists with commas, in any order."""
-    if not normalise_answer(expected):  # a sign alone, such as "<"
+    """Whether the two are equal after `normalise_answer`, or as lists with commas in any order."""
+    if not normalise_answer(expected):  # only a sign, such as "<"
         return answer.strip() == expected.strip()
     return normalise_answer(answer) == normalise_answer(expected) or _items(answer) == _items(expected)
 
@@ -136,7 +138,7 @@ def _items(text: str) -> set[str]:
     return {normalise_answer(item) for item in text.split(",")} - {""}
 
 
-# What is asked for, not what is spoken of: no "how many colours", no "what is on the red colour chair".
+# What is asked for, not what is mentioned: not "how many colours", not "what is on the red colour chair".
 _ASKS_FOR = re.compile(
     r"\b(?:what|which)(?:(?: is| are|'s)? the)? (?:colou?r|shape)s?\b"
     r"|\bwhat(?: is| are|'s) (?:the )?(?:(?!in\b)\w+ ){1,3}(?:colou?r|shape)s?(?=\W*$| (?:of|in|on|for)\b)"
@@ -144,7 +146,7 @@ _ASKS_FOR = re.compile(
 
 
 def question_type(question: str, expected: str) -> str:
-    """What kind of answer a question wants: "yes/no", "how many", "colour", "shape" or "other"."""
+    """The kind of answer that a question asks for: "yes/no", "how many", "colour", "shape" or "other"."""
     if normalise_answer(expected) in ("yes", "no"):
         return "yes/no"
     question = question.lower().replace("’", "'")
@@ -156,7 +158,10 @@ def question_type(question: str, expected: str) -> str:
 
 
 def accuracy_interval(right: int, rows: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval (Wilson 1927) of a share, as fractions. UsageError where no share is."""
+    """The 95 % Wilson score interval (Wilson 1927) of a share, as fractions.
+
+    Raises UsageError for no share.
+    """
     if not 0 <= right <= rows or rows == 0:
         raise UsageError(
             f"{right} right answers of {rows}: expected at least one row, and no more right than rows"

@@ -241,7 +241,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     chat = Conversation(model, adapter=model.active_adapter, system=system, sampling=sampling)
     prompt = ""
     images: list[Image.Image] = []  # for the next question
-    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text are then refused like a bad question
+    if isinstance(sys.stdin, io.TextIOWrapper):  # so bytes that are not text are refused later
         sys.stdin.reconfigure(errors="surrogateescape")
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none
@@ -301,7 +301,7 @@ def _act(chat: Conversation, line: str, images: list[Image.Image], arguments: ar
         _choose_adapter(chat, rest.strip(), arguments.weights)
         if images and not chat.model.sees(chat.adapter):
             images.clear()
-            print(f"{chat.adapter} knows nothing of pictures: those for the next question are dropped")
+            print(f"{chat.adapter} can't see pictures: those for the next question are dropped")
     elif command == "/help":
         print(CHAT_HELP)
     elif command in ("/exit", "/quit"):
@@ -319,7 +319,7 @@ def _show_and_tell(chat: Conversation, answer: Answer) -> None:
         print(f"({chat.exchanges[-1].adapter} answered)", file=sys.stderr)
     if chat.unseen:
         who = chat.exchanges[-1].adapter
-        print(f"({who} knows nothing of pictures: yours was not looked at)", file=sys.stderr)
+        print(f"({who} can't see pictures: yours was not looked at)", file=sys.stderr)
 
 
 def _choose_adapter(chat: Conversation, name: str, weights: str | None) -> None:

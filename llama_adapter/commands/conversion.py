@@ -68,7 +68,7 @@ def convert(arguments: argparse.Namespace) -> None:
         given = "peft" if is_peft(folder) else "llama-adapter"
     if wanted == given:
         raise UsageError(
-            f"{source} has the format {given} already; say with --to what to make of it: {', '.join(FORMATS)}"
+            f"{source} already has the format {given}; choose another one with --to: {', '.join(FORMATS)}"
         )
     if from_pth:
         if arguments.base is None:
@@ -116,7 +116,7 @@ def merge(arguments: argparse.Namespace) -> None:
         if output.is_dir():
             output.rmdir()  # it is empty: anything else was refused
         shutil.move(whole, output)
-    print(f"its answers are best to turns written as in training: template {template}", file=sys.stderr)
+    print(f"ask it in the text format of its training: template {template}", file=sys.stderr)
     print(output)
 
 

@@ -28,9 +28,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.c
 
     to_score = load_records_to_score(arguments)
     if not to_score.features:
-        raise UsageError(
-            "the adapter knows nothing of pictures, so all its captions are the same; name another"
-        )
+        raise UsageError("the adapter can't see pictures, so all its captions are the same; name another")
     references: dict[tuple[object, ...], list[str]] = {}
     rows: dict[tuple[object, ...], Record] = {}
     for record in to_score.records:

@@ -228,7 +228,7 @@ def _ask(
     controls: dict[str, tuple[list[Problem], Any, str]] = {}
     missing = {}
     if not features:
-        why = f"{name} knows nothing of pictures" if features is None else "no problem has its picture here"
+        why = f"{name} can't see pictures" if features is None else "no problem has its picture here"
         missing = {SHUFFLED: why, NO_PICTURES: why}
     else:
         controls[NO_PICTURES] = (problems, None, name)

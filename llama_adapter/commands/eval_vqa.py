@@ -29,7 +29,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.v
     blind = [dataclasses.replace(record, images=()) for record in records]
     missing = ""
     if not to_score.features:
-        print("the adapter knows nothing of pictures: whatever is shown, its answers are the same")
+        print("the adapter can't see pictures: whatever is shown, its answers are the same")
         conditions = {"adapter": blind}
     else:
         conditions = {"adapter": records}

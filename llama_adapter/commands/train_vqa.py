@@ -125,7 +125,7 @@ def _weighted(option: str, text: str) -> tuple[str, float]:
     try:
         weight = float(number)
     except ValueError:
-        raise UsageError(f"{option} {text}: {number!r} is no weight; expected SOURCE=NUMBER") from None
+        raise UsageError(f"{option} {text}: {number!r} is not a weight; expected SOURCE=NUMBER") from None
     if not 0 < weight < 1000:
         raise UsageError(f"{option} {text}: the weight is {weight:g}; expected one above 0 and below 1000")
     return source, weight

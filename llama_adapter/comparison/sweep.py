@@ -103,7 +103,7 @@ class Comparison:
                     f"{method}: the best rate, {rate:g}, is at the end of the sweep; try more --rates"
                 )
         if not results["best"]:
-            raise UsageError(f"no run came to a result; {runs[0]['method']}: {runs[0]['error']}")
+            raise UsageError(f"no run gave a result; {runs[0]['method']}: {runs[0]['error']}")
         return results
 
     def _runs(self, runs: Sequence[dict[str, Any]], sizes: dict[str, dict[str, Any]]) -> Iterator[Run]:

@@ -193,7 +193,7 @@ class _Shape:
     rgb: RGB
     corners: tuple[Point, ...]
     style: str  # "filled", "edged" (filled, with an edge of another colour), "outline" (not filled)
-    edge: str | None  # the name of the edge's colour, where it has one of its own
+    edge: str | None  # the name of the edge's colour, if it differs
     edge_rgb: RGB
     edge_width: float
 
@@ -223,7 +223,7 @@ def drawing_rows(source: str, split: str | None = None) -> tuple[list[dict[str, 
     count = source.removeprefix(f"{DRAWINGS}:")
     if not count.isdecimal() or not 0 < int(count) <= _MOST:
         raise UsageError(
-            f"{source}: {count!r} is no number of drawings; expected {DRAWINGS}:N, with N from 1 to {_MOST:,}"
+            f"{source}: {count!r} is not a number of drawings; expected {DRAWINGS}:N, N from 1 to {_MOST:,}"
         )
     rows: list[dict[str, Any]] = []
     digest = hashlib.sha256()

@@ -97,7 +97,7 @@ def open_picture(source: Picture, *, allow_urls: bool = False) -> Image.Image:
         raise UsageError(f"{name}: more than the {MAX_PIXELS:,} pixels allowed; make it smaller") from None
     except UnidentifiedImageError:
         if _SVG.match(content[:4096]):
-            raise UsageError(f"{name}: SVG is drawn, not photographed; save it as PNG") from None
+            raise UsageError(f"{name}: SVG is not supported; save it as PNG") from None
         formats = f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
         raise UsageError(f"{name}: not a picture, or of another format than {formats}") from None
     except Exception as error:  # on damaged files PIL's parsers raise all kinds of errors
@@ -312,7 +312,7 @@ def _connect(parts: SplitResult, name: str, deadline: float) -> socket.socket:
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     addresses = _resolve(host, port, deadline)
     if not all(_is_public(address) for address in addresses):
-        raise UsageError(f"{name}: leads into a private network, which URLs may not; give the file")
+        raise UsageError(f"{name}: leads into a private network, which is not allowed; give the file")
     while True:
         address = addresses.pop(0)
         try:

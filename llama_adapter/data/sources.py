@@ -202,7 +202,7 @@ def _table_rows(text: str, path: Path) -> list[tuple[int, Any]]:
             if None in row or None in row.values():
                 wanted = len(reader.fieldnames or ())
                 raise UsageError(
-                    f"{path}: row {number}: expected {wanted} cells, as the first line has names"
+                    f"{path}: row {number}: expected {wanted} cells, one for each name in the first line"
                 )
             rows.append((number, {name: cell or None for name, cell in row.items()}))
     except csv.Error as error:

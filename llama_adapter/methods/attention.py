@@ -167,8 +167,8 @@ def gated_attention(
     prefix = None if adapter is None else adapter.keys_of(module)
     if prefix is not None and kwargs.get("position_bias") is not None:
         raise UsageError(
-            "a prefix has no position, and this decoder weighs keys by theirs (position_bias); choose "
-            "another method, such as prompts"
+            "a prefix has no position, and this decoder's attention depends on positions (position_bias); "
+            "choose another method, such as prompts"
         )
     if segments is None:
         if prefix is not None:

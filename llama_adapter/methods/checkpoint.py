@@ -100,7 +100,7 @@ def adapter_folder(name: str, *, subfolder: str = "", **hub: Any) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UsageError(
-            f"adapter {name!r} is no folder here and cannot be had from the hub ({reason}); "
+            f"adapter {name!r} is not a folder here and can't be fetched from the hub ({reason}); "
             "check the name, the network, or `hf auth login` for a private one"
         ) from None
 
@@ -148,8 +148,8 @@ def read_config(folder: str | Path, *, weights: str | Path | None = None) -> Ada
     if (folder / STATE_FILE).is_file() and (found := load_state_file(folder / STATE_FILE)):
         return next(iter(found.values())).config
     raise UsageError(
-        f"{folder} is no adapter folder: it has no {CONFIG_FILE}; give one that train.* or save_pretrained "
-        "wrote"
+        f"{folder} is not an adapter folder: it has no {CONFIG_FILE}; give one that train.* or "
+        "save_pretrained wrote"
     )
 
 
@@ -242,7 +242,9 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); it is cut off or no safetensors file") from None
+        raise UsageError(
+            f"{path} cannot be read ({error}); it is cut off or not a safetensors file"
+        ) from None
 
 
 def _build_adapter(config: AdapterConfig, state: dict[str, Tensor], source: str) -> Adapter:
@@ -357,7 +359,7 @@ def export_pth(adapter: Adapter, path: str | Path, *, raw_gates: bool = False) -
     others = [kind for kind in adapter if kind != Prompts.kind]
     if prompts is None or others:
         raise UsageError(
-            f"the authors' layout has room for prompts alone; this adapter is of method {config.method}"
+            f"the authors' layout can hold only prompts; this adapter's method is {config.method}"
             + (" and sees pictures" if config.vision is not None else "")
         )
     if config.prompt_length != 10:

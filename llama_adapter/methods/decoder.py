@@ -234,7 +234,7 @@ def checkpoint_activations(decoder: PreTrainedModel) -> None:
     """
     if not decoder.supports_gradient_checkpointing:
         family = decoder.config.get_text_config().model_type
-        raise UsageError(f"decoders of the family {family!r} know no gradient checkpointing; leave it out")
+        raise UsageError(f"family {family!r} does not support gradient checkpointing; leave it out")
     # transformers has renamed this method.
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     enable = getattr(decoder, next(name for name in names if hasattr(decoder, name)))

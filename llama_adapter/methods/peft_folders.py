@@ -103,7 +103,9 @@ def read_peft(folder: str | Path, decoder: PreTrainedModel, *, base: str, templa
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); it is cut off or no safetensors file") from None
+        raise UsageError(
+            f"{path} cannot be read ({error}); it is cut off or not a safetensors file"
+        ) from None
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UsageError(f"{path}: {name!r} has values that are not finite; train again")
@@ -150,7 +152,7 @@ def _located(
         if ending is None or module not in located:
             raise UsageError(
                 f"{source}: the tensor {name!r} belongs to no linear projection of this base's layers; "
-                "give the base that it was trained for (of other modules adapters cannot be read)"
+                "give the base that it was trained for (adapters of other modules can't be read)"
             )
         found.setdefault(located[module], {})[ending] = tensor
     if not found:
@@ -220,7 +222,7 @@ def _of_pattern(pattern: Mapping[str, float], module: str, otherwise: float) -> 
             if re.match(rf"(.*\.)?({key})$", module):
                 return value
         except re.error:
-            raise UsageError(f"alpha_pattern: {key!r} is no regular expression") from None
+            raise UsageError(f"alpha_pattern: {key!r} is not a regular expression") from None
     return otherwise
 
 

@@ -48,7 +48,7 @@ def write_peft(adapter: Adapter, folder: str | Path, decoder: PreTrainedModel) -
     config = adapter.config
     if len(config.parts) != 1 or AdapterConfig.kind_of(config.parts[0]) not in _WRITERS:
         raise UsageError(
-            f"PEFT's folders have room for one of {', '.join(_WRITERS)}; this adapter is {config.method}"
+            f"PEFT's folders can hold only one of {', '.join(_WRITERS)}; this adapter is {config.method}"
             + (" with a projection of pictures" if config.vision is not None else "")
         )
     kind = AdapterConfig.kind_of(config.parts[0])
@@ -111,7 +111,7 @@ def _write_ia3(adapter: Adapter, decoder: PreTrainedModel) -> _Written:
     up, down = up_and_down(choose_projections(config.projections, TARGETS), config.projections)
     if down is None:
         raise UsageError(
-            "PEFT's IA3 rescales what down_proj reads, ours what up_proj gives: in this base they differ"
+            "PEFT's IA3 rescales down_proj's input, ours up_proj's output: in this base they differ"
         )
     state = dict(adapter.named_parameters())
     tensors, targets, feedforward = {}, [], []
@@ -138,8 +138,8 @@ def _write_prompts(adapter: Adapter, decoder: PreTrainedModel) -> _Written:
     config = adapter.config
     if config.shape.family not in PROMPT_FAMILIES:
         raise UsageError(
-            f"PEFT's AdaptionPrompt computes as ours for {' and '.join(PROMPT_FAMILIES)}; this adapter is "
-            f"for {config.shape.family}"
+            f"PEFT's AdaptionPrompt is the same as ours only for {' and '.join(PROMPT_FAMILIES)}; this "
+            f"adapter is for {config.shape.family}"
         )
     gates = adapter.prompts.gates.detach().double().tanh()
     if float((gates - gates[:, :1]).abs().max()) > 1e-6:

@@ -343,7 +343,7 @@ def _check_calls(decoder: PreTrainedModel, notes: _Notes) -> None:
         )
     several = [index for index in indices if indices.count(index) > 1]
     if several:
-        _refuse(decoder, f"its layer {several[0]} attends more than once, over values of its own making")
+        _refuse(decoder, f"its layer {several[0]} calls attention more than once, with foreign values")
     first = notes.calls[0]
     for call in notes.calls:
         index = layer_index(call.layer)
@@ -614,7 +614,7 @@ def _probe_packed(decoder: PreTrainedModel) -> None:
     if not alike or not wrong <= tolerance * logits.abs().max():
         _refuse(
             decoder,
-            "its tokens meet elsewhere than in its attention, or it has masks or positions of its own",
+            "its tokens interact outside of its attention, or it has masks or positions of its own",
         )
 
 

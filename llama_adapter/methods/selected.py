@@ -102,9 +102,7 @@ class Selected(WeightsPart):
         end = max(last for _, last in self._ranges.values())
         rising = bool((self.places.diff() > 0).all()) and self.places[0] >= 0 and self.places[-1] < end
         if not rising and bool((self.places != -1).any()):
-            raise UsageError(
-                "selected: its places are not those of weights of this base; copy the adapter again"
-            )
+            raise UsageError("selected: this base has no weights at its places; copy the adapter again")
 
     @property
     def chosen(self) -> bool:

@@ -67,7 +67,7 @@ def check_composition(parts: Sequence[type[Part]]) -> None:
         if part.alone and len(parts) > 1:
             others = ", ".join(other.kind for other in parts if other is not part)
             raise UsageError(
-                f"{part.kind} trains the base's own weights and goes with nothing else; leave out {others}"
+                f"{part.kind} trains the base's own weights and can't be combined; leave out {others}"
             )
 
 

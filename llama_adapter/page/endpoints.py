@@ -143,7 +143,7 @@ def _question(
         raise UsageError(f"the history has {len(history):,} messages; leave out all but {MAX_MESSAGES}")
     for said in history:
         if not (isinstance(said, dict) and {"role", "content"} <= set(said)):
-            raise UsageError("a message of the history is no object with a role and a content")
+            raise UsageError("a message of the history is not an object with a role and a content")
         before.append(Turn(str(said["role"]), check_length(said["content"])))
     turns = [*before, question_turn(check_length(message))]
     return Question(turns, open_given(image) or None, adapter, read_sampling(*knobs))

@@ -102,7 +102,7 @@ def _unpack_chat(kept: Any, new: NewConversation) -> Chat:
         )
         answer = Answer(iter(()), so_far=made)
         if answer.finish_reason not in _FINISH_REASONS:
-            raise UsageError("an answer that this browser kept has no reason to end")
+            raise UsageError("an answer that this browser kept does not say why it ended")
         exchange = Exchange(
             question=question_turn(_read(asked, "content", str)),
             answer=answer,

@@ -48,7 +48,7 @@ def check_port(host: str, port: int) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(
-            f"port {port} of {host} can't be had ({reason}); choose another with --port, or --host"
+            f"port {port} of {host} can't be used ({reason}); choose another with --port, or --host"
         ) from None
 
 

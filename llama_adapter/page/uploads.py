@@ -74,7 +74,7 @@ def _open(given: Any) -> Image.Image:
     if isinstance(given, dict):
         given = given.get("path")
     if not isinstance(given, str):
-        raise UsageError("an image is no uploaded file and no data URL, the two that are understood")
+        raise UsageError("an image has to be an uploaded file or a data URL")
     if given.startswith("data:"):
         content = _decode(given)
         return _small(content)

@@ -65,7 +65,7 @@ def load_gguf(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTr
         else:
             raise UsageError(
                 f"{path.name}: {tensor.name} has blocks of the kind {kind}, which cannot be kept; kept are "
-                f"{', '.join(GGUF_KINDS)}; --quantize int8 quantises the file's weights anew"
+                f"{', '.join(GGUF_KINDS)}; --quantize int8 quantises the file's weights again"
             )
     _, unexpected = decoder.load_state_dict(floats, strict=False, assign=True)
     head, embedding = decoder.get_output_embeddings(), decoder.get_input_embeddings()
@@ -103,8 +103,8 @@ def _read_blocks(path: Path, tensor: Any, processor: Any) -> QuantizedWeight:
         fits = False
     if not fits:
         raise UsageError(
-            f"{path.name}: {tensor.name} {tuple(tensor.shape[::-1])} is no matrix whose blocks can be kept; "
-            "--quantize int8 quantises the file's weights anew"
+            f"{path.name}: {tensor.name} {tuple(tensor.shape[::-1])} has no blocks that can be kept; "
+            "--quantize int8 quantises the file's weights again"
         )
     # Copied into memory of its own: a mapped file would have to stay unchanged as long as the decoder is
     # used.

@@ -89,7 +89,7 @@ def store(decoder: PreTrainedModel, path: Path) -> None:
             if old != path:
                 old.unlink(missing_ok=True)
     except OSError as error:
-        print(f"the quantised weights cannot be kept ({error}); each start makes them anew", file=sys.stderr)
+        print(f"the quantised weights can't be stored ({error}); each start makes new ones", file=sys.stderr)
 
 
 def load_stored(base: str, config: PreTrainedConfig, path: Path) -> PreTrainedModel | None:

@@ -226,7 +226,7 @@ def _take_up(
         found = json.loads(output.read_text(encoding="utf-8"))
         results, outputs, before = found["results"], found["outputs"], found["args"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{output} is there and holds no results of ours; choose another --output") from None
+        raise UsageError(f"{output} exists and is no results file; choose another --output") from None
     other = [name for name in {**made_from, **before} if before.get(name) != made_from.get(name)]
     if other or not set(results) <= {problem.pid for problem in problems}:
         what = f"another {other[0]}" if other else "other problems"

@@ -191,7 +191,7 @@ def _without_doubles(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise UsageError(f"{name!r} is there twice")
+            raise UsageError(f"{name!r} occurs twice")
         found[name] = value
     return found
 
@@ -214,7 +214,7 @@ def _from_llava(rows: Sequence[Any], choices: Mapping[str, int], path: Path) -> 
             raise UsageError(f"{path}: answer {number}: expected an object with 'question_id' and 'text'")
         pid = str(row["question_id"])
         if pid in predictions:
-            raise UsageError(f"{path}: answer {number}: problem {pid} is there twice")
+            raise UsageError(f"{path}: answer {number}: problem {pid} occurs twice")
         predictions[pid] = _read_llava(row["text"], choices.get(pid, len(LETTERS)))
     return predictions
 

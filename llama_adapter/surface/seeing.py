@@ -32,12 +32,10 @@ class Seeing(NamedAdapters):
 
     def _vision(self, name: str) -> VisionConfig:
         if name == NO_ADAPTER:
-            raise UsageError("the bare base knows nothing of pictures; choose an adapter that does")
+            raise UsageError("the bare base can't see pictures; choose an adapter that can")
         vision = self.get_adapter(name).config.vision
         if vision is None:
-            raise UsageError(
-                f"adapter {name!r} knows nothing of pictures; choose one that was trained on them"
-            )
+            raise UsageError(f"adapter {name!r} can't see pictures; choose one that was trained on them")
         return vision
 
     def sees(self, adapter: str | None = None) -> bool:

@@ -119,7 +119,7 @@ def load_clip(folder: Path) -> open_clip.CLIP:
         clip.llama_adapter_config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except Exception as error:  # open_clip and timm raise all kinds of errors for a wrong config
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(f"{folder}: no open_clip folder: {reason}") from None
+        raise UsageError(f"{folder}: not an open_clip folder: {reason}") from None
     return clip
 
 
@@ -132,7 +132,7 @@ def build_clip(
     """
     known = load_clip(start)
     if not hasattr(getattr(known.visual, "trunk", None), "conv_stem"):
-        raise UsageError(f"{start}: its picture side is no EfficientNet of timm, from which this starts")
+        raise UsageError(f"{start}: its picture side is not an EfficientNet of timm, which is needed")
     config = known.llama_adapter_config
     model_config = {
         **config["model_cfg"],

@@ -55,7 +55,7 @@ class FeatureCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"{self.folder}: no place for the features: {error.strerror}") from None
+            raise UsageError(f"{self.folder}: can't store the features: {error.strerror}") from None
         self._rows = self._read_index()
 
     def _read_index(self) -> dict[str, int]:
@@ -121,7 +121,7 @@ class FeatureCache:
                 for place in new:
                     self._rows[names[place]] = len(self._rows)
         except OSError as error:
-            raise UsageError(f"{self.folder}: the features cannot be kept: {error.strerror}") from None
+            raise UsageError(f"{self.folder}: the features can't be stored: {error.strerror}") from None
 
 
 def picture_features(

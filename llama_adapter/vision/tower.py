@@ -71,7 +71,7 @@ class VisionTower(nn.Module):
         self.visual = visual.float().eval().requires_grad_(False)
         self.name = name
         if not hasattr(visual, "forward_intermediates"):
-            raise UsageError(f"tower {name!r}: open_clip shows no depths of a {type(visual).__name__}")
+            raise UsageError(f"tower {name!r}: open_clip can't read depths of a {type(visual).__name__}")
         preprocess = PreprocessCfg(**visual.preprocess_cfg)
         self._prepare = image_transform_v2(preprocess, is_train=False)
         widths = [vector.shape[1] for vector in self._vectors(self._probe(), None)]

@@ -370,7 +370,7 @@ def test_auto_lets_who_sees_answer_once_there_is_a_picture(sighted: Conversation
 def test_an_adapter_that_does_not_see_says_so(sighted: Conversation, encoded: list[int], blind: str) -> None:
     chat = Conversation(sighted.model, adapter=blind, sampling=sighted.sampling)
     list(chat.ask("Hello?"))
-    with pytest.raises(UsageError, match="knows nothing of pictures"):
+    with pytest.raises(UsageError, match="can't see pictures"):
         chat.ask("What is it?", [RED])
     assert said(chat) == [("Hello?", chat.exchanges[0].answer.text)] and not encoded
     assert not chat.unseen

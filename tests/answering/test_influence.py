@@ -1,4 +1,4 @@
-"""How far prompts move an answer, against a plain computation layer by layer."""
+"""How far prompts move an answer, compared with a plain computation layer by layer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model() -> LlamaAdapter:
 
 @torch.no_grad()
 def plainly(model: LlamaAdapter, answer: str, features: Tensor | None) -> Tensor:
-    """(L, T): the prompts' part from each layer's own queries; the tokens' part by difference."""
+    """(L, T): the prompts' part, computed from each layer's own queries; the rest is the tokens' part."""
     question = model.encode_question(TURNS)
     dialogue = [[*TURNS, Turn("assistant", answer)]]
     ((ids, _),) = encode_dialogues(dialogue, model.template(), model.tokenizer)  # type: ignore[arg-type]

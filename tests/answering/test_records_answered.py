@@ -26,7 +26,8 @@ def record(question: str, *images: PictureFile, answer: str = "!") -> Record:
     return Record((Turn("user", question), Turn("assistant", answer)), 1, images)
 
 
-# Lengths that come once and several times; pictures that come alone, together, in two orders, and not at all.
+# Lengths that occur once and several times; pictures that come alone, together, in both orders, and not at
+# all.
 RECORDS = [
     record("What is it?", CAT),
     record("What?"),
@@ -44,7 +45,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def model() -> LlamaAdapter:
-    """One whose answers end after some tokens, and differ from picture to picture."""
+    """A model whose answers end after a few tokens, and differ from picture to picture."""
     tokenizer = build_tiny_tokenizer()
     model = build_tiny_model(
         dtype=torch.float64, tokenizer=tokenizer, vision=VISION, max_position_embeddings=512
@@ -57,7 +58,7 @@ def model() -> LlamaAdapter:
 
 
 def answer_alone(model: LlamaAdapter, asked: Record, *, adapter: str | None = None, **options: Any) -> str:
-    """By generate, one question at a time."""
+    """The answer of generate to one question at a time."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
     ids = torch.tensor([encode_question(asked.turns[:-1], model.template(adapter), tokenizer)])
@@ -85,7 +86,7 @@ def test_answers_are_those_to_one_question_at_a_time(model: LlamaAdapter, beams:
 
 
 def test_some_answers_end_by_themselves(model: LlamaAdapter) -> None:
-    """A place that gets free is another question's."""
+    """A row of the batch that becomes free is given to another question."""
     for some in (20, 40):
         expected = [answer_alone(model, asked, max_new_tokens=some) for asked in RECORDS]
         for size in (2, 4, 16):

@@ -1,4 +1,4 @@
-"""Scores against their equations, tokens against those of published scores, answers against tables."""
+"""Scores compared with their equations, tokens with those of published scores, and answers with tables."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
 
 
 def plain_bleu4(candidates: list[str], references: list[list[str]]) -> float:
-    """Papineni et al. 2002 over a corpus, each row's reference length the closest (the shorter in a tie).
+    """Papineni et al. 2002 over a corpus. A row's reference length is the closest one (in a tie the shorter).
 
-    The two tiny numbers are pycocoevalcap's, against division by 0.
+    The two tiny numbers are pycocoevalcap's, which avoid a division by 0.
     """
     length = sum(len(c.split()) for c in candidates)
     reference_length = 0
@@ -82,7 +82,10 @@ def plain_bleu4(candidates: list[str], references: list[list[str]]) -> float:
 
 
 def plain_cider_d(candidates: list[str], references: list[list[str]]) -> list[float]:
-    """Vedantam et al. 2015, CIDEr-D: clipped, a Gaussian of the difference in length (sigma 6), times 10."""
+    """Vedantam et al.
+
+    2015, CIDEr-D: clipped, with a Gaussian of the length difference (sigma 6), times 10.
+    """
 
     def weights(text: str, n: int) -> dict[tuple[str, ...], float]:
         def rows_with(gram: tuple[str, ...]) -> int:
@@ -97,7 +100,7 @@ def plain_cider_d(candidates: list[str], references: list[list[str]]) -> list[fl
     for c, texts in zip(candidates, references, strict=True):
         total = 0.0
         for text in texts:
-            # As published code has it, the length is that of the bigrams: of a caption without one it is 0.
+            # As in published code, the length is counted in bigrams: a caption without one has length 0.
             difference = sum(ngrams(c, 2).values()) - sum(ngrams(text, 2).values())
             for n in range(1, 5):
                 ours, theirs = weights(c, n), weights(text, n)
@@ -342,7 +345,7 @@ def test_question_type(question: str, expected: str, kind: str) -> None:
 
 @given(st.integers(1, 10_000), st.data())
 def test_interval_solves_its_equation(rows: int, data: st.DataObject) -> None:
-    """Its ends are the shares p from which the measured one is 1.96 standard errors away."""
+    """Its ends are the shares p that are 1.96 of their standard errors away from the measured share."""
     right = data.draw(st.integers(0, rows))
     low, high = accuracy_interval(right, rows)
     assert 0 <= low < high <= 1

@@ -1,4 +1,4 @@
-"""The sweep of all causal families of the installed transformers."""
+"""The sweep over all causal families of the installed transformers."""
 
 from __future__ import annotations
 

@@ -129,5 +129,5 @@ def test_batches_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert counts["labelled"] < counts["packed"] < counts["padded"] < 4 * 512
     assert 1 < counts["products_vs_peft"] < counts["products_vs_pad512"]
     monkeypatch.setattr(sys, "argv", ["scaling", *asked[:-4], "--batch-size", "99"])
-    with pytest.raises(UsageError, match="24 rows make no batch of 99"):
+    with pytest.raises(UsageError, match="24 rows are fewer than a batch of 99"):
         scaling.main()

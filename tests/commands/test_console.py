@@ -574,7 +574,7 @@ def test_what_is_no_picture_is_refused_before_the_model_loads(
 
 
 def test_pictures_are_refused_where_nobody_would_look(colours: list[str]) -> None:
-    for adapter, expected in ((ADAPTER, f"adapter {ADAPTER!r} knows nothing"), ("none", "the bare base")):
+    for adapter, expected in ((ADAPTER, f"adapter {ADAPTER!r} can't see"), ("none", "the bare base")):
         words = ("ask", "hi", *GREEDY, "--adapter", adapter, "--image", colours[0])
         assert expected in refusal(*words)
 
@@ -614,12 +614,12 @@ def test_a_bad_picture_is_told_and_the_chat_goes_on(seeing: LlamaAdapter) -> Non
         code, out, err = chat(line, "What is it?", options=SEES)
         assert (code, out.strip()) == (0, greedy(seeing, "What is it?"))
         assert err.startswith("error: ") and expected in err and err.count("\n") == 1
-    assert "knows nothing of pictures" in chat("/image missing.png").err
+    assert "can't see pictures" in chat("/image missing.png").err
 
 
 def test_a_picture_that_the_next_adapter_does_not_see_is_dropped(colours: Any) -> None:
     result = chat(f"/image {colours[0]}", "/adapter none", "What is it?", options=SEES)
-    assert "none knows nothing of pictures: those for the next question are dropped" in result.out
+    assert "none can't see pictures: those for the next question are dropped" in result.out
     assert result.code == 0 and result.err == ""
 
 
@@ -627,7 +627,7 @@ def test_a_picture_that_was_not_looked_at_is_told_with_the_answer(colours: list[
     lines = (f"/image {colours[0]}", "What is it?", f"/adapter {ADAPTER}", "And now?", "/help", "/adapter",
              f"/adapter {SEEING}", "And now?", "/undo", "/retry")  # fmt: skip
     code, _, err = chat(*lines, options=SEES)
-    assert (code, err) == (0, f"({ADAPTER} knows nothing of pictures: yours was not looked at)\n")
+    assert (code, err) == (0, f"({ADAPTER} can't see pictures: yours was not looked at)\n")
 
 
 # --- info and convert ---------------------------------------------------------------------------------------
@@ -729,7 +729,7 @@ def test_gates_can_go_out_and_come_back_without_tanh(weights: Path, tmp_path: Pa
 def test_convert_refuses_what_makes_no_sense(weights: Path, tmp_path: Path) -> None:
     file, other = tmp_path / "adapter.pth", str(tmp_path / "other")
     assert "no adapter 'nothing'" in refusal("convert", "nothing", str(file))
-    assert "has the format llama-adapter already; say with --to" in refusal("convert", ADAPTER, other)
+    assert "already has the format llama-adapter; choose another" in refusal("convert", ADAPTER, other)
     assert "--base goes with a .pth" in refusal("convert", ADAPTER, str(file), "--base", BASE)
     assert str(file) in refusal("convert", str(file), other, "--base", BASE), "it is not there"
     assert not list(tmp_path.iterdir())

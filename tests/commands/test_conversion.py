@@ -1,4 +1,4 @@
-"""llama-adapter convert --to peft, and back, and merge: on a tiny base in a weights folder."""
+"""llama-adapter convert to and from PEFT's folders, and merge, on a tiny base in a weights folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENS = torch.tensor([[5, 9, 33, 7, 21, 2]])
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and an adapter of LoRA on it, another of prompts."""
+    """A weights folder with a base, an adapter of LoRA and one of prompts."""
     folder = tmp_path_factory.mktemp("weights")
     tokenizer = build_tiny_tokenizer()
     build_tiny_decoder(vocab_size=len(tokenizer)).save_pretrained(folder / "base")
@@ -76,7 +76,7 @@ def test_an_adapter_of_peft_answers(
     base = AutoModelForCausalLM.from_pretrained(weights / "base")
     config = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(tmp_path / "theirs")
-    capsys.readouterr()  # the bar of loading the base here
+    capsys.readouterr()  # removes the progress bar of loading the base here
     options = ["--adapter", str(tmp_path / "theirs"), "--max-new-tokens", "4", "--temperature", "0"]
     assert invoke(monkeypatch, "ask", "Hi", *options) == 0
     shown = capsys.readouterr()
@@ -94,7 +94,7 @@ def test_merge_writes_a_plain_decoder(
     assert torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained(merged)), expected, atol=1e-4)
     assert AutoTokenizer.from_pretrained(merged).chat_template
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
-    # As any other base it can be adapted.
+    # It can be adapted like any other base.
     LlamaAdapter.from_base(str(merged), device="cpu").new_adapter("more")
 
 

@@ -25,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(path: Path, rows: list[tuple[str, str, str]]) -> Path:
-    """Questions of (kind, question, pattern of a right answer)."""
+    """Write questions: (kind, question, pattern of a right answer)."""
     keys = ("kind", "question", "check", "right")
     lines = [
         dict(zip(keys, (kind, text, {"matches": [right]}, ["it"]), strict=True)) for kind, text, right in rows

@@ -194,7 +194,7 @@ def test_an_interrupted_examination_goes_on(
     with pytest.raises(UsageError, match="has results of other problems"):
         examine(model, problems[1:], Examination(), output=output, made_from=made_from)
     output.write_text("[]")
-    with pytest.raises(UsageError, match="holds no results of ours"):
+    with pytest.raises(UsageError, match="is no results file"):
         examine(model, problems, Examination(), output=output, made_from=made_from)
 
 
@@ -301,7 +301,7 @@ def test_without_pictures_the_adapter_is_one_for_text(
     run(eval.scienceqa, "--adapter", tmp_path / "run", *common, "--controls")
     assert "IMG_shuffled" not in json.loads((tmp_path / "f.json").read_text())
     printed = capsys.readouterr().out
-    assert printed.count("knows nothing of pictures") == 2 and "control missing: no pictures: " in printed
+    assert printed.count("can't see pictures") == 2 and "control missing: no pictures: " in printed
 
 
 def test_controls_that_cannot_be_had_are_named_below_the_table(

@@ -34,7 +34,7 @@ COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "grey": (128, 128, 128)}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with weights, and with pictures of one colour as questions and as captions."""
+    """A folder with weights, and pictures of a single colour with questions and with captions."""
     folder = tmp_path_factory.mktemp("vqa")
     tokenizer = build_tiny_tokenizer()
     base = folder / "weights" / "tiny-base"
@@ -80,7 +80,7 @@ def run(module: Any, arguments: list[str]) -> None:
 
 
 def refusal(module: Any, arguments: list[str]) -> str:
-    """The one line with which a command refuses something."""
+    """The line with which a command refuses something."""
     with pytest.raises(UsageError) as error:
         run(module, arguments)
     assert "\n" not in str(error.value)
@@ -123,7 +123,7 @@ def test_the_commands_that_it_ends_with_work(
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> Path:
-    """An adapter that has seen questions, captions and text."""
+    """An adapter trained on questions, captions and text."""
     output = place / "trained"
     sources = ("--data", str(place / "captions"), "--data", f"{TEXT}=0.5")
     rates = ("--rate", "gates=0.2", "--rate", "projection=0.02")
@@ -187,7 +187,7 @@ def test_captions_are_scored_against_both_controls(
 
 
 class Answers:
-    """Stands in for a model that says the colour of the picture, whoever is asked."""
+    """Stands in for a model: answers with the colour of the picture, whatever the adapter."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[Any] = []
@@ -208,7 +208,7 @@ def test_the_figures_are_fractions_of_right_answers(
     data = ("--data", str(place / "questions"), "--json", str(file))
     run(eval.vqa, score(place, trained, *data))
     assert json.loads(file.read_text()) == {
-        "accuracy": 3 / 6,  # all colours, no yes and no
+        "accuracy": 3 / 6,  # all answers with a colour are right, and none with yes or no
         "accuracy_shuffled": 0.0,
         "accuracy_no_image": 1 / 6,
         "rows": 6,
@@ -221,7 +221,7 @@ def test_the_figures_are_fractions_of_right_answers(
 def test_the_rows_that_were_kept_back_are_scored(
     place: Path, trained: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those of a training without pictures, and where some rows have none."""
+    """Also for a training without pictures, and if some rows have none."""
     pytest.importorskip("pycocoevalcap")
     name = {"questions": "qa.json", "captions": "captions.json"}[data]
     mixed = tmp_path / data
@@ -358,7 +358,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(place: Path, tmp_pa
     run(train.vqa, options(place, tmp_path / "cut", *mix))
     folder = tmp_path / "cut" / "checkpoints"
     for name in ("step-0000006.pt", "step-0000006.json"):
-        (folder / name).unlink()  # as it was after step 4
+        (folder / name).unlink()  # as the folder was after step 4
     run(train.vqa, options(place, tmp_path / "cut", *mix, "--resume"))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     final = "adapter_model.safetensors"
@@ -370,9 +370,9 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(place: Path, tmp_pa
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--data", "rows.json=x"], "--data rows.json=x: 'x' is no weight; expected SOURCE=NUMBER"),
-        (["--data", "rows.json="], "'' is no weight"),
-        (["--text-of", "rows.json=x"], "--text-of rows.json=x: 'x' is no weight"),
+        (["--data", "rows.json=x"], "--data rows.json=x: 'x' is not a weight; expected SOURCE=NUMBER"),
+        (["--data", "rows.json="], "'' is not a weight"),
+        (["--text-of", "rows.json=x"], "--text-of rows.json=x: 'x' is not a weight"),
         (["--data", "rows.json=0"], "the weight is 0; expected one above 0 and below 1000"),
         (["--data", "rows.json=-1"], "the weight is -1"),
         (["--data", "rows.json=nan"], "the weight is nan"),
@@ -444,7 +444,7 @@ def test_an_adapter_that_never_saw_is_scored_without_pictures(
     run(eval.vqa, score(place, blind, *questions, "--json", str(tmp_path / "scores.json")))
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["accuracy"] == scores["accuracy_shuffled"] == scores["accuracy_no_image"]
-    assert scores["rows"] == 6 and "knows nothing of pictures" in capsys.readouterr().out
+    assert scores["rows"] == 6 and "can't see pictures" in capsys.readouterr().out
     said = refusal(eval.captions, score(place, blind, "--data", str(place / "captions")))
     assert "all its captions are the same" in said
 

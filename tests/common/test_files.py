@@ -145,7 +145,7 @@ def test_replace_folder_leaves_what_was_there_when_cut_off(
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Iterator[Path]:
-    """A folder whose earlier writer was killed half-way, with no chance to tidy up."""
+    """A folder whose earlier writer was killed half-way, and could not clean up."""
     final = tmp_path / "adapter"
     code = (
         "import os, sys; from llama_adapter.common.files import replace_folder\n"

@@ -31,7 +31,7 @@ def test_the_interval_is_students(count: int) -> None:
     mean, freedom = statistics.fmean(values), count - 1
     quantile = (high - mean) / (statistics.stdev(values) / math.sqrt(count))
     assert mean - low == pytest.approx(high - mean)
-    # 95 % of Student's density lie within it: Simpson's rule from 0 to the quantile, twice.
+    # 95 % of Student's density lies within the interval: Simpson's rule from 0 to the quantile, doubled.
     scale = math.exp(math.lgamma(count / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
     density = [scale * (1 + (quantile * n / 2000) ** 2 / freedom) ** (-count / 2) for n in range(2001)]
     area = density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2])

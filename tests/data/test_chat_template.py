@@ -1,4 +1,4 @@
-"""Chat templates of many shapes: training and asking give the base's own tokens."""
+"""Chat templates of many forms: training and asking give the base's own tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llama_adapter.data.templates import (
 )
 from tests.tiny import CHAT_TEMPLATE, build_tiny_sentencepiece_tokenizer, build_tiny_tokenizer
 
-# The shapes that are in use, each with its control tokens.
+# Forms that are in use, each with its control tokens.
 LLAMA_2 = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{% set loop_messages = messages[1:] %}"
@@ -94,7 +94,7 @@ def sentencepiece(template: str, specials: list[str]) -> PreTrainedTokenizerFast
 
 
 def metaspace(template: str, specials: list[str]) -> PreTrainedTokenizerFast:
-    """SentencePiece without a space behind control tokens, as in newer LLaMA tokenizers."""
+    """SentencePiece without a space after control tokens, as in newer LLaMA tokenizers."""
     tokenizer = sentencepiece(template, specials)
     backend = tokenizer.backend_tokenizer
     backend.normalizer = normalizers.Sequence([])
@@ -122,14 +122,14 @@ def conversations(draw: st.DrawFn, said: st.SearchStrategy[str] = texts) -> list
 
 
 def own_ids(tokenizer: Any, turns: list[Turn], *, ask: bool) -> list[int]:
-    """What transformers makes of a conversation."""
+    """The text that transformers makes of a conversation."""
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=ask, return_dict=False)
     return ids
 
 
 def learnt(ids: list[int], mask: list[bool]) -> list[list[int]]:
-    """The stretches that are learnt."""
+    """The pieces of text that are learnt."""
     stretches: list[list[int]] = []
     for place, (token, kept) in enumerate(zip(ids, mask, strict=True)):
         if kept:
@@ -198,14 +198,14 @@ def test_a_token_that_reaches_into_the_question_is_not_made() -> None:
 
 # --- templates that write an answer otherwise than they ask for it ------------------------------------------
 
-REASONING = (  # in the manner of Qwen3
+REASONING = (  # in the style of Qwen3
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
-CHANNELS = (  # in the manner of gpt-oss: another end token in the history, a channel that is not asked for
+CHANNELS = (  # in the style of gpt-oss: another end token in the history, and a channel that is not asked for
     "{% for m in messages %}{{ '<|im_start|>' + m.role }}"
     "{% if m.role == 'assistant' %}{{ '<|channel|>final' }}{% endif %}{{ '\n' + m.content }}"
     "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"

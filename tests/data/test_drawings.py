@@ -1,4 +1,4 @@
-"""The source drawings:N: the same drawings each time, right answers, and none that words alone give away."""
+"""The source drawings:N: the same drawings each time, right answers, and none that the words alone tell."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_words_do_not_tell_yes_from_no() -> None:
 
 
 def test_what_is_said_of_a_picture_agrees() -> None:
-    """The sentence about a picture of one shape names the colour and the shape that other questions get."""
+    """The sentence about a picture of one shape names the colour and shape that other answers name."""
     said = defaultdict(list)
     for row in ROWS:
         said[row["image"]].append(row)
@@ -116,5 +116,5 @@ def test_they_are_read_as_records_and_kept_back_by_picture() -> None:
 
 @pytest.mark.parametrize("source", ["drawings:", "drawings:0", "drawings:-3", "drawings:many"])
 def test_a_source_without_a_number_is_refused(source: str) -> None:
-    with pytest.raises(UsageError, match=r"is no number of drawings; expected drawings:N"):
+    with pytest.raises(UsageError, match=r"is not a number of drawings; expected drawings:N"):
         read_records(source, split="train")

@@ -1,4 +1,4 @@
-"""The source objects:SOURCE: yes where something is named, no where it is unlikely, each as often."""
+"""The source objects:SOURCE: yes if something is named, no if it is unlikely, both equally often."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def asked(photos: Path) -> list[tuple[str, str, str]]:
-    """Kind of photo, object, answer."""
+    """(kind of photo, object, answer) of each row."""
     rows = [row for _, row in read_rows(f"objects:{photos}").rows]
     objects = [re.search(r"\ban? ((?:fire )?\w+)", row["question"]) for row in rows]
     return [

@@ -30,7 +30,7 @@ from llama_adapter.data.pictures import MAX_BYTES, MAX_PIXELS, open_picture, rea
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 NOISE = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
 
-Image.init()  # or PIL does not know yet what it can write
+Image.init()  # otherwise PIL does not know yet which formats it can write
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -45,14 +45,14 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def grey(image: Image.Image) -> list[int]:
-    """The picture's values in reading order; its channels are one another's equals."""
+    """The picture's values in reading order. Its channels have to be equal."""
     values = pixels(image)
     assert (values == values[..., :1]).all()
     return values[..., 0].ravel().tolist()
 
 
 def refusal(source: Any, **options: Any) -> str:
-    """The error's line."""
+    """The message of the error, which has to be one line."""
     with pytest.raises(UsageError) as caught:
         open_picture(source, **options)
     line = str(caught.value)
@@ -141,7 +141,7 @@ def test_svg_is_told_apart(start: str) -> None:
 
 @pytest.mark.parametrize(
     "size",
-    # PIL keeps quiet about the first, warns of the second and refuses the last.
+    # PIL accepts the first silently, warns about the second and refuses the last.
     [(8_000, 9_000), (12_000, 10_000), (40_000, 40_000)],
 )
 @pytest.mark.parametrize("kind", ["png", "gif"])
@@ -188,7 +188,7 @@ def test_a_file_cut_off_anywhere_is_refused_or_whole_all_the_same(kind: str) -> 
             survived += 1
         except UsageError:
             pass
-    # What closes a file is short; of an animation the first frame is enough.
+    # The end of a file may be missing; the first frame of an animation is enough.
     assert survived < (100 if kind == "APNG" else 30)
 
 
@@ -271,7 +271,7 @@ def test_threads_leave_the_warning_filters_as_they_were() -> None:
             list(pool.map(open_picture, [odd] * 100))
         assert warnings.filters == before and not heard
         open_lazily(odd)
-        assert heard  # it was worth a warning
+        assert heard  # PIL had something to warn about
 
 
 # --- which pixels -------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_transparency_is_laid_on_white() -> None:
     assert (pixels(open_picture(keyed)) == [[RED, WHITE]]).all()
 
 
-# What EXIF's specification says of each: where row 0 and where column 0 are on the upright picture.
+# For each orientation, EXIF's specification says where row 0 and column 0 are in the upright picture.
 ORIENTATIONS = {
     1: ("top", "left"),
     2: ("top", "right"),
@@ -427,7 +427,7 @@ def test_pictures_are_turned_upright(orientation: int) -> None:
     expected = turned(np.asarray(open_lazily(content)), *ORIENTATIONS[orientation])
     upright = open_picture(content)
     assert np.array_equal(pixels(upright), expected)
-    assert np.array_equal(pixels(open_picture(upright)), expected)  # once is enough
+    assert np.array_equal(pixels(open_picture(upright)), expected)  # it is turned only once
     deep = Image.fromarray(ALL_16_BITS[:2, :3])
     expected = turned(np.zeros((2, 3)), *ORIENTATIONS[orientation])
     assert pixels(open_picture(encoded(deep, "PNG", exif=exif))).shape[:2] == expected.shape
@@ -500,7 +500,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
 
     def _write_for_ever(self, block: bytes, pause: float) -> None:
-        with suppress(OSError):  # the reader goes away
+        with suppress(OSError):  # the reader closes the connection
             for _ in range(1000):
                 self.wfile.write(block)
                 time.sleep(pause)
@@ -511,7 +511,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of a server on 127.0.0.1, which alone of the private addresses is allowed."""
+    """The URL of a server on 127.0.0.1, which here is the only private address allowed."""
     is_public = pictures._is_public
     monkeypatch.setattr(pictures, "_is_public", lambda ip: ip == "127.0.0.1" or is_public(ip))
     monkeypatch.setattr(Handler, "seen", [])
@@ -533,7 +533,7 @@ def no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def resolving(monkeypatch: pytest.MonkeyPatch, answers: Callable[[str], list[str]]) -> None:
-    """Have names resolved by `answers`, and addresses by the system."""
+    """Resolve names with `answers`, and addresses with the system."""
     system = socket.getaddrinfo
 
     def getaddrinfo(host: str, port: int, *rest: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The formats of rows that are in use: all that they mean is read, or refused by name."""
+"""The formats of rows that are in use: all that has a meaning is read, or refused by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read(row: Any) -> RowContent:
 
 
 def turns_of(row: Any) -> tuple[Turn, ...]:
-    """The turns of a row that holds one conversation, all of it to be learnt."""
+    """The turns of a row with one conversation, all of which is learnt."""
     [turns] = read(row).conversations
     assert not read(row).faults
     return turns
@@ -69,7 +69,7 @@ BYE = [("user", "Bye"), ("assistant", "See you.")]
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
         {"conversations": messages("Hi", "Hello.")},
         {"conversation": messages("Hi", "Hello.")},
-        # Parquet fills the columns of all rows.
+        # Parquet has all columns in every row.
         {
             "instruction": None,
             "output": None,
@@ -460,7 +460,7 @@ rows = st.dictionaries(st.sampled_from(COLUMNS), words | chats | st.just(["a.png
 @settings(max_examples=300, deadline=None)
 @given(rows)
 def test_no_word_is_lost_without_a_word(row: dict[str, Any]) -> None:
-    """Every text of a row is in its turns, in its pictures, in a column that is named, or it is refused."""
+    """Every text of a row is in its turns, in its pictures or in a column that is named, or it is refused."""
     try:
         shown = read(row)
     except UsageError:

@@ -110,7 +110,7 @@ def test_a_table_has_a_row_a_line(tmp_path: Path, name: str, mark: str) -> None:
 @pytest.mark.parametrize("line", ["What?", "What?,A cat,1"])
 def test_a_line_of_a_table_with_other_cells_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "rows.csv").write_text(f"question,answer\n?,!\n{line}\n")
-    with pytest.raises(UsageError, match=r"rows\.csv: row 2: expected 2 cells, as the first line has names"):
+    with pytest.raises(UsageError, match=r"rows\.csv: row 2: expected 2 cells, one for each name"):
         read_rows(tmp_path / "rows.csv")
 
 

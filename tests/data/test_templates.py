@@ -1,4 +1,4 @@
-"""The text formats: literally as published, training as asking, closed to control tokens that are typed."""
+"""The text formats: as published, the same in training and asking, and safe from typed control tokens."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def question_text(turns: list[Turn], template: str) -> str:
 
 
 def dialogue_parts(turns: list[Turn], template: str) -> list[tuple[bool, str]]:
-    """The dialogue's text in stretches, each with whether it is learned from."""
+    """The dialogue's text in pieces, each with whether it is learnt."""
     [(ids, is_answer)] = encode_dialogues([turns], template, TINY)
     pairs = groupby(zip(ids, is_answer, strict=True), key=lambda pair: pair[1])
     return [(kept, str(TINY.decode([token for token, _ in group]))) for kept, group in pairs]
@@ -87,7 +87,7 @@ free_text = st.lists(spelled | st.text(max_size=8), max_size=4).map("".join)
 
 @st.composite
 def conversations(draw: st.DrawFn) -> list[Turn]:
-    """Turns in order that end with an assistant's."""
+    """Conversations that end with an assistant's turn."""
     turns = [Turn("system", draw(free_text))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
         turns += [user(draw(free_text), draw(free_text)), assistant(draw(free_text))]
@@ -167,7 +167,8 @@ def test_alpaca_puts_bos_in_front_once_and_no_space_before_an_answer() -> None:
     turns = [user("Name a colour."), assistant("Red."), user("Another."), assistant("Green.")]
     [(ids, is_answer)] = encode_dialogues([turns], "alpaca", SENTENCEPIECE)
     later = "\n\n### Instruction:\nAnother.\n\n### Response:\n"
-    # The end tokens apart, the pieces give what the whole text gives: no space where a piece starts.
+    # Without end tokens, the pieces have the tokens of the whole text: no space is added where a piece
+    # starts.
     end = SENTENCEPIECE.eos_token_id
     whole = SENTENCEPIECE(WITHOUT_INPUT + "Red." + later + "Green.")["input_ids"]
     assert [token for token in ids if token != end] == whole
@@ -240,7 +241,7 @@ def test_chat_leaves_bos_to_the_chat_template() -> None:
 
 
 def test_chat_lets_a_reasoning_template_open_the_answer() -> None:
-    tokenizer = with_chat_template(  # in the manner of Qwen3
+    tokenizer = with_chat_template(  # in the style of Qwen3
         "{% for message in messages %}"
         "{{ '<|im_start|>' + message['role'] + '\n' }}"
         "{% if message['role'] == 'assistant' %}{{ message['content'].split('</think>')[-1] }}"

@@ -1,4 +1,4 @@
-"""Rows that join and leave a batch between tokens: each answers as if it were alone."""
+"""Rows that join and leave a batch between tokens: each is answered as if it were alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADAPTERS = ("one", "two", "many", "eyes", "tuned", NO_ADAPTER)
 
 
 def build(family: str = "llama") -> LlamaAdapter:
-    """Two adapters of one shape, one with more prompts in more layers, one that sees, one with tuning."""
+    """Two adapters of one shape, one with more prompts in more layers, one that sees, one with scales."""
     model = build_tiny_model(family, names=("one", "two"), eos_token_id=None)
     model.new_adapter("many", prompt_length=5, adapted_layers=3, seed=7)
     model.new_adapter("eyes", prompt_length=3, adapted_layers=1, vision=VISION, seed=8)
@@ -62,7 +62,7 @@ def empty(model: LlamaAdapter) -> Batch:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_every_family_answer_as_alone(family: str) -> None:
-    """Longer than a sliding window, with all kinds of prompts."""
+    """Answers longer than a sliding window, with all kinds of prompts."""
     model = build(family)
     batch = empty(model)
     said: dict[Row, list[int]] = {}
@@ -184,7 +184,7 @@ def test_prompts_of_all_kinds_become_one_batch(model: LlamaAdapter) -> None:
 
 
 def test_prompts_that_only_fill_up_change_nothing(model: LlamaAdapter) -> None:
-    """A row in a batch with a wider one gives the logits that it gives alone."""
+    """In a batch with a wider row, a row gets the logits that it gets alone."""
     (ids,) = random_rows(7)
     with torch.no_grad():
         for name in ("one", NO_ADAPTER):

@@ -1,4 +1,4 @@
-"""The trainable module: what it starts from and what it holds."""
+"""The trainable module: its initial values and what it holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny_models import CONFIG, VISION
 
 
 def prompts_of(adapter: Adapter, *pictures: Any) -> Tensor:
-    """(R, L, K, D), what a forward pass reads."""
+    """(R, L, K, D), the prompts that a forward pass reads."""
     return adapter.state(*pictures).parts[Prompts]["embeddings"]
 
 
@@ -54,7 +54,7 @@ def test_the_generator_decides_and_the_global_one_is_left_alone() -> None:
 
 
 def build_seeing(*, image_tokens: int = 1, normalised: bool = True, seed: int = 0) -> Adapter:
-    """An adapter whose projection has seen features of every size."""
+    """An adapter whose projection was fitted to features of every size."""
     vision = replace(VISION, image_tokens=image_tokens, normalised=normalised)
     adapter = Adapter(replace(CONFIG, parts=(PromptsConfig(), vision)), torch.Generator().manual_seed(seed))
     adapter.projection.fit(random_features(20) * torch.arange(1.0, 7.0) + 3)
@@ -70,7 +70,7 @@ def gelu(number: float) -> float:
 
 
 def plain_image_tokens(projection: Projection, features: Tensor) -> list[list[float]]:
-    """(F,) -> each of the image tokens, number by number (eq. 9)."""
+    """(F,) -> each image token, computed number by number (eq. 9)."""
     given = [
         (float(x) - float(mean)) * float(scale)
         for x, mean, scale in zip(features, projection.mean, projection.scale, strict=True)
@@ -102,7 +102,7 @@ def test_a_picture_is_added_to_every_prompt_of_every_layer(image_tokens: int, no
     if normalised:
         assert adapter.projection.sizes is not None
         sizes = adapter.projection.sizes.normal_(generator=torch.Generator().manual_seed(4))
-    features, owners = random_features(4, seed=1), torch.tensor([2, 0, 2, 2])  # none for row 1
+    features, owners = random_features(4, seed=1), torch.tensor([2, 0, 2, 2])  # row 1 has no picture
     prompts = prompts_of(adapter, features, owners, 3)
     assert prompts.shape == (3, 6, 10, 64)
     tokens = [plain_image_tokens(adapter.projection, picture) for picture in features]
@@ -130,7 +130,7 @@ def test_several_pictures_may_come_in_any_order() -> None:
     one = prompts_of(adapter, features, torch.tensor([0, 1, 0]), 2)
     other = prompts_of(adapter, features[[2, 1, 0]], torch.tensor([0, 1, 0]), 2)
     torch.testing.assert_close(one, other)
-    twice = prompts_of(adapter, features[[0, 0]], torch.tensor([0, 0]), 1)  # averaged, not summed
+    twice = prompts_of(adapter, features[[0, 0]], torch.tensor([0, 0]), 1)  # averaged, not added up
     torch.testing.assert_close(twice, prompts_of(adapter, features[:1], torch.tensor([0]), 1))
 
 

@@ -1,4 +1,4 @@
-"""The gated attention against the equations, written out in `tests.reference`."""
+"""The gated attention, compared with the equations in `tests.reference`."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_equations() -> None:
     adapter = model.adapters["tiny"]
     (row,) = random_rows(10)
 
-    # transformers' own loss would round to float32.
+    # The loss of transformers would round to float32.
     F.cross_entropy(model(row[None]).logits[0, :-1], row[1:]).backward()
 
     prompts = adapter.prompts.embeddings.detach().clone().requires_grad_()
@@ -204,7 +204,7 @@ def test_projected_prompts_are_what_the_layers_would_compute(model: LlamaAdapter
 
 
 class FixedPrompts:
-    """Prompts with the keys and values that a test gives."""
+    """Prompts with keys and values that a test provides."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.tensors = keys, values, None

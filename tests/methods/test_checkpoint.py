@@ -256,7 +256,7 @@ def test_sizes_beyond_all_memory_are_refused_before_they_are_allocated(folder: P
 
 
 def test_folders_that_are_no_adapter_are_refused(folder: Path, tmp_path: Path) -> None:
-    assert f"{tmp_path} is no adapter folder" in refusal(lambda: load_adapter(tmp_path))
+    assert f"{tmp_path} is not an adapter folder" in refusal(lambda: load_adapter(tmp_path))
     (folder / WEIGHTS_FILE).unlink()
     assert f"has no {WEIGHTS_FILE}" in refusal(lambda: load_adapter(folder))
 

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export of a model with an active adapter: as good as those of the bare base."""
+"""torch.compile and torch.export work for a model with an active adapter as well as for the bare base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of an adapter: what they are by default, what is stored, what is refused."""
+"""The settings of an adapter: their defaults, how they are stored, and what is refused."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_how_it_is_asked_is_stored_and_not_read_from_how_it_was_made() -> None:
 
 
 def version_1(**changes: Any) -> dict[str, Any]:
-    """A config as it was stored before adapters had parts."""
+    """A config in the form that was stored before adapters had parts."""
     return {
         "base": "base",
         "shape": STORED_SHAPE,

@@ -1,4 +1,4 @@
-"""How a decoder is loaded: where to, in which dtype, and what is said when it cannot be."""
+"""Loading a decoder: on which device, in which dtype, and the errors if it can't be loaded."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def hub_error(kind: type[Exception]) -> Exception:
 
 def test_a_gated_base_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        # As transformers has it: its own error, the hub's behind it.
+        # As in transformers: its own error, caused by the hub's.
         raise OSError("You are trying to access a gated repo.\nMake sure to ...") from hub_error(
             GatedRepoError
         )

@@ -1,4 +1,4 @@
-"""Compiled decoding steps, against the decoder's own modules."""
+"""Compiled decoding steps, compared with the decoder's own modules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.tiny_models import build_tiny_decoder, padded, random_rows
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="there is no C++ compiler")
 
-# Those whose layers are LLaMA's; the others have norms, scales or windows of their own.
+# Families with LLaMA's layers. Others have different norms, scales or windows.
 KNOWN = {"llama", "qwen2", "qwen3"}
 
 
@@ -50,7 +50,7 @@ def build_quantized_model(family: str = "llama", format: str = "int8", **setting
     return model
 
 
-# One of each, and compositions.
+# Each method, and compositions.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 3},
     "adalora": {"init_rank": 4, "target_rank": 2, "targets": ("v_proj", "mlp.up_proj")},
@@ -65,7 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def add_adapters(model: LlamaAdapter) -> None:
-    """An adapter of each of `METHODS`, called by its method, in more or fewer layers."""
+    """An adapter of each of `METHODS`, named after its method, with different numbers of layers."""
     for seed, (method, options) in enumerate(METHODS.items(), start=1):
         adapter = model.new_adapter(
             method, method=method, adapted_layers=1 + seed % model.shape.num_layers, seed=seed, **options
@@ -84,7 +84,7 @@ def step_of(model: LlamaAdapter) -> DecodingStep:
 
 @torch.no_grad()
 def decode(model: LlamaAdapter, ids: Tensor, mask: Tensor | None, adapter: str, steps: int) -> Tensor:
-    """Logits of the last ``steps`` tokens, read one by one."""
+    """The logits of the last ``steps`` tokens, which are read one by one."""
     cache = DynamicCache()
     projected = {"adapter": model.project(adapter)}
     first = ids.shape[1] - steps

@@ -1,4 +1,4 @@
-"""Adapters folded into a decoder's weights: the same logits from a plain decoder, or a refusal by name."""
+"""Adapters folded into a decoder's weights: a plain decoder with the same logits, or a refusal by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS = torch.tensor([[5, 9, 33, 7, 21, 2], [3, 44, 12, 60, 8, 2]])
 
 
 def stirred(family: str, method: str, **settings: Any) -> tuple[LlamaAdapter, Adapter]:
-    """A tiny model with an adapter of random values."""
+    """A tiny model with an adapter that has random values."""
     model = LlamaAdapter(build_tiny_decoder(family, torch.float64, **settings), base="tiny")
     adapter = model.new_adapter("own", method=method, adapted_layers=2, seed=0)
     generator = torch.Generator().manual_seed(4)
@@ -44,9 +44,9 @@ def logits_of(model: Any, **options: Any) -> Tensor:
             ("llama", method)
             for method in ("lora", "ia3", "scales", "bitfit", "scales+ia3+bitfit+lora+adalora")
         ),
-        *(("qwen2", method) for method in ("lora", "ia3")),  # it has biases at three projections
-        *(("starcoder2", method) for method in ("scales+lora", "bitfit")),  # it has biases at all
-        *(("gpt2", method) for method in ("lora", "scales")),  # its weights are transposed
+        *(("qwen2", method) for method in ("lora", "ia3")),  # has biases at three projections
+        *(("starcoder2", method) for method in ("scales+lora", "bitfit")),  # has biases at all projections
+        *(("gpt2", method) for method in ("lora", "scales")),  # has transposed weights
         ("qwen3", "lora"),
     ],
 )
@@ -59,7 +59,7 @@ def test_a_merged_decoder_is_plain_and_has_the_same_logits(family: str, method: 
     merged.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.allclose(logits_of(loaded), expected, atol=1e-5)
-    # What it was made from stays as it was, and shares what does not change.
+    # The original is unchanged, and shares the weights that do not change.
     assert torch.equal(logits_of(model, adapter=NO_ADAPTER), bare)
     assert torch.equal(logits_of(model), expected)
     assert merged.get_input_embeddings().weight is model.decoder.get_input_embeddings().weight

@@ -49,7 +49,7 @@ SETTINGS = TrainingSettings(
 
 
 def add(model: LlamaAdapter, method: str, *, stirred: bool = True) -> Adapter:
-    """A new adapter of a method; its changes random, where they are chosen at random as well."""
+    """A new adapter of a method. Its changes are random; so is their choice, where there is one."""
     adapter = model.new_adapter(method, method=method, seed=3, **METHODS[method])
     if stirred:
         generator = torch.Generator().manual_seed(4)
@@ -78,7 +78,7 @@ def test_it_starts_as_the_base_bit_for_bit_and_leaves_it_alone(method: str) -> N
         bare = logits(model, adapter=NO_ADAPTER)
         adapter = add(model, method, stirred=False)
         assert torch.equal(logits(model, adapter=method), bare)
-        if method != "selected":  # it has chosen nothing yet
+        if method != "selected":  # which has not chosen weights yet
             for parameter in adapter.parameters():
                 nn.init.normal_(parameter, std=0.05)
             assert (logits(model, adapter=method) - bare).abs().max() > 1e-2
@@ -171,7 +171,7 @@ def test_places_that_are_none_of_the_base_are_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     tensors["selected.places"][-1] = 2**30
     save_file(tensors, tmp_path / WEIGHTS_FILE)
-    with pytest.raises(UsageError, match="its places are not those of weights of this base"):
+    with pytest.raises(UsageError, match="this base has no weights at its places"):
         model.load_adapter(tmp_path, "again")
     tensors["selected.places"] = tensors["selected.places"].float()
     save_file(tensors, tmp_path / WEIGHTS_FILE)
@@ -245,7 +245,7 @@ def test_its_rows_share_a_batch_with_no_other_adapter(method: str) -> None:
     batch.join(TOKENS[:1], model.project("tiny"), greedy)
     with pytest.raises(UsageError, match="has a decoder of its own"):
         batch.join(TOKENS[1:], model.project(method), greedy)
-    batch.step()  # the others go on
+    batch.step()  # the other rows continue
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -257,7 +257,7 @@ def test_it_generates_and_the_base_beside_it_too(method: str) -> None:
         said = model.generate(TOKENS[:1], adapter=name, do_sample=False, max_new_tokens=5)
         if expected is not None:
             assert torch.equal(said, expected.generate(TOKENS[:1], do_sample=False, max_new_tokens=5))
-    # Trainers of others compute with parts of the decoder.
+    # Other libraries' trainers compute with parts of the decoder.
     model.set_adapter(method)
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=TOKENS).last_hidden_state
@@ -310,9 +310,9 @@ def test_a_sharded_decoder_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "full+lora"}, "full trains the base's own weights and goes with nothing else; leave out"),
-        ({"method": "prompts+selected"}, "goes with nothing else; leave out prompts"),
-        ({"method": "full", "vision": VISION}, "goes with nothing else; leave out projection"),
+        ({"method": "full+lora"}, "full trains the base's own weights and can't be combined; leave out"),
+        ({"method": "prompts+selected"}, "can't be combined; leave out prompts"),
+        ({"method": "full", "vision": VISION}, "can't be combined; leave out projection"),
         ({"method": "full", "adapted_layers": 2}, r"full says itself which it changes \(3 here\)"),
         ({"method": "top-layers", "top_layers": 4}, "top layers: 4 given; the decoder has 3"),
         ({"method": "top-layers", "top_layers": 0}, "top layers: 0 given; choose 1 or more"),
@@ -357,7 +357,7 @@ def test_the_weights_of_the_highest_scores_are_chosen(score: str, tmp_path: Path
         total = total + torch.cat(gradients) ** (2 if score == "fisher" else 1)
     trainer(model, "own", tmp_path, max_steps=1).run()
     best = total.abs().topk(len(part.changes)).indices.sort().values
-    assert len(set(part.places.tolist()) & set(best.tolist())) >= len(best) - 2  # float32 scores
+    assert len(set(part.places.tolist()) & set(best.tolist())) >= len(best) - 2  # float32 rounds the scores
     assert (part.places.diff() > 0).all() and part.changes.any()
 
 

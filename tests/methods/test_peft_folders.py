@@ -1,4 +1,4 @@
-"""PEFT's folders: what PEFT wrote we read, and what we write PEFT reads, with the same logits."""
+"""PEFT's folders: we read what PEFT wrote, and PEFT reads what we write, with the same logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENS = torch.tensor([[5, 9, 33, 7, 21, 2], [3, 44, 12, 60, 8, 2]])
 LORA = {"r": 3, "lora_alpha": 7, "task_type": "CAUSAL_LM"}
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# What PEFT can be told to adapt.
+# Settings with which PEFT can adapt the decoder.
 LORAS: dict[str, dict[str, Any]] = {
     "two names": {"target_modules": ["q_proj", "v_proj"]},
     "all names": {"target_modules": ALL},
@@ -50,12 +50,12 @@ LORAS: dict[str, dict[str, Any]] = {
 
 
 def build_decoder(family: str = "llama", **settings: Any) -> PreTrainedModel:
-    """In float64, so that logits differ only where the computation does."""
+    """In float64, so that logits differ only if the computation does."""
     return tiny_models.build_tiny_decoder(family, torch.float64, **settings)
 
 
 def stir(module: nn.Module, std: float = 0.3) -> None:
-    """Random values in whatever can be trained."""
+    """Set all trainable parameters to random values."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -64,7 +64,7 @@ def stir(module: nn.Module, std: float = 0.3) -> None:
 
 
 def peft_folder(decoder: PreTrainedModel, config: Any, folder: Path) -> Tensor:
-    """Write a stirred adapter of PEFT's; returns the logits of the decoder with it."""
+    """Write an adapter of PEFT with random values. Returns the logits of the decoder with it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(copy.deepcopy(decoder), config)
@@ -140,7 +140,7 @@ def test_what_is_trained_here_is_read_by_peft(method: str, family: str, tmp_path
     stir(adapter)
     write_peft(adapter, tmp_path / "own", model.decoder)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of GPT-2's weights, which are transposed
+        warnings.simplefilter("ignore")  # PEFT warns about GPT-2's transposed weights
         peft = PeftModel.from_pretrained(copy.deepcopy(decoder), tmp_path / "own")
     assert not same(logits_of(model), logits_of(decoder))
     assert same(logits_of(peft), logits_of(model))
@@ -185,7 +185,7 @@ def edit(folder: Path, **values: Any) -> None:
             "init_lora_weights is 'pissa', which changes the base's own weights",
         ),
         ({"lora_alpha": "much"}, "lora_alpha, lora_dropout and alpha_pattern have to be numbers"),
-        ({"alpha_pattern": {"(": 2}}, "alpha_pattern: '\\(' is no regular expression"),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern: '\\(' is not a regular expression"),
     ],
 )
 def test_settings_that_we_lack_are_refused(values: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_gate_that_no_tanh_reaches_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("scales", "room for one of lora, ia3, prompts; this adapter is scales"),
+        ("scales", "only one of lora, ia3, prompts; this adapter is scales"),
         ("prompts+lora", r"this adapter is prompts\+lora"),
         ("prompts", "one gate a layer; this adapter's heads have gates of their own"),
     ],

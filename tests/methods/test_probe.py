@@ -148,9 +148,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": (UNHEARD, {}),
     "nemotron": (UNHEARD, {}),
     # Attends twice, mixes in convolutions, a state space beside each attention, a mask of its own.
-    "diffllama": ("attends more than once", {}),
+    "diffllama": ("calls attention more than once", {}),
     "lfm2": ("layer 0 " + UNHEARD, {"layer_types": ["conv", "full_attention", "conv"]}),
-    "falcon_h1": ("meet elsewhere than in its attention", {}),
+    "falcon_h1": ("interact outside of its attention", {}),
     "doge": ("needs an attention that takes", {}),
     # Sizes that change from layer to layer; keys that are clipped outside of any module.
     "gemma4_text": ("differ in size", {"global_head_dim": 16, "num_global_key_value_heads": 2}),

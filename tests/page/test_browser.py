@@ -434,9 +434,9 @@ def test_an_example_with_a_picture_is_answered_at_the_first_click(page: Page) ->
 @pytest.mark.parametrize(
     ("adapter", "name", "content", "told"),
     [
-        ("one", "red.png", png("red", (320, 240)), "adapter 'one' knows nothing of pictures"),
+        ("one", "red.png", png("red", (320, 240)), "adapter 'one' can't see pictures"),
         ("eyes", "text.png", b"some text", "text.png: not a picture"),
-        ("eyes", "drawn.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG is drawn"),
+        ("eyes", "drawn.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG is not supported"),
     ],
 )
 def test_a_picture_that_is_of_no_use_is_told_and_stays_in_the_box(

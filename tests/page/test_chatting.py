@@ -1,4 +1,4 @@
-"""The chat's handlers: questions, answers, and what can become of them."""
+"""The chat's handlers: questions, answers, and all that can happen to them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def handlers() -> ChatHandlers:
 
 
 def finish(handlers: ChatHandlers, view: tuple[Any, ...]) -> Chats:
-    """Let the answers to what was taken come to their end; the person's chats."""
+    """Let the answers to the questions that were asked come to their end. Returns the person's chats."""
     chats: Chats = view[0]
     for _ in handlers.answer(chats):
         pass
@@ -52,7 +52,7 @@ def questions(chats: Chats) -> list[str]:
 
 
 def note(chats: Chats, number: int = -1) -> str:
-    """What stands under an answer."""
+    """The note below an answer."""
     text: str = look(chats)[1::2][number]["content"][-1]["text"]
     return text
 
@@ -71,7 +71,7 @@ def test_a_question_is_taken_at_once_and_its_answer_grows(
     lengths = [len(texts(step)[1]) for _, step, _ in steps]
     assert lengths == sorted(lengths)
     assert len(set(lengths)) > 5
-    # Only the end touches the box: what arrives late, after a stop, must not make it busy again.
+    # Only the end changes the box: an event that arrives late, after a stop, must not make it busy again.
     assert all(box == gr.skip() for box, *_ in steps[:-1])
     assert has(steps[-1][0], IDLE)
     assert chats.open.conversation.exchanges[0].answer.tokens == 12
@@ -94,7 +94,7 @@ def test_a_question_that_comes_while_an_answer_is_made_waits_its_turn(handlers: 
     assert has(box, {**BUSY, "value": EMPTY})
     assert texts(asked)[::2] == ["First"]
     assert waiting == "Next: “Second”"
-    # Its own event finds somebody at work.
+    # The second event finds that an answer is already being made.
     *_, (box, *_) = handlers.answer(chats)
     assert has(box, BUSY)
     *_, (box, asked, waiting) = answering
@@ -105,7 +105,7 @@ def test_a_question_that_comes_while_an_answer_is_made_waits_its_turn(handlers: 
 
 
 def test_an_event_that_comes_first_leaves_nothing_behind(handlers: ChatHandlers) -> None:
-    """Two questions were taken before anybody began to answer."""
+    """Two questions were asked before any answer was started."""
     chats, *_ = handlers.ask(typed_in("First"), None, *SETTINGS)
     handlers.ask(typed_in("Second"), chats, *SETTINGS)
     finish(handlers, (chats,))
@@ -132,7 +132,7 @@ def test_a_bad_question_does_not_wait_and_not_too_many_do(
     chats, *_ = handlers.ask(typed_in("First"), None, *SETTINGS)
     with pytest.warns(UserWarning, match="the question is empty"):
         assert handlers.ask(typed_in(" "), chats, *SETTINGS) == UNCHANGED
-    with pytest.warns(UserWarning, match="knows nothing of pictures"):
+    with pytest.warns(UserWarning, match="see pictures"):
         assert handlers.ask(typed_in("x", upload("red.png", png("red"))), chats, *SETTINGS) == UNCHANGED
     handlers.model.config.max_position_embeddings = 50
     with pytest.warns(UserWarning, match="the base reads 50"):
@@ -171,7 +171,7 @@ def test_the_note_says_who_answered_and_why_the_answer_ended(handlers: ChatHandl
     facts = r"\u206312 tokens · [\d.]+ tokens/s · one · cut off at the length limit"
     assert re.fullmatch(facts, note(chats))
     finish(handlers, handlers.ask(typed_in("Second"), chats, NO_ADAPTER, *KNOBS))
-    chats.open.conversation.exchanges[-1].answer.finish_reason = "stop"  # as if it had been complete
+    chats.open.conversation.exchanges[-1].answer.finish_reason = "stop"  # as if it were complete
     assert note(chats).endswith(" tokens/s · bare base")
     handlers.ask(typed_in("Third"), chats, *LONG)
     handlers.stop(chats)
@@ -320,7 +320,7 @@ def test_a_picture_is_decoded_once_and_a_question_tokenised_once(
         handlers.model, "encode_question", lambda *a, **b: tokenised.append(a) or encode(*a, **b)
     )
     chats = finish(handlers, handlers.ask(typed_in("First", upload("red.png", png("red"))), None, *SEEING))
-    assert len(decoded) == 2  # it was identified and made RGB, each once
+    assert len(decoded) == 2  # identified once, and converted to RGB once
     assert len(tokenised) == 1
     finish(handlers, handlers.ask(typed_in("Second"), chats, *SEEING))
     assert len(decoded) == 2
@@ -346,7 +346,7 @@ def test_an_adapter_for_text_warns_and_leaves_everything_in_the_box(
 ) -> None:
     box = typed_in("What is it?", upload("red.png", png("red")))
     for adapter in ("one", NO_ADAPTER):
-        with pytest.warns(UserWarning, match="knows nothing of pictures") as told:
+        with pytest.warns(UserWarning, match="see pictures") as told:
             assert handlers.ask(box, None, adapter, *KNOBS) == UNCHANGED
         assert len(told) == 1
 

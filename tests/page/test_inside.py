@@ -1,4 +1,4 @@
-"""The heat maps, and what they say in plain words."""
+"""The heat maps, and their descriptions in plain words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A person's chats: new, open, deleted; kept by the browser and saved as files."""
+"""A person's chats: new, open, deleted; stored in the browser and saved as files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def handlers() -> ChatHandlers:
 
 @pytest.fixture
 def chats(handlers: ChatHandlers, upload: Callable[..., Path]) -> Chats:
-    """Two chats: one with a picture, a stopped answer and one made without the picture, then one of text."""
+    """Two chats: one with a picture, a stopped answer and an answer made without the picture; one of text."""
     view = handlers.ask(typed_in("What is it?", upload("red.png", png("red"))), None, *SEEING)
     finish(handlers, view[0])
     handlers.ask(typed_in("Go on"), view[0], *SETTINGS)
@@ -53,7 +53,7 @@ def finish(handlers: ChatHandlers, chats: Chats) -> None:
 
 
 def reopened(handlers: ChatHandlers, kept: Any) -> tuple[Any, ...]:
-    """What the page gets when it is opened by a browser that kept this."""
+    """What the page gets when it is opened in a browser that stored this."""
     return handlers.load(json.loads(json.dumps(kept)), None, "one")
 
 

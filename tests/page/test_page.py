@@ -1,4 +1,4 @@
-"""What the page reads and shows; its chat, its server and a browser are tested apart."""
+"""What the page reads and shows. Its chat, its server and the page in a browser have tests of their own."""
 
 from __future__ import annotations
 
@@ -197,9 +197,9 @@ def test_a_large_picture_is_kept_small() -> None:
         ("x" * 10_000, "not uploaded"),
         ("{uploads}/missing.png", "missing.png: there is no such file"),
         ("{uploads}", "a folder"),
-        ({"url": "http://127.0.0.1/x.png"}, "no uploaded file"),
-        (5, "no uploaded file"),
-        ([None], "no uploaded file"),
+        ({"url": "http://127.0.0.1/x.png"}, "an uploaded file or a data URL"),
+        (5, "an uploaded file or a data URL"),
+        ([None], "an uploaded file or a data URL"),
         ("data:image/png,abc", "data URL is damaged"),
         ("data:image/png;base64,!", "data URL is damaged"),
         ("data:image/png;base64,", "empty"),

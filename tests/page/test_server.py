@@ -288,8 +288,8 @@ def test_a_program_asks_about_a_picture(
 @pytest.mark.parametrize(
     ("adapter", "image", "told"),
     [
-        ("one", data_url(png("red")), "knows nothing of pictures"),
-        (NO_ADAPTER, data_url(png("red")), "the bare base knows nothing of pictures"),
+        ("one", data_url(png("red")), "can't see pictures"),
+        (NO_ADAPTER, data_url(png("red")), "the bare base can't see pictures"),
         ("eyes", data_url(SVG), "SVG"),
         ("eyes", data_url(huge_png()), "more than the"),
         ("eyes", "/etc/passwd", "not uploaded"),
@@ -447,7 +447,7 @@ def test_score_sees_a_picture(client: Client, model: LlamaAdapter, picture: Path
         ({"question": ""}, "the question is empty"),
         ({"question": "x " * 3000}, "the base reads 1024"),
         ({"context": "x" * (MAX_CHARACTERS + 1)}, "shorten it"),
-        ({"image": data_url(png("red"))}, "knows nothing of pictures"),
+        ({"image": data_url(png("red"))}, "can't see pictures"),
         ({"image": [data_url(png("red"))] * 2, "adapter": "eyes"}, "2 pictures"),
         ({"image": "/etc/passwd", "adapter": "eyes"}, "not uploaded"),
         ({"adapter": "nobody"}, "no adapter"),

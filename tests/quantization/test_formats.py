@@ -1,4 +1,4 @@
-"""The formats' arithmetic, against numbers worked out by hand and against their own error bounds."""
+"""The arithmetic of the formats, compared with numbers worked out by hand and with error bounds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_no_weight_is_off_by_more_than_a_step(name: str, columns: int) -> None:
     weight = random_matrix(5, columns)
     stored = quantize(weight, name)
     steps = stored.scales.float().repeat_interleave(32, dim=1)[:, :columns]
-    # Half a step, and what a rounded scale cuts from the largest; int4 cuts more where that helps others.
+    # Half a step, and what a rounded scale cuts off the largest; int4 cuts more if this helps other weights.
     most = 0.5 if name == "int8" else 1.0
     assert ((dequantize(stored) - weight).abs() <= steps * most + weight.abs() * 2e-3 + 1e-6).all()
 

@@ -1,4 +1,4 @@
-"""GGUF files as they are: the same decoder as transformers makes by dequantising, in the file's bytes."""
+"""GGUF files kept as they are: the same decoder as when transformers dequantises it, in fewer bytes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Where a test puts its file."""
+    """The path for a test's file."""
     return tmp_path / "tiny.gguf"
 
 
 def load_dense(file: Path) -> PreTrainedModel:
-    """The file by transformers, dequantised."""
+    """The decoder that transformers makes of the file by dequantising."""
     dense: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
@@ -42,7 +42,7 @@ def load_dense(file: Path) -> PreTrainedModel:
     ("family", "tied"), [("llama", True), ("llama", False), ("qwen2", False), ("qwen3", True)]
 )
 def test_it_is_the_decoder_that_transformers_dequantises(file: Path, family: str, tied: bool) -> None:
-    # transformers takes the width of Qwen3's heads to be 128, whatever the file says.
+    # transformers assumes heads of width 128 for Qwen3, whatever the file says.
     build_tiny_gguf(file, family, tie_word_embeddings=tied, head_dim=128 if family == "qwen3" else 64)
     kept = load_decoder(str(file), device=CPU, dtype=torch.float32)
     dense = load_dense(file)
@@ -60,7 +60,7 @@ def test_it_takes_no_more_memory_than_the_file(file: Path) -> None:
     build_tiny_gguf(file)
     kept = load_decoder(str(file), device=CPU, dtype=torch.float32)
     assert kept_bytes(kept) <= 1.05 * file.stat().st_size
-    assert kept_bytes(kept) > 0.9 * file.stat().st_size  # nothing is left out of the count
+    assert kept_bytes(kept) > 0.9 * file.stat().st_size  # all weights are counted
     assert format_of(kept) == "gguf"
 
 

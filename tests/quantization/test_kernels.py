@@ -1,4 +1,4 @@
-"""The kernels' building: once, kept, and done without where it fails."""
+"""Building the kernels: once, stored for later, and working without them if that fails."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_the_compiler_does_not_know_is_left_out(fresh: Path, monkeypatch: p
     (built,) = kernels.kernel_folder().iterdir()
     real = built.rename(fresh / "real.so")
     refusing = f'for word; do [ "$word" = -fopenmp ] && exit 1; done\ncp {real} "$7"'
-    position = 1 + len(kernels.OPTIMISATION) + 1 + 1  # of the output, behind -march=native and -o
+    position = 1 + len(kernels.OPTIMISATION) + 1 + 1  # of the output file, after -march=native and -o
     monkeypatch.setenv("CXX", str(write_compiler(fresh, refusing.replace("$7", f"${{{position}}}"))))
     assert kernels.load_kernels() is not None
 

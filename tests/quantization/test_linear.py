@@ -1,4 +1,4 @@
-"""Modules with quantised weights, against torch's own on the weights that the numbers stand for."""
+"""Modules with quantised weights, compared with torch's own on the weights that the numbers stand for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMPILED = pytest.mark.skipif(load_kernels() is None, reason="there is no C++ co
 
 @pytest.fixture(params=[pytest.param("compiled", marks=COMPILED), "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Computed by the kernels, and as on a machine without a compiler."""
+    """Once with the kernels, and once as on a machine without a compiler."""
     if request.param == "torch":
         monkeypatch.setattr(linear, "load_kernels", lambda: None)
     return str(request.param)
@@ -49,7 +49,7 @@ def random_input(*shape: int) -> torch.Tensor:
 def test_the_product_is_that_of_the_dequantised_weight(
     way: str, name: str, tokens: int, outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "SLICE", 500)  # so that a large product takes several
+    monkeypatch.setattr(linear, "SLICE", 500)  # so that a large product needs several slices
     weight = random_weight(name, outputs, inputs)
     plain = dequantize(weight.rows(slice(None)))
     torch.testing.assert_close(weight.dequantize(), plain, rtol=0, atol=1e-6)
@@ -95,7 +95,7 @@ def test_another_dtype_comes_back_as_it_came() -> None:
     x = random_input(2, 72).bfloat16()
     product = module(x)
     assert module.compute_dtype == product.dtype == torch.bfloat16
-    assert module.quantized.scale_bits.dtype == torch.int16  # its scales are no floats to be cast
+    assert module.quantized.scale_bits.dtype == torch.int16  # not a float, so it is not converted
     torch.testing.assert_close(product.float(), F.linear(x.float(), module.weight), rtol=1e-2, atol=1e-1)
 
 
@@ -125,7 +125,7 @@ def test_a_decoder_computes_as_with_dequantised_weights(tied: bool) -> None:
     decoder = build_tiny_decoder("qwen2", tie_word_embeddings=tied)
     plain = copy.deepcopy(decoder)
     quantize_decoder(decoder, "int8")
-    with torch.no_grad():  # tied weights are one parameter
+    with torch.no_grad():  # tied weights are a single parameter
         for weight in {
             module.weight for module in plain.modules() if isinstance(module, (nn.Linear, nn.Embedding))
         }:

@@ -1,4 +1,4 @@
-"""Quantised decoders on disk: what is read is what was written, and only where it fits."""
+"""Quantised decoders on disk: what is read is what was written, and is used only if it fits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def base(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A base's folder in bfloat16, with an empty place for what is quantised from it."""
+    """A base's folder in bfloat16, and an empty cache folder for its quantised weights."""
     monkeypatch.setattr(stored, "cache_folder", lambda: tmp_path / "cache")
     folder = tmp_path / "base"
     build_tiny_decoder("qwen2", torch.bfloat16, tie_word_embeddings=request.param).save_pretrained(folder)
@@ -86,7 +86,7 @@ def test_a_place_that_cannot_be_written_is_done_without(
     monkeypatch.setattr(stored, "cache_folder", lambda: tmp_path / "file")
     decoder = load_decoder(str(base), device=CPU, dtype=torch.float32, quantize="int8")
     assert decoder(random_rows(4)[0][None]).logits.isfinite().all()
-    assert "cannot be kept" in capsys.readouterr().err
+    assert "can't be stored" in capsys.readouterr().err
 
 
 def test_a_hub_base_is_told_by_its_commit() -> None:

@@ -174,9 +174,9 @@ def test_llavas_answers_are_read_as_llava_does(text: str, expected: int, tmp_pat
         ("", "no predictions"),
         ("[1", "not valid JSON"),
         ('{"results": {}}', "no predictions"),
-        ('{"results": {"1": 0, "1": 1}}', "'1' is there twice"),
+        ('{"results": {"1": 0, "1": 1}}', "'1' occurs twice"),
         ('{"results": {"1": 1.5}}', "problem 1: expected the number of a choice, found 1.5"),
-        ('{"question_id": "1", "text": "A"}\n{"question_id": "1", "text": "B"}', "problem 1 is there twice"),
+        ('{"question_id": "1", "text": "A"}\n{"question_id": "1", "text": "B"}', "problem 1 occurs twice"),
         ('{"question_id": "1", "text": "A"}\n{"question_id": "2"}', "answer 2: expected an object"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What users of PEFT's AdaptionPrompt do with a model, by the intents of its own tests, on three families."""
+"""What users of PEFT's AdaptionPrompt do with a model, after PEFT's own tests, on three families."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def logits(model: Any) -> Tensor:
 
 
 def train(model: LlamaAdapter) -> None:
-    """Two steps: at gates of zero the first one moves the gates alone."""
+    """Two steps, because with gates of zero the first one changes only the gates."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
     for _ in range(2):
         optimizer.zero_grad()

@@ -58,7 +58,7 @@ def test_where_there_is_none_the_next_best_answers() -> None:
     model = build_tiny_model(names=("first",))
     model.set_adapter(AUTO)
     assert pair(model) == ("first", "first") and not model.sees()
-    with pytest.raises(UsageError, match="'first' knows nothing of pictures"):
+    with pytest.raises(UsageError, match="'first' can't see pictures"):
         model.tower()
     model.new_adapter("eyes", vision=VISION)
     model.delete_adapter("first")

@@ -1,4 +1,4 @@
-"""Parts of the decoder carry the active adapter; TRL's trainers, which compute their loss from them."""
+"""Parts of the decoder carry the active adapter. TRL's trainers compute their loss from such parts."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_trl_s_dpo_trains_the_adapter_against_a_reference(tmp_path: Path, refere
     )
     trainer.train()
     first = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    # At the start the policy is its own reference: the loss is log 2.
+    # At the start the policy equals its reference, so the loss is log 2.
     same = first["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert same == (reference == "the start")
     assert first["grad_norm"] > 0

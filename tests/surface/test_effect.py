@@ -1,4 +1,4 @@
-"""What is set on the decoder itself, so that an adapter would do or learn nothing, is an error."""
+"""Changes to the decoder itself that would make an adapter do or learn nothing are errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_reentrant_recomputation_set_on_the_decoder_is_an_error() -> None:
 def plain_attention(
     self: Any, hidden_states: torch.Tensor, position_embeddings: Any, attention_mask: Any = None, **_: Any
 ) -> Any:
-    """What patches such as FlashAttention's put in place of a layer's forward: it knows of no prompts."""
+    """A forward such as patches like FlashAttention's give to a layer: it does not know prompts."""
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
     query, key, value = (
         projection(hidden_states).view(shape).transpose(1, 2)
@@ -75,7 +75,7 @@ def plain_attention(
 
 
 class PlainLayer(nn.Module):
-    """A layer that hands its attention no keywords."""
+    """A layer that passes no keywords to its attention."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def test_a_forward_that_was_wrapped_is_looked_at_once(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", counted)
     layers = model.shape.num_layers
-    for passes in (2, 3, 4):  # one of them looks
+    for passes in (2, 3, 4):  # the check is made in one of them
         torch.testing.assert_close(model(ids).logits, expected)
         assert len(calls) == passes * layers
 
@@ -153,7 +153,8 @@ def test_reentrant_checkpointing_wrapped_by_hand_is_an_error() -> None:
     with torch.no_grad():
         model(row[None], labels=row[None], use_cache=False)
     model(row[None], adapter="none", use_cache=False)
-    # With gradients at its input the first pass is recorded, and the second one finds the adapter's.
+    # With gradients at its input, the first pass is recorded and the second one gives the adapter's
+    # gradients.
     model.enable_input_require_grads()
     model(row[None], labels=row[None], use_cache=False).loss.backward()
     assert model.get_adapter("tiny").prompts.gates.grad.abs().max() > 0

@@ -247,7 +247,7 @@ def test_a_state_whose_config_cannot_be_read_is_refused(model: LlamaAdapter, tmp
     save_file(state, tmp_path / "model.safetensors")
     assert "'prompts.gates' is missing" in refusal(lambda: LlamaAdapter.from_pretrained(tmp_path))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    assert "no adapter folder" in refusal(lambda: LlamaAdapter.from_pretrained(tmp_path))
+    assert "not an adapter folder" in refusal(lambda: LlamaAdapter.from_pretrained(tmp_path))
 
 
 # --- a vocabulary that was resized --------------------------------------------------------------------------

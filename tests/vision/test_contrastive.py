@@ -41,7 +41,7 @@ SETTINGS = ClipSettings(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tower to start from, and coloured squares with captions and with names."""
+    """A tower to start from, and squares of one colour with captions and with names."""
     folder = tmp_path_factory.mktemp("clip")
     build_tiny_tower_folder(folder / "weights" / "start", "cnn", size=64)
     rows, names = [], {}
@@ -132,7 +132,7 @@ def test_it_starts_from_the_tower_and_comes_back_from_its_folder(place: Path, tm
     for name, tensor in clip.state_dict().items():
         expected = tensor.half().float() if tensor.is_floating_point() else tensor
         assert torch.equal(again.state_dict()[name], expected), name
-    tower = load_tower(str(tmp_path))  # like any other
+    tower = load_tower(str(tmp_path))  # it works like any other tower
     assert tower.encode(torch.zeros(1, 3, 64, 64)).shape == (1, tower.feature_width)
 
 
@@ -142,14 +142,14 @@ def test_a_name_that_comes_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no open_clip folder"):
+    with pytest.raises(UsageError, match="not an open_clip folder"):
         load_clip(tmp_path)
     build_tiny_tower_folder(tmp_path)
-    with pytest.raises(UsageError, match="its picture side is no EfficientNet of timm"):
+    with pytest.raises(UsageError, match="its picture side is not an EfficientNet of timm"):
         build_clip(tmp_path)
     weights = tmp_path / "open_clip_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UsageError, match="no open_clip folder"):
+    with pytest.raises(UsageError, match="not an open_clip folder"):
         load_clip(tmp_path)
 
 
@@ -356,7 +356,7 @@ def test_the_commands_train_and_score(
     assert scores["image_to_text_r10"] == 1.0, "of 8 texts"
     printed = capsys.readouterr().out
     assert "4 pictures, 8 texts" in printed and "zero-shot among 4 names" in printed
-    # The file has half the precision of what was scored while training.
+    # The file has half precision; scores in training had full precision.
     last = [row for row in rows if "zero_shot" in row][-1]
     assert scores["text_to_image_r5"] == pytest.approx(last["text_to_image_r5"], abs=0.2)
 

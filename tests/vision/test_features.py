@@ -1,4 +1,4 @@
-"""The cache of features: never stale, never mixed up, whole after a kill, and quick to read."""
+"""The cache of features: never out of date, never mixed up, complete after a kill, and fast to read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tower(tower_folder: Path) -> CountingTower:
 
 
 def draw(folder: Path, count: int, first: int = 0) -> list[Path]:
-    """So many pictures, each of another colour."""
+    """This many pictures, each of another colour."""
     colours = [(number % 256, number // 256, 255) for number in range(first, first + count)]
     return [draw_picture(folder / f"{colour[0]}-{colour[1]}.png", colour) for colour in colours]
 
@@ -72,7 +72,7 @@ def test_features_are_the_tower_s_and_computed_once(
     torch.testing.assert_close(first.encode(pictures, progress=done.append), wanted)
     assert tower.encoded == 20 and done == sorted(done) and done[-1] == 20
     again = FeatureCache(tower, cache)
-    for opened in (first, again):  # the same, in any order and as often as they are asked for
+    for opened in (first, again):  # the same result in any order, and however often they are asked for
         assert torch.equal(opened.encode(pictures), FeatureCache(tower, cache).encode(pictures))
     some = again.encode([pictures[7], pictures[3], pictures[7]])
     torch.testing.assert_close(some, wanted[[7, 3, 7]])
@@ -153,11 +153,11 @@ def test_what_is_no_picture_is_named(tower: CountingTower, cache: Path, tmp_path
 
 def test_a_folder_that_cannot_be_written_to_is_told(tower: CountingTower, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="no place for the features: "):
+    with pytest.raises(UsageError, match="can't store the features: "):
         FeatureCache(tower, tmp_path / "file")
     opened = FeatureCache(tower, tmp_path / "cache")
     (opened.folder / FEATURES_FILE).mkdir()
-    with pytest.raises(UsageError, match=r"the features cannot be kept: "):
+    with pytest.raises(UsageError, match=r"the features can't be stored: "):
         opened.encode(draw(tmp_path, 1))
 
 
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_written_to_is_told(tower: CountingTower, tmp_pa
 
 
 def cut(path: Path, size: int) -> None:
-    """Cut a file to a size; below 0, by so many bytes."""
+    """Cut a file to a size, or, if it is negative, by that many bytes."""
     os.truncate(path, size if size >= 0 else path.stat().st_size + size)
 
 

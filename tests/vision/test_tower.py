@@ -147,7 +147,7 @@ def test_depths_that_it_does_not_have_are_refused(folder: Path, depths: tuple[in
 
 
 def test_a_tower_that_shows_no_depths_is_refused() -> None:
-    with pytest.raises(UsageError, match="'mine': open_clip shows no depths of a Linear"):
+    with pytest.raises(UsageError, match="'mine': open_clip can't read depths of a Linear"):
         VisionTower(nn.Linear(1, 1), name="mine")
 
 

@@ -1,4 +1,4 @@
-"""What becomes of a fetched file, on a base of a few thousand weights in the published files' format."""
+"""Converting a fetched file, for a base of a few thousand weights in the published files' format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}<
 
 @pytest.fixture(scope="module")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen2 in GGUF: Q8_0 matrices, a head of its own, and rows of the embeddings that mean nothing."""
+    """Qwen2 in GGUF: Q8_0 matrices, a separate head, and unused embeddings."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, "ab", *ADDED, *(f"[PAD{number}]" for number in range(262, 288))]
@@ -87,7 +87,7 @@ def test_the_weights_are_the_files_in_half_precision_with_one_matrix_for_both_en
     for theirs, name in (("output", "model.embed_tokens"), ("blk.0.ffn_up", "model.layers.0.mlp.up_proj")):
         tensor = stored[f"{theirs}.weight"]
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        # Half precision keeps 11 bits, more than a scale and a small integer need to be told apart.
+        # Half precision has 11 bits, more than a scale and a small integer need.
         torch.testing.assert_close(own[f"{name}.weight"].data, values, rtol=2**-11, atol=1e-7)
 
 

@@ -15,7 +15,7 @@ PINNED = Pinned("weights.bin", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT)
 
 
 def test_what_hangs_without_a_word_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the look-up of a name does, which has no time limit of its own."""
+    """Blocks as the look-up of a host name does, which has no time limit."""
     monkeypatch.setattr(module, "SILENT_SECONDS", 0.1)
     end = threading.Event()
 
@@ -68,7 +68,7 @@ def test_ctrl_c_stops_all() -> None:
 def test_a_line_says_how_far_it_is() -> None:
     transfer = Transfer(500_000_000)
     assert transfer.line().startswith("0/500 MB  0.0 MB/s  ? left")
-    transfer.add(100_000_000, fresh=False)  # of an earlier call: it says nothing about the rate
+    transfer.add(100_000_000, fresh=False)  # from an earlier call: it does not count for the rate
     assert transfer.line().startswith("100/500 MB  0.0 MB/s  ? left")
     transfer.add(200_000_000)
     assert transfer.line().startswith("300/500 MB  ") and transfer.line().endswith(" left")

@@ -21,7 +21,7 @@ from llama_adapter.weights.catalogue import CATALOGUE, HubFile, Packages, Weight
 from llama_adapter.weights.fetch import PROVENANCE, fetch
 
 PACKAGE = "tiny-weights"
-CONTENT = b"".join(number.to_bytes(4, "big") for number in range(150_000))  # 600 kB, no two pieces alike
+CONTENT = b"".join(number.to_bytes(4, "big") for number in range(150_000))  # 600 kB without repetitions
 
 
 def convert(file: Path, folder: Path) -> None:
@@ -29,7 +29,7 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def make_wheel(folder: Path, package: str, content: bytes) -> Wheel:
-    """A wheel that carries `content`, and how the catalogue pins it."""
+    """A wheel that contains `content`, and the catalogue's entry for it."""
     module = package.replace("-", "_")
     path = folder / f"{module}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as file:
@@ -53,7 +53,7 @@ def make_weights(sources: Sequence[Packages | HubFile], **changes: Any) -> Weigh
 
 @pytest.fixture
 def without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment such as uv makes: pip's settings are the PIP_ variables alone."""
+    """An environment such as uv makes, where pip's settings are only the PIP_ variables."""
     folder = tmp_path / "no pip"
     folder.mkdir()
     (folder / "pip.py").write_text("raise SystemExit('no pip here')")
@@ -62,7 +62,7 @@ def without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def links(tmp_path: Path, without_pip: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of wheels that pip's settings name, and no index."""
+    """The folder of wheels that pip's settings name. There is no index."""
     folder = tmp_path / "links"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -72,7 +72,7 @@ def links(tmp_path: Path, without_pip: None, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def tiny(links: Path, monkeypatch: pytest.MonkeyPatch) -> Weights:
-    """`tiny` in the catalogue: two wheels in a folder, and nothing else."""
+    """A catalogue with only `tiny`: two wheels in a folder."""
     half = len(CONTENT) // 2
     wheels = [
         make_wheel(links, f"{PACKAGE}-{number}", piece)
@@ -167,7 +167,7 @@ def test_cut_off_while_converting_leaves_only_the_download_for_the_next_call(
     assert names(weights) == [".tiny.download"] and names(weights / ".tiny.download") == ["tiny.gguf"]
     monkeypatch.setitem(CATALOGUE, "tiny", tiny)
     for wheel in links.iterdir():
-        wheel.unlink()  # not needed again
+        wheel.unlink()  # it is not needed again
     assert names(fetch("tiny", weights, progress=print)) == [PROVENANCE, "model.safetensors"]
     assert names(weights) == ["tiny"]
 
@@ -243,7 +243,7 @@ def test_two_at_once_do_the_work_once(tiny: Weights, tmp_path: Path, monkeypatch
 
 
 class Server(ThreadingHTTPServer):
-    """A registry and a mirror on this machine; what is served under a path, and how, a test says."""
+    """A registry and a mirror on this machine. A test decides what is served under a path, and how."""
 
     daemon_threads = True
 
@@ -321,7 +321,7 @@ MIRROR = "/nobody/tiny-gguf/resolve/main/tiny.gguf"
 
 @pytest.fixture
 def server(tmp_path: Path, without_pip: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """Stands for the user's index and for the hub; `tiny` is a wheel there, and a file of the hub."""
+    """Stands for the user's index and for the hub. `tiny` is a wheel there, and a file on the hub."""
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -413,7 +413,7 @@ def test_offline_leaves_the_hub_alone(
 
 def test_a_later_call_goes_on_where_the_connection_was_lost(server: Server, tmp_path: Path) -> None:
     wheel = wheel_of(server)
-    for manner in ("silent half-way", "busy"):  # a server that refuses for now costs nothing that is there
+    for manner in ("silent half-way", "busy"):  # if a server refuses for now, what was downloaded is kept
         server.manner = {wheel: manner, MIRROR: "busy"}
         with pytest.raises(UsageError, match="answered 503"):
             fetch("tiny", tmp_path / "weights", progress=print)
@@ -449,7 +449,7 @@ def test_a_cut_off_wheel_of_an_earlier_call_is_no_dead_end(server: Server, tmp_p
 
 
 class TestFetchedSmolLM2:
-    """What the conversion made of the real package, where it has been fetched."""
+    """The conversion's result for the real package, if it has been fetched."""
 
     def test_it_comes_from_the_pinned_package(self, base_folder: Path) -> None:
         pinned = CATALOGUE["smollm2-135m-instruct"]
@@ -457,7 +457,7 @@ class TestFetchedSmolLM2:
             wheel for source in pinned.sources if isinstance(source, Packages) for wheel in source.wheels
         )
         provenance = json.loads((base_folder / PROVENANCE).read_text())
-        # Folders of the days when the catalogue knew one source name the wheel's hash.
+        # Older folders name the wheel's hash: the catalogue had only one source then.
         assert provenance["sha256"] in (pinned.sha256, wheel.sha256)
 
     def test_the_tokenizer_is_the_one_it_was_trained_with(self, base_folder: Path) -> None:
@@ -465,7 +465,7 @@ class TestFetchedSmolLM2:
 
         tokenizer = AutoTokenizer.from_pretrained(base_folder)
         assert tokenizer.encode("<|im_end|>") == [2] == [tokenizer.eos_token_id] == [tokenizer.pad_token_id]
-        # Digits stand alone, and white space before one is not split as GPT-2 would.
+        # Digits are split off, and white space before one is not split as in GPT-2.
         assert tokenizer.tokenize("in 2023:\n\n1. a  12") == (
             ["in", "Ġ", "2", "0", "2", "3", ":", "ĊĊ", "1", ".", "Ġa", "ĠĠ", "1", "2"]
         )
@@ -490,7 +490,7 @@ class TestFetchedSmolLM2:
 
 
 class TestFetchedQwen:
-    """The 0.5B base, where it has been fetched; compared with what its authors publish."""
+    """The 0.5B base, if it has been fetched, compared with what its authors publish."""
 
     def test_the_tokenizer_is_the_published_one(self, qwen_folder: Path) -> None:
         from transformers import AutoTokenizer
@@ -509,7 +509,7 @@ class TestFetchedQwen:
             r"|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
         assert byte_level["type"] == "ByteLevel" and not byte_level["use_regex"]
-        # Digits stand alone; an accent that follows its letter is the letter with the accent.
+        # Digits are split off; a letter with an accent after it becomes the letter with the accent.
         assert tokenizer.tokenize("in 2023:\n\n1. it's") == (
             ["in", "Ġ", "2", "0", "2", "3", ":ĊĊ", "1", ".", "Ġit", "'s"]
         )

@@ -1,4 +1,4 @@
-"""The list of weights: a line about each, from its card, the catalogue or its config."""
+"""The list of weights: a line about each one, from its card, the catalogue or its config."""
 
 from __future__ import annotations
 

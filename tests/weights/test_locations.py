@@ -16,7 +16,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder and cache, and nothing in the environment."""
+    """An empty working folder and an empty cache, and no variables in the environment."""
     monkeypatch.delenv("LLAMA_ADAPTER_WEIGHTS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     work = tmp_path / "work"
@@ -38,7 +38,7 @@ def test_order_of_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert weights_folders() == [tmp_path / "environment"]
     assert weights_folders("given") == [tmp_path / "work" / "given"]
     monkeypatch.delenv("LLAMA_ADAPTER_WEIGHTS")
-    # Installed, not in a checkout.
+    # An installed package, not a checkout.
     package = tmp_path / "site-packages" / "llama_adapter"
     monkeypatch.setattr(locations, "__file__", str(package / "weights" / "locations.py"))
     assert weights_folders() == [cache, package / "shipped"]

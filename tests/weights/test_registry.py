@@ -13,7 +13,7 @@ WHEEL = Wheel("Some.Thing_small", "1.0", "some_thing-1.0-py3-none-any.whl", "0" 
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither PIP_ variables nor files of the user and the machine, but for the one that a test writes."""
+    """No PIP_ variables and no files of the user or the machine, except the one that a test writes."""
     for name in ("NO_INDEX", "INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "CERT", "CLIENT_CERT", "PROXY"):
         monkeypatch.delenv(f"PIP_{name}", raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
