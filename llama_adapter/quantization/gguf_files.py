@@ -58,7 +58,7 @@ def load_gguf(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTr
             continue
         missing.discard(name)
         if kind in FLOATS:
-            floats[name] = _read_floats(tensor, processor).to(dtype)
+            floats[name] = _read_floats(path, tensor, processor).to(dtype)
         elif kind in GGUF_KINDS:
             weight = _read_blocks(path, tensor, processor)
             _replace(decoder, name.removesuffix(".weight"), weight, dtype, tensor.name)
@@ -85,10 +85,16 @@ def load_gguf(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTr
     return decoder.eval()
 
 
-def _read_floats(tensor: Any, processor: Any) -> Tensor:
+def _read_floats(path: Path, tensor: Any, processor: Any) -> Tensor:
+    """A tensor of floats as transformers has it, in float32."""
     values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
-    moved = processor.process(weights=values, name=tensor.name).weights
-    return torch.from_numpy(np.array(moved, dtype=np.float32))
+    found = _process(processor, values, tensor.name)
+    if found is None:
+        raise UsageError(
+            f"{path.name}: {tensor.name} {values.shape} is of a family whose GGUF files are only read whole; "
+            "--quantize int8 quantises the file's weights anew"
+        )
+    return torch.from_numpy(np.array(found, dtype=np.float32))
 
 
 def _read_blocks(path: Path, tensor: Any, processor: Any) -> QuantizedWeight:
@@ -96,12 +102,8 @@ def _read_blocks(path: Path, tensor: Any, processor: Any) -> QuantizedWeight:
     *stack, columns = (int(size) for size in tensor.shape[::-1])
     rows = stack[-1] if len(stack) == 1 else 0
     order = np.arange(rows, dtype=np.int64)[:, None]
-    try:
-        moved = processor.process(weights=order, name=tensor.name).weights
-        fits = rows > 0 and np.array_equal(np.sort(moved, axis=0), order)
-    except (ValueError, TypeError, AttributeError, KeyError):  # it needs whole matrices, or stacks of them
-        fits = False
-    if not fits:
+    moved = _process(processor, order, tensor.name)
+    if not rows or moved is None or not np.array_equal(np.sort(moved, axis=0), order):
         raise UsageError(
             f"{path.name}: {tensor.name} {tuple(tensor.shape[::-1])} has no blocks that can be kept; "
             "--quantize int8 quantises the file's weights again"
@@ -112,6 +114,14 @@ def _read_blocks(path: Path, tensor: Any, processor: Any) -> QuantizedWeight:
     if not np.array_equal(moved, order):
         blocks = blocks[moved[:, 0]]
     return QuantizedWeight(Quantized(tensor.tensor_type.name, columns, torch.from_numpy(blocks), None))
+
+
+def _process(processor: Any, values: Any, name: str) -> Any:
+    """What transformers makes of a tensor's values; None where it needs more than these."""
+    try:
+        return processor.process(weights=values, name=name).weights
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
 
 
 def _replace(
