@@ -107,8 +107,10 @@ def load_in_floats(arguments: argparse.Namespace) -> LlamaAdapter:
     """The base that --base, --weights, --device and --dtype ask for, its weights not quantised."""
     from transformers import GgufConfig
 
+    from llama_adapter.commands.arguments import quieten_libraries
     from llama_adapter.model import LlamaAdapter
 
+    quieten_libraries()
     base = DEFAULT_BASE if arguments.base is None else arguments.base
     options: dict[str, Any] = {name: getattr(arguments, name) for name in ("weights", "device", "dtype")}
     if locations.gguf_in(locations.resolve(base, kind="base", weights=arguments.weights)) is not None:
