@@ -41,11 +41,18 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
         help="the .pth is for code that applies no tanh to the gates, as the authors' inference code; "
         "else (their training code) tanh is applied",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        help="of the weights in a folder of ours (float32); float16 makes the file half as large",
+    )
     add_weights_option(parser)
 
 
 def convert(arguments: argparse.Namespace) -> None:
     """llama-adapter convert."""
+    import torch
+
     from llama_adapter.methods.checkpoint import (
         adapter_folder,
         export_pth,
@@ -66,7 +73,9 @@ def convert(arguments: argparse.Namespace) -> None:
     else:
         folder = adapter_folder(locations.resolve(source, kind="adapter", weights=weights))
         given = "peft" if is_peft(folder) else "llama-adapter"
-    if wanted == given:
+    if arguments.dtype is not None and wanted != "llama-adapter":
+        raise UsageError(f"--dtype goes with --to llama-adapter; {wanted} has its own")
+    if wanted == given and arguments.dtype is None:
         raise UsageError(
             f"{source} already has the format {given}; choose another one with --to: {', '.join(FORMATS)}"
         )
@@ -87,7 +96,7 @@ def convert(arguments: argparse.Namespace) -> None:
         base = locations.resolve(adapter.config.base, kind="base", weights=weights)
         write_peft(adapter, target, load_structure(base))
     else:
-        save_adapter(adapter, target)
+        save_adapter(adapter, target, dtype=getattr(torch, arguments.dtype or "float32"))
     print(target)
 
 

@@ -48,16 +48,25 @@ STATE_PREFIX = "adapters."
 _FORMER_NAMES = {"prompts": "prompts.embeddings", "gates": "prompts.gates", "tuning": "scales.values"}
 
 
-def save_adapter(adapter: Adapter, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write the adapter's two files, each atomically. Weights are stored in float32.
+def save_adapter(
+    adapter: Adapter,
+    folder: str | Path,
+    state: dict[str, Tensor] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the adapter's two files, each atomically.
 
     Args:
         state: the tensors, by their names in the adapter; None takes the adapter's own.
+        dtype: of the weights in the file. They are read back as float32.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = (adapter.state_dict() if state is None else state).items()
-    kept = {name: tensor.detach().to("cpu", _kept_dtype(tensor)).contiguous() for name, tensor in tensors}
+    kept = {
+        name: tensor.detach().to("cpu", _kept_dtype(tensor, dtype)).contiguous() for name, tensor in tensors
+    }
     with write_atomically(folder / WEIGHTS_FILE) as path:
         path.write_bytes(save(kept, metadata={"format": "pt"}))  # save_file makes it unreadable for others
     write_json(folder / CONFIG_FILE, adapter.config.to_dict())
@@ -275,9 +284,9 @@ def _build_adapter(config: AdapterConfig, state: dict[str, Tensor], source: str)
     return adapter
 
 
-def _kept_dtype(tensor: Tensor) -> torch.dtype:
-    """float32; but integers keep their dtype."""
-    return torch.float32 if tensor.is_floating_point() else tensor.dtype
+def _kept_dtype(tensor: Tensor, dtype: torch.dtype = torch.float32) -> torch.dtype:
+    """The dtype asked for; but integers keep theirs."""
+    return dtype if tensor.is_floating_point() else tensor.dtype
 
 
 def import_pth(path: str | Path, *, base: str, shape: DecoderShape, raw_gates: bool = False) -> Adapter:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_adapter.__main__ import main
-from llama_adapter.methods.checkpoint import read_config
+from llama_adapter.methods.checkpoint import load_adapter, read_config
 from llama_adapter.model import LlamaAdapter
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder
@@ -83,6 +83,21 @@ def test_an_adapter_of_peft_answers(
     assert shown.out.strip() and not shown.err
 
 
+def test_a_folder_in_float16_is_half_as_large(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "half"
+    assert invoke(monkeypatch, "convert", "lora", str(folder), "--dtype", "float16") == 0
+    before, after = load_adapter(weights / "lora").state_dict(), load_adapter(folder).state_dict()
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.float32
+        torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-6)
+    large, small = (
+        (place / "adapter_model.safetensors").stat().st_size for place in (weights / "lora", folder)
+    )
+    assert small < 0.75 * large
+
+
 def test_merge_writes_a_plain_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +122,10 @@ def test_merge_writes_a_plain_decoder(
         (["merge", "lora", "THERE"], "is there already"),
         (["convert", "prompts", "OUT", "--to", "peft"], "this adapter's heads have gates of their own"),
         (["convert", "lora", "OUT.pth"], "the authors' layout"),
+        (
+            ["convert", "lora", "OUT", "--to", "peft", "--dtype", "float16"],
+            "--dtype goes with --to llama-adapter",
+        ),
         (
             ["convert", "lora", "OUT", "--to", "peft", "--base", "base"],
             "--base goes with a .pth or",
