@@ -5,6 +5,8 @@
 #   docker run -p 7860:7860 [--gpus all] llama-adapter
 FROM python:3.12-slim
 
+# The compiler builds the int8 products at the first start.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 ARG TORCH_INDEX=""
 # There is no git history in the image to take the version from.
 ARG VERSION=0.1.0
