@@ -123,14 +123,17 @@ def load_model(arguments: argparse.Namespace) -> LlamaAdapter:
     options = {name: getattr(arguments, name) for name in ("weights", "device", "dtype", "quantize")}
     if options["quantize"] == "auto" and options["dtype"] not in (None, "auto"):
         options["quantize"] = "none"  # a dtype was asked for
-    adapter = getattr(arguments, "adapter", NO_ADAPTER) or AUTO
-    if adapter == AUTO and not shipped_adapters(arguments.base, arguments.weights):
-        adapter = NO_ADAPTER
-        base = arguments.base or DEFAULT_BASE
+    base, adapter = arguments.base, getattr(arguments, "adapter", NO_ADAPTER)
+    if adapter is None:
+        adapter = AUTO
+    none_fits = adapter == AUTO and not shipped_adapters(base, arguments.weights)
+    if adapter != NO_ADAPTER and not none_fits:
+        return LlamaAdapter.from_pretrained(adapter, base=base, **options)
+    base = DEFAULT_BASE if base is None else base
+    model = LlamaAdapter.from_base(base, **options)
+    if none_fits:  # said once the base is loaded, so that one that can't be is a single line
         print(f"no shipped adapter fits base {base!r}; the bare base answers", file=sys.stderr)
-    if adapter != NO_ADAPTER:
-        return LlamaAdapter.from_pretrained(adapter, base=arguments.base, **options)
-    return LlamaAdapter.from_base(DEFAULT_BASE if arguments.base is None else arguments.base, **options)
+    return model
 
 
 def quieten_libraries() -> None:

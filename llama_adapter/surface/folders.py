@@ -148,7 +148,7 @@ class Folders(NamedAdapters):
             return cls._with_shipped(base, weights=weights, is_trainable=is_trainable, **own)
         found = locations.resolve(str(adapter), kind="adapter", weights=weights)
         folder = adapter_folder(found, **{n: v for n, v in options.items() if n in _ADAPTER_OPTIONS})
-        named = base or base_of(folder)
+        named = base_of(folder) if base is None else base
         own = {n: v for n, v in options.items() if n not in ("revision", "subfolder")}
         model = cls.from_base(named, weights=weights, device=device, dtype=dtype, quantize=quantize, **own)
         model.load_adapter(folder, adapter_name or default_name(adapter), is_trainable=is_trainable)
@@ -164,13 +164,14 @@ class Folders(NamedAdapters):
         cls, base: str | None, *, weights: str | Path | None, is_trainable: bool, **options: Any
     ) -> Self:
         """A base (by default `DEFAULT_BASE`) with its shipped adapters for text and pictures."""
+        base = DEFAULT_BASE if base is None else base
         folders = shipped_adapters(base, weights)
         if not folders:
             raise UsageError(
-                f"no shipped adapter fits base {base or DEFAULT_BASE!r}; name one of your own, or take the "
+                f"no shipped adapter fits base {base!r}; name one of your own, or take the "
                 "bare base with from_base"
             )
-        model = cls.from_base(base or DEFAULT_BASE, weights=weights, **options)
+        model = cls.from_base(base, weights=weights, **options)
         for name, folder in folders.items():
             model.load_adapter(folder, name, is_trainable=is_trainable)
         model.set_adapter(AUTO)
@@ -326,7 +327,7 @@ def shipped_adapters(
     ``kinds`` are fields of `Shipped`; by default text and vision. Raises UsageError for a base (by default
     `DEFAULT_BASE`) that is not found.
     """
-    found = locations.resolve(base or DEFAULT_BASE, kind="base", weights=weights)
+    found = locations.resolve(DEFAULT_BASE if base is None else base, kind="base", weights=weights)
     shipped = SHIPPED.get(locations.name_of(found, kind="base", weights=weights))
     there = locations.list_weights("adapter", weights)
     kinds = kinds or ("text", "vision")
