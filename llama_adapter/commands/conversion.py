@@ -113,6 +113,10 @@ def merge(arguments: argparse.Namespace) -> None:
     _check_free(output)
     if arguments.adapter == "none":
         raise UsageError("there is no adapter to merge: give its name, folder or hub id")
+    if arguments.quantize not in (None, "none"):
+        raise UsageError(
+            f"--quantize {arguments.quantize} given; a quantised base can't be merged into: leave it out"
+        )
     model = load_model(arguments)
     template = model.template()
     merged = model.merge()
