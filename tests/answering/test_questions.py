@@ -75,7 +75,7 @@ ROW = {"kind": "facts", "question": "?", "right": ["a"]}
         ({**ROW, "check": {}}, "an empty check"),
         (
             {**ROW, "check": {"words": ["("]}},
-            "line 2: .* no regular",
+            "line 2: .* is not a regular expression",
         ),
         (
             {**ROW, "check": {"words": "a"}},

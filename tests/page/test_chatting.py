@@ -275,7 +275,7 @@ def test_an_answer_without_a_word_still_has_its_place(handlers: ChatHandlers) ->
     ("name", "content", "told"),
     [
         ("text.png", b"some text", "text.png: not a picture"),
-        ("drawn.svg", SVG, "drawn.svg: SVG is drawn"),
+        ("drawn.svg", SVG, "drawn.svg: SVG is not supported"),
         ("huge.png", huge_png(), f"huge.png: more than the {MAX_PIXELS:,} pixels"),
         ("cut.png", png("red", (64, 64))[:80], "cut.png: the picture is damaged"),
         ("<img src=x onerror=alert(1)>.png", b"", "&lt;img src=x onerror=alert(1)&gt;.png: empty"),

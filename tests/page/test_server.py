@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -181,10 +182,16 @@ def test_the_docs_python_asks_the_page(address: str, picture: Path) -> None:
         assert ours in code
         code = code.replace(ours, here)
     names: dict[str, Any] = {}
-    lines = code.splitlines()
-    exec("\n".join(line for line in lines if not line.startswith("client.")), names)
-    answer, story, shares = (eval(line, names) for line in lines if line.startswith("client."))
+    results = []
+    for statement in ast.parse(code).body:
+        if isinstance(statement, ast.Expr):
+            results.append(eval(ast.unparse(statement), names))
+        else:
+            exec(ast.unparse(statement), names)
+    answer, story, told, shares = results
     assert isinstance(answer, str) and answer
+    fields = {"answer", "tokens", "tokens_per_second", "finish_reason", "adapter", "base"}
+    assert set(told) == fields  # those of `ask --json`
     assert isinstance(story.result(timeout=60), str)
     assert len(shares) == 2 and sum(shares) == pytest.approx(1)
 
