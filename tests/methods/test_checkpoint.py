@@ -439,4 +439,4 @@ def test_an_adapter_of_another_prompt_length_has_no_place_in_the_authors_layout(
 
 def test_an_adapter_that_sees_has_no_place_in_the_authors_layout(tmp_path: Path) -> None:
     message = refusal(lambda: export_pth(Adapter(SEEING), tmp_path / "theirs.pth"))
-    assert "of method prompts and sees pictures" in message and not list(tmp_path.iterdir())
+    assert "method is prompts and sees pictures" in message and not list(tmp_path.iterdir())
