@@ -23,6 +23,7 @@ from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.packing.losses import answer_loss
 from llama_adapter.packing.pack import pack
 from llama_adapter.quantization.linear import quantize_decoder
+from tests.packed import check_packed_as_alone
 from tests.tiny_models import build_tiny_decoder, build_tiny_model
 from tests.train_tiny import rows
 
@@ -90,19 +91,7 @@ def test_it_moves_the_answer_and_is_kept_in_a_folder(name: str, tmp_path: Path) 
 def test_packed_rows_have_the_padded_loss_and_gradients(name: str) -> None:
     model = build_tiny_model(dtype=torch.float64)
     adapter = add(model, name).double().requires_grad_(True)
-    packed = answer_loss(model, pack(EXAMPLES), adapter=name).sum()
-    packed.backward()
-    gradients = {key: value.grad.clone() for key, value in adapter.named_parameters()}
-    adapter.zero_grad()
-    total = torch.zeros((), dtype=torch.float64)
-    for example in EXAMPLES:
-        labels = torch.tensor([example.labels])
-        output = model(input_ids=torch.tensor([example.input_ids]), labels=labels, adapter=name)
-        total = total + output.loss * (labels[:, 1:] != -100).sum()
-    total.backward()
-    assert float(packed.detach()) == pytest.approx(float(total.detach()), rel=1e-6)
-    for key, value in adapter.named_parameters():
-        assert torch.allclose(gradients[key], value.grad, rtol=1e-4, atol=1e-6), key
+    check_packed_as_alone(model, name, adapter, EXAMPLES)
 
 
 @pytest.mark.parametrize("name", ["lora", "sequential", "prompts+prefix+scales"])

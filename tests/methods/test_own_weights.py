@@ -33,6 +33,7 @@ from llama_adapter.quantization.linear import quantize_decoder
 from llama_adapter.training import trainer as training
 from llama_adapter.training.settings import TrainingSettings
 from llama_adapter.training.trainer import Trainer, parameter_groups
+from tests.packed import check_packed_as_alone
 from tests.tiny_models import VISION, build_tiny_decoder, build_tiny_model
 from tests.train_tiny import rows
 
@@ -112,19 +113,7 @@ def test_gradients_are_those_of_a_plain_decoder(method: str) -> None:
 def test_packed_rows_have_the_padded_loss_and_gradients(method: str) -> None:
     model = build_tiny_model(dtype=torch.float64)
     adapter = add(model, method).double().requires_grad_(True)
-    packed = answer_loss(model, pack(EXAMPLES), adapter=method).sum()
-    packed.backward()
-    gradients = {key: value.grad.clone() for key, value in adapter.named_parameters()}
-    adapter.zero_grad()
-    total = torch.zeros((), dtype=torch.float64)
-    for example in EXAMPLES:
-        labels = torch.tensor([example.labels])
-        output = model(input_ids=torch.tensor([example.input_ids]), labels=labels, adapter=method)
-        total = total + output.loss * (labels[:, 1:] != -100).sum()
-    total.backward()
-    assert float(packed.detach()) == pytest.approx(float(total.detach()), rel=1e-6)
-    for key, value in adapter.named_parameters():
-        assert torch.allclose(gradients[key], value.grad, rtol=1e-4, atol=1e-6), key
+    check_packed_as_alone(model, method, adapter, EXAMPLES)
 
 
 @pytest.mark.parametrize("method", METHODS)
