@@ -170,7 +170,7 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
             if features is not None:
                 raise UsageError(_PROJECTED_WITH_PICTURES)
             return adapter
-        name = self._name(adapter, pictured=features is not None)
+        name = self.answering_adapter(adapter, pictured=features is not None)
         if features is not None:
             self._vision(name)
             if len(features) != (rows if owners is None else len(owners)):
@@ -224,7 +224,9 @@ class LlamaAdapter(Folders, Answers, GenerationMixin):
         if kwargs.get("synced_gpus") is None and is_sharded(self.decoder):
             kwargs["synced_gpus"] = True  # transformers sets this only for decoders that it sharded itself
         if not isinstance(adapter, AdapterState):
-            name = self._name(adapter, pictured=image_features is not None and len(image_features) > 0)
+            name = self.answering_adapter(
+                adapter, pictured=image_features is not None and len(image_features) > 0
+            )
             if name != NO_ADAPTER and not _ends_given(*args, **kwargs) and self.tokenizer is not None:
                 kwargs["eos_token_id"] = self.end_ids(name)
             given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))

@@ -70,7 +70,7 @@ class Answers(Seeing):
         """Turn a question into tokens and what is needed to answer it. Errors are those of `stream_chat`."""
         features, sampling = question.image, question.sampling
         none = features is None or (isinstance(features, (Tensor, Sequence)) and len(features) == 0)
-        name = self._name(question.adapter, pictured=not none)
+        name = self.answering_adapter(question.adapter, pictured=not none)
         if features is not None and not isinstance(features, Tensor):
             features = self.encode_images(features, adapter=name)
         ids = question.tokens or self.encode_question(question.turns, adapter=name)
@@ -136,7 +136,7 @@ class Answers(Seeing):
 
     def template_date(self, adapter: str | None = None) -> str | None:
         """The day that the chat template writes for an adapter (by default the active one); None is today."""
-        name = self._name(adapter)
+        name = self.answering_adapter(adapter)
         return None if name == NO_ADAPTER else self.get_adapter(name).config.template_date
 
     @property
@@ -151,7 +151,7 @@ class Answers(Seeing):
 
     def template(self, adapter: str | None = None) -> str:
         """The name of the text format of an adapter (by default the active one)."""
-        name = self._name(adapter)
+        name = self.answering_adapter(adapter)
         if name != NO_ADAPTER:
             return self.get_adapter(name).config.template
         has_own = self.tokenizer is not None and self.tokenizer.chat_template

@@ -256,7 +256,7 @@ class Folders(NamedAdapters):
                     is_main_process=is_main_process,
                 )
             return
-        name = self._name(selected_adapters[0] if selected_adapters else adapter)
+        name = self.answering_adapter(selected_adapters[0] if selected_adapters else adapter)
         if name == NO_ADAPTER:
             raise UsageError("there is no adapter to save; add one, or choose one with set_adapter")
         saved = self.get_adapter(name)

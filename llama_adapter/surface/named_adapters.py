@@ -221,7 +221,7 @@ class NamedAdapters(PassedOn):
         Raises:
             UsageError: an adapter that can't be folded into weights, with the reason.
         """
-        name = self._name(adapter)
+        name = self.answering_adapter(adapter)
         if name == NO_ADAPTER:
             raise UsageError("there is no adapter to merge; add one, or choose one with set_adapter")
         return merge_adapter(self.decoder, self.get_adapter(name))
@@ -255,7 +255,7 @@ class NamedAdapters(PassedOn):
                     f"{len(name)} adapters given ({', '.join(name)}); choose one, or call with adapter="
                 )
             (name,) = name
-        self._choose(name if name == AUTO else self._name(name))
+        self._choose(name if name == AUTO else self.answering_adapter(name))
         if inference_mode:
             self.set_requires_grad(self.active_adapters, False)
 
@@ -301,8 +301,6 @@ class NamedAdapters(PassedOn):
             self.get_adapter(name)
         return name
 
-    _name = answering_adapter
-
     def _automatic(self, pictured: bool) -> str:
         def is_for(name: str) -> bool:
             return (self.get_adapter(name).config.vision is not None) == pictured
@@ -330,7 +328,7 @@ class NamedAdapters(PassedOn):
         It serves as the reference in preference training, without a second base in memory:
         ``DPOTrainer(model, ref_model=model.reference_model(), ...)``. ``"none"`` gives the bare base.
         """
-        name = self._name(adapter)
+        name = self.answering_adapter(adapter)
         model = type(self)(self.decoder, self.tokenizer, base=self.base, weights=self.weights)
         if name != NO_ADAPTER:
             model.add_adapter(name, copy.deepcopy(self.get_adapter(name)).requires_grad_(False))

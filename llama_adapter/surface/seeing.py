@@ -40,7 +40,7 @@ class Seeing(NamedAdapters):
 
     def sees(self, adapter: str | None = None) -> bool:
         """Whether an adapter (by default the active one) was trained on pictures."""
-        name = self._name(adapter, pictured=True)
+        name = self.answering_adapter(adapter, pictured=True)
         return name != NO_ADAPTER and self.get_adapter(name).config.vision is not None
 
     def tower(self, adapter: str | None = None) -> VisionTower:
@@ -51,7 +51,7 @@ class Seeing(NamedAdapters):
         """
         from llama_adapter.vision.tower import load_tower
 
-        name = self._name(adapter, pictured=True)
+        name = self.answering_adapter(adapter, pictured=True)
         vision = self._vision(name)
         key = (vision.tower_fingerprint, vision.depths)
         with _LOADING_A_TOWER:
