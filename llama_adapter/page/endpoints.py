@@ -130,7 +130,8 @@ class Endpoints:
         needed for the answer. `image` and `adapter` are those of `/answer`; "auto" is the adapter that was
         trained on ScienceQA, if there is one."""
         with _refused():
-            return list(score(self.engine.model, question, options, context, image, adapter).shares)
+            model = self.engine.model
+            return list(score(model, question, options, context, image, adapter, every_order=False).shares)
 
 
 def _question(

@@ -31,8 +31,8 @@ class Scores:
     Attributes:
         shares: the probability of each option, in their order. They add up to 1.
         adapter: who was asked.
-        favourites: the likeliest option of each rotation of the options. Where they differ, the choice
-            depends on the order.
+        favourites: the likeliest option of each rotation of the options that was asked. Where they differ,
+            the choice depends on the order.
     """
 
     shares: tuple[float, ...]
@@ -41,7 +41,14 @@ class Scores:
 
 
 def score(
-    model: LlamaAdapter, question: Any, options: Any, context: Any, image: Any, adapter: str | None
+    model: LlamaAdapter,
+    question: Any,
+    options: Any,
+    context: Any,
+    image: Any,
+    adapter: str | None,
+    *,
+    every_order: bool = True,
 ) -> Scores:
     """Score the options of a question by their likelihood.
 
@@ -52,6 +59,8 @@ def score(
         options: 2 to 5 texts.
         image: anything that `open_given` takes; at most one picture.
         adapter: a name; "auto" is the adapter that was trained on ScienceQA, if there is one.
+        every_order: ask in every rotation of the options, for `Scores.favourites`. Otherwise the adapter is
+            asked in their own order alone, unless the mean is taken.
 
     Raises:
         UsageError: something that is not text or too long, too many or too few options, or a picture for an
@@ -84,8 +93,12 @@ def score(
     model.prepare_request(Question.of(question_text(problem, examination.format), adapter=adapter))
     if examination.way == "generate":  # this way has no likelihoods
         examination = replace(examination, way="letter")
-    (rotations,) = examination.rotated_shares(model, [problem], features=features, adapter=adapter)
-    shares = torch.tensor(rotations, dtype=torch.double)
+    if every_order or examination.rotations:
+        (orders,) = examination.rotated_shares(model, [problem], features=features, adapter=adapter)
+        shares = torch.tensor(orders, dtype=torch.double)
+    else:
+        own = examination.likelihoods(model, [problem], features=features, adapter=adapter)
+        shares = torch.tensor(own, dtype=torch.double).softmax(1)
     found = shares.mean(0) if examination.rotations else shares[0]
     return Scores(tuple(found.tolist()), adapter, tuple(shares.argmax(1).tolist()))
 
