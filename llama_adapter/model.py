@@ -19,7 +19,8 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.attention import is_sharded
 from llama_adapter.methods.own_weights import counterpart
 from llama_adapter.methods.packed_attention import Segment, mask_of_segments, segment_positions
-from llama_adapter.methods.probe import attention_layers, prepare_decoder
+from llama_adapter.methods.prepared import attention_layers
+from llama_adapter.methods.probe import prepare_decoder
 from llama_adapter.methods.state import AdapterState
 from llama_adapter.surface.adapter_dict import AdapterDict
 from llama_adapter.surface.answers import Answers

@@ -24,7 +24,7 @@ from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.methods import checkpoint
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.packed_attention import Segment
-from llama_adapter.methods.probe import attention_layers
+from llama_adapter.methods.prepared import attention_layers
 from llama_adapter.methods.projection import Projection
 from llama_adapter.methods.prompts import Prompts
 from llama_adapter.model import LlamaAdapter

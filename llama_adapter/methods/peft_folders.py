@@ -33,7 +33,7 @@ from llama_adapter.methods.decoder import decoder_shape
 from llama_adapter.methods.ia3 import TARGETS, Ia3Config
 from llama_adapter.methods.lora import LoraConfig
 from llama_adapter.methods.part import PartConfig
-from llama_adapter.methods.probe import attention_layers
+from llama_adapter.methods.prepared import attention_layers
 from llama_adapter.methods.prompts import PromptsConfig
 from llama_adapter.methods.sites import choose_projections, locate_projections, projections_of
 

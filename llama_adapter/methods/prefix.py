@@ -33,7 +33,7 @@ from llama_adapter.methods.attention import attention_form
 from llama_adapter.methods.decoder import decoder_shape
 from llama_adapter.methods.mlp import Mlp
 from llama_adapter.methods.part import Inputs, Part, PartConfig, State
-from llama_adapter.methods.probe import attention_layers, hidden_states
+from llama_adapter.methods.prepared import attention_layers, hidden_states
 from llama_adapter.methods.shape import Layout
 
 

@@ -25,7 +25,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.attention import layer_index
 from llama_adapter.methods.computing import note, noted
 from llama_adapter.methods.part import Part
-from llama_adapter.methods.probe import attention_input, attention_layers
+from llama_adapter.methods.prepared import attention_input, attention_layers
 from llama_adapter.methods.terms import ATTENTION, MLP, Term
 
 Acting = Sequence[tuple[type["SitePart"], Mapping[str, Tensor]]]  # the parts at a site of a layer, in order

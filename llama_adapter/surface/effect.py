@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.attention import PREFIX, layer_index
-from llama_adapter.methods.probe import attention_layers, computing_device
+from llama_adapter.methods.prepared import attention_layers, computing_device
 from llama_adapter.methods.state import AdapterState
 
 

@@ -24,7 +24,7 @@ from llama_adapter.methods.attention import PREFIX, STOCK, register
 from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.methods.decoder import decoder_shape
 from llama_adapter.methods.merging import merge_adapter
-from llama_adapter.methods.probe import computing_device, input_sizes
+from llama_adapter.methods.prepared import computing_device, input_sizes
 from llama_adapter.methods.projection import VisionConfig
 from llama_adapter.methods.shape import DecoderShape, default_adapted_layers
 from llama_adapter.methods.sites import SitePart, projections_of

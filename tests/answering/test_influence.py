@@ -10,7 +10,7 @@ from llama_adapter.answering.influence import effective_gates, measure_influence
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.templates import Turn, encode_dialogues
 from llama_adapter.methods.packed_attention import attend
-from llama_adapter.methods.probe import attention_layers
+from llama_adapter.methods.prepared import attention_layers
 from llama_adapter.methods.prompts import Prompts
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from tests.scripted import open_eyes

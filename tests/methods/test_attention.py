@@ -24,7 +24,7 @@ from llama_adapter.methods.attention import (
     register,
 )
 from llama_adapter.methods.packed_attention import Segment, attend, attend_packed, segment_positions
-from llama_adapter.methods.probe import attention_layers
+from llama_adapter.methods.prepared import attention_layers
 from llama_adapter.methods.prompts import Prompts
 from llama_adapter.model import LlamaAdapter
 from tests.reference import gated_heads, plain_llama_logits, read, use_exact_norms

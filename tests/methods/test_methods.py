@@ -17,7 +17,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.checkpoint import load_adapter, save_adapter
 from llama_adapter.methods.decoder import checkpoint_activations
-from llama_adapter.methods.probe import attention_layers
+from llama_adapter.methods.prepared import attention_layers
 from llama_adapter.methods.state import merge_states
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.packing.losses import answer_loss

@@ -18,7 +18,7 @@ from llama_adapter.data.examples import IGNORED, Example
 from llama_adapter.methods.attention import gated_attention
 from llama_adapter.methods.checkpoint import load_adapter, save_adapter
 from llama_adapter.methods.prefix import Prefix, PrefixConfig
-from llama_adapter.methods.probe import attention_layers
+from llama_adapter.methods.prepared import attention_layers
 from llama_adapter.methods.state import merge_states
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 from llama_adapter.packing.losses import answer_loss

@@ -12,7 +12,8 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.data.examples import IGNORED, Example
 from llama_adapter.methods.attention import PREFIX, attention_form
 from llama_adapter.methods.packed_attention import Segment
-from llama_adapter.methods.probe import attention_layers, prepare_decoder
+from llama_adapter.methods.prepared import attention_layers
+from llama_adapter.methods.probe import prepare_decoder
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.packing.losses import answer_losses
 from tests.reference import PlainDecoder

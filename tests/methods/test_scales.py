@@ -22,7 +22,8 @@ from llama_adapter.decoding.streams import stream_tokens
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.checkpoint import export_pth, load_adapter, save_adapter
 from llama_adapter.methods.decoder import checkpoint_activations
-from llama_adapter.methods.probe import attention_layers, prepare_decoder
+from llama_adapter.methods.prepared import attention_layers
+from llama_adapter.methods.probe import prepare_decoder
 from llama_adapter.methods.prompts import Prompts, PromptsConfig
 from llama_adapter.methods.scales import ScalesConfig
 from llama_adapter.methods.sites import projections_of

@@ -17,7 +17,8 @@ from llama_adapter.methods import table
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.methods.part import PartConfig
-from llama_adapter.methods.probe import attention_layers, prepare_decoder
+from llama_adapter.methods.prepared import attention_layers
+from llama_adapter.methods.probe import prepare_decoder
 from llama_adapter.methods.prompts import PromptsConfig
 from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import SitePart, projections_of, register_parameters

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from llama_adapter.data.examples import IGNORED, Example
 from llama_adapter.methods.decoder import checkpoint_activations
-from llama_adapter.methods.probe import attention_layers
+from llama_adapter.methods.prepared import attention_layers
 from llama_adapter.packing.losses import answer_loss
 from llama_adapter.packing.pack import pack, split_by_tokens
 from tests.packed_rows import CAT, DOG, EXAMPLES, OPENING, SEEN, example, loss_one_by_one, rows

@@ -14,7 +14,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.methods import decoder as loading
 from llama_adapter.methods.attention import attention_form
 from llama_adapter.methods.decoder import load_decoder
-from llama_adapter.methods.probe import attention_layers
+from llama_adapter.methods.prepared import attention_layers
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.quantization import libraries, stored
 from llama_adapter.quantization.libraries import library_config, precision_of
