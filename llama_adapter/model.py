@@ -27,13 +27,14 @@ from llama_adapter.surface.answers import Answers
 from llama_adapter.surface.effect import Readers, check_gradient, check_offloading, check_settings
 from llama_adapter.surface.folders import Folders
 from llama_adapter.surface.named_adapters import NO_ADAPTER
+from llama_adapter.surface.peft_names import PeftNames
 
 _PROJECTED_WITH_PICTURES = (
     "pictures are part of what project() gives; give them to it, or give an adapter's name"
 )
 
 
-class LlamaAdapter(Folders, Answers, GenerationMixin):
+class LlamaAdapter(Folders, Answers, PeftNames, GenerationMixin):
     """A frozen decoder with adapters that can be added, chosen, switched off and deleted by name.
 
     Every call takes ``adapter=NAME``, so several threads can use different adapters at once. ``"none"`` is

@@ -1,43 +1,27 @@
-"""Adapters by name on one decoder: add, choose, switch off, delete. PEFT's names for this work too.
-
-Shapes: L adapted layers, N layers of the decoder.
-"""
+"""Adapters by name on one decoder: add, choose, switch off, delete."""
 
 from __future__ import annotations
 
-import copy
-import datetime
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.chat_template import writes_date
 from llama_adapter.methods.adapter import Adapter
-from llama_adapter.methods.attention import PREFIX, STOCK, register
-from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.methods.decoder import decoder_shape
-from llama_adapter.methods.merging import merge_adapter
-from llama_adapter.methods.prepared import computing_device, input_sizes
-from llama_adapter.methods.projection import VisionConfig
-from llama_adapter.methods.shape import DecoderShape, default_adapted_layers
+from llama_adapter.methods.prepared import computing_device
+from llama_adapter.methods.shape import DecoderShape
 from llama_adapter.methods.sites import SitePart, projections_of
-from llama_adapter.methods.table import PARTS, build_configs
 from llama_adapter.quantization.libraries import precision_of
 from llama_adapter.surface.adapter_dict import AdapterDict, module_name
-from llama_adapter.surface.carried import carry
-from llama_adapter.surface.effect import check_offloading
 from llama_adapter.surface.passing import PassedOn
 from llama_adapter.weights.catalogue import SHIPPED
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 NO_ADAPTER = "none"  # the name of the bare base
 AUTO = "auto"  # stands for the adapter that sees where there is a picture, else for the text adapter
@@ -64,85 +48,6 @@ class NamedAdapters(PassedOn):
     def device(self) -> torch.device:
         """The device that the decoder computes on."""
         return computing_device(self.decoder)
-
-    # --- adding and dropping --------------------------------------------------------------------------------
-
-    def new_adapter(
-        self,
-        name: str,
-        *,
-        method: str = "prompts",
-        adapted_layers: int | None = None,
-        template: str = "alpaca",
-        vision: VisionConfig | None = None,
-        seed: int | None = None,
-        template_date: str | None = None,
-        **options: Any,
-    ) -> Adapter:
-        """Add an untrained adapter and choose it. It leaves the base's answers unchanged.
-
-        Its prompts start as noise of the size that each layer's attention reads from tokens. The paper's
-        N(0, 1) is larger where norms make that size small (three times in SmolLM2). The softmax over such
-        large keys settles on one prompt, and the others get little gradient. The projection of pictures
-        starts at the same size.
-
-        Args:
-            method: the parts of the adapter, joined by + ("prompts+scales"). `llama_adapter.methods.table`
-                lists them.
-            adapted_layers: L, how many layers are adapted, counted from the top. None takes N - N // 16 of N.
-            template: the text format of its turns.
-            vision: how it sees pictures; None makes an adapter for text only.
-            seed: makes the random start reproducible, on one device in one dtype.
-            template_date: the day that the tokenizer's chat template writes in training and in answering,
-                such as 2026-11-28. None takes today if the template writes a date.
-            **options: settings of its parts by name, such as ``prompt_length``.
-
-        Raises:
-            UsageError: an unknown method or option, or a value out of its range.
-        """
-        self._check_name(name)
-        if "_hf_hook" in vars(self):
-            check_offloading(self.decoder, self.adapters)
-        if seed is not None and not -(2**63) <= seed < 2**64:
-            raise UsageError(f"seed: {seed} given; expected a whole number below 2**64")
-        shape = self.shape
-        dated = template == "chat" and self.tokenizer is not None and writes_date(self.tokenizer)
-        if dated and template_date is None:
-            template_date = datetime.date.today().isoformat()
-        parts = tuple(
-            PARTS[AdapterConfig.kind_of(part)].complete(part, self.decoder)
-            for part in build_configs(method, options, vision)
-        )
-        kinds = [PARTS[AdapterConfig.kind_of(part)] for part in parts]
-        for kind, part in zip(kinds, parts, strict=True):
-            if (settled := kind.adapts(part, shape.num_layers)) is not None:
-                if adapted_layers not in (None, settled):
-                    raise UsageError(
-                        f"adapted layers: {adapted_layers} given; {kind.kind} says itself which it changes "
-                        f"({settled} here), so leave it out"
-                    )
-                adapted_layers = settled
-        if adapted_layers is None:
-            adapted_layers = default_adapted_layers(shape.num_layers)
-        at_sites = any(issubclass(kind, SitePart) for kind in kinds)
-        config = AdapterConfig(
-            base=self.base,
-            shape=shape,
-            adapted_layers=adapted_layers,
-            parts=parts,
-            template=template,
-            projections=projections_of(self.decoder, adapted_layers) if at_sites else {},
-            template_date=template_date if dated else None,
-            quantization=precision_of(self.decoder),
-        )
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        adapter = Adapter(config, generator)
-        with torch.no_grad():
-            sizes = torch.tensor(input_sizes(self.decoder)[-adapted_layers:])
-            for part in adapter.parts:
-                part.initialise(self.decoder, sizes)
-        self.add_adapter(name, adapter)
-        return adapter
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """Add an adapter under a name and choose it.
@@ -206,41 +111,6 @@ class NamedAdapters(PassedOn):
             self.active_adapter = NO_ADAPTER
         if self._switched_off == name:
             self._switched_off = None
-
-    def unload(self) -> PreTrainedModel:
-        """Delete all adapters. Returns the bare decoder."""
-        for name in list(self.adapters):
-            self.delete_adapter(name)
-        return self.decoder
-
-    def merge(self, adapter: str | None = None) -> PreTrainedModel:
-        """A plain decoder with an adapter (by default the active one) folded into its weights.
-
-        This model does not change. The two share all weights that are the same.
-
-        Raises:
-            UsageError: an adapter that can't be folded into weights, with the reason.
-        """
-        name = self.answering_adapter(adapter)
-        if name == NO_ADAPTER:
-            raise UsageError("there is no adapter to merge; add one, or choose one with set_adapter")
-        return merge_adapter(self.decoder, self.get_adapter(name))
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
-    ) -> PreTrainedModel:
-        """As `merge`, and then delete all adapters of this model. Returns the merged decoder, as in PEFT.
-
-        Args:
-            adapter_names: one name, to merge that adapter instead of the active one.
-        """
-        if adapter_names is not None and len(adapter_names) != 1:
-            raise UsageError(f"{len(adapter_names)} adapters given; one is merged, so give one name")
-        merged = self.merge(None if adapter_names is None else adapter_names[0])
-        self.unload()
-        return merged
-
-    # --- choosing -------------------------------------------------------------------------------------------
 
     def set_adapter(self, name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Choose the adapter that answers by default. ``"none"`` is the bare base, ``"auto"`` the right
@@ -321,99 +191,11 @@ class NamedAdapters(PassedOn):
         assert isinstance(adapter, Adapter)
         return adapter
 
-    def reference_model(self, adapter: str | None = None) -> Self:
-        """A model on the same decoder, with a frozen copy of an adapter (by default the active one) as it is
-        now.
-
-        It serves as the reference in preference training, without a second base in memory:
-        ``DPOTrainer(model, ref_model=model.reference_model(), ...)``. ``"none"`` gives the bare base.
-        """
-        name = self.answering_adapter(adapter)
-        model = type(self)(self.decoder, self.tokenizer, base=self.base, weights=self.weights)
-        if name != NO_ADAPTER:
-            model.add_adapter(name, copy.deepcopy(self.get_adapter(name)).requires_grad_(False))
-        return model
-
-    # --- names of PEFT and transformers ---------------------------------------------------------------------
-
-    def get_base_model(self) -> nn.Module:
-        """The decoder, with the active adapter in its forward as in PEFT. ``decoder`` is the bare one."""
-        return carry(self, self.decoder)
-
-    def get_decoder(self) -> nn.Module:
-        """The decoder's backbone, with the active adapter in its forward."""
-        return carry(self, self.decoder.get_decoder())
-
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze adapters or make them trainable. The base stays frozen."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for adapter in [self.get_adapter(name) for name in names]:
             adapter.requires_grad_(requires_grad)
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many parameters the base and the adapters have together. Shared ones are counted once."""
-        embeddings = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
-        left_out = {id(weight) for weight in embeddings} if exclude_embeddings else set()
-        return sum(
-            _count(parameter)
-            for parameter in self.parameters()
-            if id(parameter) not in left_out and (parameter.requires_grad or not only_trainable)
-        )
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The number of trainable parameters, and of all parameters."""
-        return self.num_parameters(only_trainable=True), self.num_parameters()
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, as PEFT does."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the base and the adapters."""
-        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
-        return sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
-
-    def set_attn_implementation(self, attn_implementation: str | dict[str, str], **_: Any) -> None:
-        """Change the attention implementation that the prompts are added to: ``"sdpa"`` or ``"eager"``.
-
-        Raises:
-            UsageError: an implementation that the prompts can't be added to.
-        """
-        given = attn_implementation
-        if isinstance(given, dict):
-            if len(set(given.values())) != 1:
-                raise UsageError(f"attention {given!r} given; give one for the whole decoder, sdpa or eager")
-            given = next(iter(given.values()))
-        stock = given.removeprefix(PREFIX)
-        if stock not in STOCK:
-            raise UsageError(f"attention {given!r} cannot be adapted; choose {' or '.join(STOCK)}")
-        self.decoder.set_attn_implementation(register(stock))
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Recompute each layer in the backward pass, instead of keeping its intermediate results.
-
-        Raises:
-            UsageError: reentrant checkpointing. Its first pass gives an adapter no gradients.
-        """
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise UsageError(
-                "use_reentrant=True gives an adapter no gradients; leave it out, or give use_reentrant=False"
-            )
-        settings = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
-        # transformers has renamed this method.
-        name = "activation_checkpointing_enable"
-        enable = getattr(self.decoder, name, None) or self.decoder.gradient_checkpointing_enable
-        enable(settings, **options)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """As `activation_checkpointing_enable`, under its name in older versions of transformers."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
 
 class SwitchedOff:
@@ -438,12 +220,6 @@ class ActiveAdapters(list[str]):
 
     def __call__(self) -> list[str]:
         return list(self)
-
-
-def _count(parameter: nn.Parameter) -> int:
-    # bitsandbytes packs two 4-bit numbers into a byte.
-    packed = type(parameter).__name__ == "Params4bit"
-    return parameter.numel() * 2 * parameter.element_size() if packed else parameter.numel()
 
 
 def default_name(adapter: str | Path) -> str:

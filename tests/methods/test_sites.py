@@ -74,7 +74,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "METHODS", ("prompts", "narrow", "scales"))
     for module in ("llama_adapter.methods.adapter", "llama_adapter.methods.state"):
         monkeypatch.setattr(f"{module}.PARTS", parts)
-    monkeypatch.setattr("llama_adapter.surface.named_adapters.PARTS", parts)
+    monkeypatch.setattr("llama_adapter.surface.making.PARTS", parts)
 
 
 METHODS = {
