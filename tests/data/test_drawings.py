@@ -11,7 +11,8 @@ from PIL import Image
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.choosing import split_records
-from llama_adapter.data.drawings import COLOURS, SHAPES, drawing_rows
+from llama_adapter.data.drawings import drawing_rows
+from llama_adapter.data.drawn_picture import COLOURS, SHAPES
 from llama_adapter.data.records import read_records
 
 ROWS, FINGERPRINT = drawing_rows("drawings:800")
