@@ -6,11 +6,19 @@ from pathlib import Path
 
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
 
-# The limits of a decoder with fewer parameters than this.
+# The limits of a decoder with fewer parameters than this: with text, and with pictures.
 _LIMITS = (
-    (1e9, "So small a model is often wrong about facts, sums and counts, and loses the thread of long texts"),
-    (1e10, "It can be wrong about facts, and in questions that take several steps"),
-    (float("inf"), "It can be wrong"),
+    (
+        1e9,
+        "So small a model is often wrong about facts, sums and counts, and loses the thread of long texts",
+        "It gets the gist of a picture; it often mistakes colours and counts, and guesses at yes or no.",
+    ),
+    (
+        1e10,
+        "It can be wrong about facts, and in questions that take several steps",
+        "It gets the gist of a picture, not its fine print.",
+    ),
+    (float("inf"), "It can be wrong", "It gets the gist of a picture, not its fine print."),
 )
 
 
@@ -22,12 +30,9 @@ def describe_limits(model: LlamaAdapter, adapter: str) -> str:
     if asked:
         trained = sum(p.numel() for name in asked for p in model.get_adapter(name).parameters())
         parts += f", {'this adapter' if len(asked) == 1 else 'the two adapters'} {_count(trained)} more"
-    limits = next(text for below, text in _LIMITS if size < below)
-    sight = (
-        "It gets the gist of a picture, not its fine print."
-        if model.sees(adapter)
-        else "It does not see pictures."
-    )
+    limits, sight = next(texts for below, *texts in _LIMITS if size < below)
+    if not model.sees(adapter):
+        sight = "It does not see pictures."
     return f"{parts}. {limits}: check what matters. {sight}"
 
 

@@ -294,10 +294,10 @@ def test_the_page_says_how_large_the_model_is_and_what_it_is_not_good_at() -> No
     line = describe_limits(model, "one")
     assert line.startswith(f"tiny-base has {size:,} parameters, this adapter {mine:,} more.")
     assert "wrong about facts, sums" in line and "does not see pictures" in line
-    assert "not its fine print" in describe_limits(model, "eyes")
+    assert "often mistakes colours and counts" in describe_limits(model, "eyes")
     assert "this adapter" not in describe_limits(model, NO_ADAPTER)
     both = describe_limits(model, AUTO)
-    assert f"the two adapters {mine + eyes:,} more" in both and "not its fine print" in both
+    assert f"the two adapters {mine + eyes:,} more" in both and "gist of a picture" in both
 
 
 def test_a_larger_model_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
