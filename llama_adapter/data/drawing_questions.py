@@ -256,11 +256,19 @@ class _Asking:
         return self.draws.choices(list(left), list(left.values()))[0]
 
 
-def ask_about(drawing: Drawing, draws: random.Random) -> list[tuple[str, str]]:
-    """Four questions about a drawing, each different, with their answers."""
-    fourth = draws.choices(("description", "presence", "background", "count"), (0.45, 0.25, 0.15, 0.15))[0]
+def ask_about(drawing: Drawing, draws: random.Random, *, colours: bool = False) -> list[tuple[str, str]]:
+    """Four questions about a drawing, each different, with their answers.
+
+    Args:
+        colours: ask mostly about colours, that of the background too.
+    """
+    if colours:
+        kinds = ["colour", "colour", "background", draws.choice(("description", "presence"))]
+    else:
+        others = ("description", "presence", "background", "count")
+        kinds = ["colour", "shape", "presence", draws.choices(others, (0.45, 0.25, 0.15, 0.15))[0]]
     asked: dict[str, str] = {}
-    for kind in ("colour", "shape", "presence", fourth):
+    for kind in kinds:
         while True:
             question, answer = getattr(_Asking(drawing, draws), kind)()
             question = _as_typed(question, answer, draws)

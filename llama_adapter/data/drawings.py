@@ -5,6 +5,9 @@ outlines. Each has four questions, in many wordings: about its colours; about it
 certain shape (with yes as often as no); and about what it shows, how many shapes there are, or the colour of
 the background. American questions ("color") are answered with gray, British ones ("colour") with grey.
 
+``drawings:N:colours`` is for learning colours first. Each picture has one large shape on a plain background,
+and three of its four questions are about colours.
+
 The split and a picture's number decide everything about it. ``drawings:100`` are the first hundred of
 ``drawings:200``, and the split test has other pictures than train.
 """
@@ -20,26 +23,30 @@ from llama_adapter.data.drawing_questions import ask_about
 from llama_adapter.data.drawn_picture import draw_picture
 
 DRAWINGS = "drawings"  # the source's name, before the colon and the number of pictures
+COLOURS_FIRST = "colours"  # after a second colon
 _MOST = 1_000_000
 
 
 def drawing_rows(source: str, split: str | None = None) -> tuple[list[dict[str, Any]], str]:
-    """The rows of ``drawings:N``, with PNG files as pictures, and a SHA-256 of them.
+    """The rows of a source, with PNG files as pictures, and a SHA-256 of them.
 
-    Raises UsageError for a source without a number.
+    Raises UsageError for a source that is neither ``drawings:N`` nor ``drawings:N:colours``.
     """
-    count = source.removeprefix(f"{DRAWINGS}:")
+    count, colon, kind = source.removeprefix(f"{DRAWINGS}:").partition(":")
     if not count.isdecimal() or not 0 < int(count) <= _MOST:
         raise UsageError(
             f"{source}: {count!r} is not a number of drawings; expected {DRAWINGS}:N, N from 1 to {_MOST:,}"
         )
+    if colon and kind != COLOURS_FIRST:
+        raise UsageError(f"{source}: {kind!r} is unknown; expected {DRAWINGS}:{count}:{COLOURS_FIRST}")
+    colours = kind == COLOURS_FIRST
     rows: list[dict[str, Any]] = []
     digest = hashlib.sha256()
     for number in range(int(count)):
-        draws = random.Random(f"{split or 'train'} {number}")
-        picture, drawing = draw_picture(draws)
+        draws = random.Random(f"{split or 'train'} {number}{colon}{kind}")
+        picture, drawing = draw_picture(draws, large=colours)
         digest.update(picture)
-        for question, answer in ask_about(drawing, draws):
+        for question, answer in ask_about(drawing, draws, colours=colours):
             digest.update(f"{question}\n{answer}\n".encode())
             rows.append({"image": picture, "question": question, "answer": answer})
     return rows, digest.hexdigest()

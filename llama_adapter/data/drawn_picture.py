@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageOps
@@ -51,6 +52,8 @@ _SHAPE_WEIGHTS = [weight for weight, _ in SHAPES.values()]
 # (what is asked for, what is there), so that neither yes nor no can be guessed.
 UNSURE = {("rectangle", "square"), ("oval", "circle"), ("diamond", "square"), ("square", "diamond")}
 
+# How often a shape is filled, filled with an edge of another colour, or not filled.
+STYLES = {"filled": 0.6, "edged": 0.27, "outline": 0.13}
 _SIDES = (32, 48, 64, 64, 64, 96, 100, 128, 128, 150, 160, 200, 224, 224, 224, 256, 256, 300, 320, 400)
 
 
@@ -62,7 +65,7 @@ class Shape:
     colour: str
     rgb: RGB
     corners: tuple[Point, ...]
-    style: str  # "filled", "edged" (filled, with an edge of another colour), "outline" (not filled)
+    style: str  # one of STYLES
     edge: str | None  # the name of the edge's colour, if it differs
     edge_rgb: RGB
     edge_width: float
@@ -85,16 +88,21 @@ class _Ground:
     name: str | None
 
 
-def draw_picture(draws: random.Random) -> tuple[bytes, Drawing]:
-    """A picture as a PNG file, and what is on it."""
+def draw_picture(draws: random.Random, *, large: bool = False) -> tuple[bytes, Drawing]:
+    """A picture as a PNG file, and what is on it.
+
+    Args:
+        large: draw a single large shape, not as an outline, on a background of one colour that has a name.
+    """
     width = height = draws.choice(_SIDES)
     if draws.random() < 0.15:  # slightly: a tower may squeeze a picture, and a circle with it
         width = round(width * draws.uniform(1.0, 1.3))
         if draws.random() < 0.5:
             width, height = height, width
-    ground = _choose_ground(draws)
-    boxes = _choose_boxes(width, height, draws)
-    shapes = [_choose_shape(box, ground, draws) for box in boxes]
+    ground = _choose_ground(draws, named=large)
+    boxes = [_large_box(width, height, draws)] if large else _choose_boxes(width, height, draws)
+    styles = ("filled", "edged") if large else STYLES
+    shapes = [_choose_shape(box, ground, styles, draws) for box in boxes]
     # Drawn twice as large and halved, which makes edges smooth. Some small pictures keep their rough edges.
     scale = 2 if max(width, height) <= 256 and draws.random() < 0.7 else 1
     image = _paint_ground(ground, (width * scale, height * scale), draws)
@@ -130,8 +138,8 @@ def _any_colour(draws: random.Random) -> str:
     return draws.choices(list(COLOURS), COLOUR_WEIGHTS)[0]
 
 
-def _choose_ground(draws: random.Random) -> _Ground:
-    kind = draws.random()
+def _choose_ground(draws: random.Random, *, named: bool) -> _Ground:
+    kind = draws.random() * (0.65 if named else 1)
     if kind < 0.35:
         return _Ground("plain", ((255, 255, 255),), "white")
     if kind < 0.65:
@@ -205,7 +213,15 @@ def _choose_boxes(width: int, height: int, draws: random.Random) -> list[tuple[f
     return boxes
 
 
-def _choose_shape(box: tuple[float, float, float], ground: _Ground, draws: random.Random) -> Shape:
+def _large_box(width: int, height: int, draws: random.Random) -> tuple[float, float, float]:
+    """The position of a shape that fills much of the picture, as in `_choose_boxes`."""
+    radius = min(width, height) * draws.uniform(0.3, 0.48)
+    return draws.uniform(radius, width - radius), draws.uniform(radius, height - radius), radius
+
+
+def _choose_shape(
+    box: tuple[float, float, float], ground: _Ground, styles: Sequence[str], draws: random.Random
+) -> Shape:
     """A shape in a colour that stands out from the background."""
     x, y, radius = box
     name = draws.choices(list(SHAPES), _SHAPE_WEIGHTS)[0]
@@ -214,7 +230,7 @@ def _choose_shape(box: tuple[float, float, float], ground: _Ground, draws: rando
         rgb = _shade(colour, draws)
         if colour != ground.name and all(_difference(rgb, other) > 150 for other in ground.colours):
             break
-    style = draws.choices(("filled", "edged", "outline"), (0.6, 0.27, 0.13))[0]
+    style = draws.choices(list(styles), [STYLES[style] for style in styles])[0]
     edge, edge_rgb = None, rgb
     if style == "edged":
         edge = "black" if draws.random() < 0.55 else _any_colour(draws)

@@ -66,6 +66,23 @@ def test_grey_is_spelt_as_the_question_spells_colour() -> None:
         assert not {"color", "grey"} <= words and not {"colour", "gray"} <= words
 
 
+def test_colours_first_asks_about_colours_of_large_shapes() -> None:
+    rows, _ = drawing_rows("drawings:200:colours")
+    assert len(rows) == 800 and not {row["image"] for row in rows} & {row["image"] for row in ROWS}
+    one_word = [row for row in rows if row["answer"] in COLOUR_WORDS]
+    assert len(one_word) >= 600
+    assert {row["answer"] for row in one_word} == COLOUR_WORDS
+    assert sum("background" in row["question"] for row in one_word) > 150
+    sentences = {row["answer"] for row in rows} - COLOUR_WORDS - {"yes", "no"}
+    assert sentences and all(re.fullmatch(r"An? \w+ \w+\.", sentence) for sentence in sentences)
+    for content in {
+        row["image"] for row in rows
+    }:  # the most frequent colour is the shape's or the background's
+        image = Image.open(io.BytesIO(content))
+        counts = sorted((count for count, _ in image.getcolors(image.width * image.height)), reverse=True)
+        assert sum(counts[:3]) > 0.6 * image.width * image.height
+
+
 def test_words_do_not_tell_yes_from_no() -> None:
     yes_or_no = [row for row in ROWS if row["answer"] in ("yes", "no")]
     share = Counter(row["answer"] for row in yes_or_no)["yes"] / len(yes_or_no)
@@ -113,6 +130,11 @@ def test_they_are_read_as_records_and_kept_back_by_picture() -> None:
     train, validation = split_records(records, validation_rows=40)
     assert len(validation) == 40
     assert not {record.images for record in train} & {record.images for record in validation}
+
+
+def test_an_unknown_kind_of_drawings_is_refused() -> None:
+    with pytest.raises(UsageError, match="'colors' is unknown; expected drawings:9:colours"):
+        read_records("drawings:9:colors", split="train")
 
 
 @pytest.mark.parametrize("source", ["drawings:", "drawings:0", "drawings:-3", "drawings:many"])
