@@ -81,9 +81,10 @@ STAGES = (
         SHIPPED[BASE].vision,
         "train.vqa",
         4,
-        "--data {data}/drawings.json --data {data}/coco/qa.json --data {data}/coco/captions.json=0.5 "
-        "--data {data}/flickr8k/captions.json --data {data}/daquar/qa.json=0.5 "
-        "--data {data}/alpaca/alpaca_data.json=0.04 --balance-yes-no --method prompts+lora --template brief "
+        "--data {data}/drawings.json --data {data}/colours.json --data {data}/coco/qa.json "
+        "--data {data}/coco/captions.json=0.5 --data {data}/flickr8k/captions.json "
+        "--data {data}/daquar/qa.json=0.5 --data {data}/alpaca/alpaca_data.json=0.04 --balance-yes-no "
+        "--method prompts+lora --template brief "
         f"--tower {DEFAULT_TOWER} --depths {' '.join(map(str, DEPTHS))} --image-tokens 10 "
         "--learning-rate 0.0005 --rate prompts=0.02 --rate gates=0.015 --rate projection=0.003 "
         "--mean-over rows --batch-size 32 --validation-rows 100",
@@ -107,7 +108,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     packing.add_argument("--data", required=True, type=Path, help=f"folder that has {', '.join(SETS)}")
     packing.add_argument("--output", required=True, type=Path, help="folder for the pieces")
     packing.add_argument("--piece-mb", type=positive_int, default=60, help="largest piece, in MiB (60)")
-    packing.add_argument("--drawings", type=positive_int, default=4000, help="pictures that are drawn (4000)")
+    packing.add_argument(
+        "--drawings", type=positive_int, default=3000, help="draw N pictures of each kind (3000)"
+    )
     running = commands.add_parser("run", help="join the pieces and train")
     running.add_argument("pieces", type=Path, help="folder that has all pieces")
     running.add_argument("--output", required=True, type=Path, help="folder for the runs and the adapters")
@@ -133,8 +136,9 @@ def pack(data: Path, output: Path, piece_bytes: int, *, drawings: int) -> None:
         folder = Path(place)
         _download_wheels(folder / "wheels")
         for name in SETS:
-            shutil.copytree(data / name, folder / "data" / name)
-        _write_drawings(folder / "data", drawings)
+            _copy(data / name, folder / "data" / name)
+        _write_drawings(folder / "data", "drawings", f"drawings:{drawings}")
+        _write_drawings(folder / "data", "colours", f"drawings:{drawings}:colours")
         tower = load_tower(DEFAULT_TOWER, depths=DEPTHS)
         replace_pictures(folder / "data", FeatureCache(tower))
         write_pieces(folder, output, piece_bytes)
@@ -151,18 +155,27 @@ def _download_wheels(folder: Path) -> None:
         raise UsageError(f"pip can't download {', '.join(named)}; check the network and call again")
 
 
-def _write_drawings(folder: Path, count: int) -> None:
-    """The rows of drawings:N as drawings.json, with their pictures as files."""
-    (folder / "drawings").mkdir()
-    rows, _ = drawing_rows(f"drawings:{count}")
+def _copy(source: Path, target: Path) -> None:
+    """Copy a folder's files. Unlike shutil.copytree, it does not make the copies read-only too."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def _write_drawings(folder: Path, name: str, source: str) -> None:
+    """The rows of drawings as a file of this name, with their pictures as files."""
+    (folder / name).mkdir()
+    rows, _ = drawing_rows(source)
     numbers: dict[bytes, str] = {}
     for row in rows:
         picture = row["image"]
         if picture not in numbers:
-            numbers[picture] = f"drawings/{len(numbers)}.png"
+            numbers[picture] = f"{name}/{len(numbers)}.png"
             (folder / numbers[picture]).write_bytes(picture)
         row["image"] = numbers[picture]
-    (folder / "drawings.json").write_text(json.dumps(rows))
+    (folder / f"{name}.json").write_text(json.dumps(rows))
 
 
 def replace_pictures(folder: Path, cache: FeatureCache) -> None:

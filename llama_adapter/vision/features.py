@@ -106,6 +106,11 @@ class FeatureCache:
         table = np.memmap(self.folder / FEATURES_FILE, dtype=np.float32, mode="r", shape=shape)
         return torch.from_numpy(table[[self._rows[name] for name in names]])
 
+    def store(self, pictures: Sequence[Path | bytes], features: Tensor) -> None:
+        """Keep features that were computed elsewhere: (N, F), in the order of the pictures."""
+        names = {_name(picture): place for place, picture in enumerate(pictures)}
+        self._append(list(names), features[list(names.values())])
+
     def _append(self, names: Sequence[str], features: Tensor) -> None:
         """Add entries: the features first, then the index, so that all entries of the index are complete."""
         try:

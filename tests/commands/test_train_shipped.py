@@ -96,4 +96,4 @@ def test_a_stage_has_options_that_its_script_takes(stage: Stage, tmp_path: Path)
 
 def test_the_stages_use_the_sets_that_are_packed() -> None:
     used = {part for stage in STAGES for part in stage.options.split() if part.startswith("{data}/")}
-    assert {part.split("/")[1] for part in used} <= {*SETS, "drawings.json"}
+    assert {part.split("/")[1] for part in used} <= {*SETS, "drawings.json", "colours.json"}
