@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import write_json
-from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.weights.catalogue import DEFAULT_BASE
 
 if TYPE_CHECKING:  # slow to import; --help and mistyped options are answered without torch
@@ -70,6 +69,25 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="DIR", help="look up names in this folder")
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
+
+
+def add_image_root_option(parser: argparse.ArgumentParser) -> None:
+    """Add --image-root."""
+    parser.add_argument(
+        "--image-root", type=Path, help="folder of pictures with relative names (default: the data's)"
+    )
+
+
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    """Add --cache."""
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
+    )
+
+
 def add_model_options(parser: argparse.ArgumentParser, *, answers: bool = False) -> None:
     """Add --base, --weights, --device, --dtype and --quantize.
 
@@ -82,7 +100,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, answers: bool = False)
         f"{DEFAULT_BASE})",
     )
     add_weights_option(parser)
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
+    add_device_option(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -157,30 +175,6 @@ def quieten_libraries() -> None:
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning as one line, without the place in the code that gave it."""
     print(message, file=sys.stderr)
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add an option for each field of `Sampling`."""
-    defaults = Sampling()
-    for name, kind, text in (
-        ("max_new_tokens", int, "longest answer, in tokens"),
-        ("temperature", float, "0 always takes the most likely token; higher values vary more"),
-        ("top_p", float, "draw among the most likely tokens with this total probability; 1 keeps all"),
-        ("top_k", int, "draw among this many of the most likely tokens; 0 keeps all"),
-        ("repetition_penalty", float, "above 1 makes repetitions less likely"),
-        ("seed", int, "makes the answer the same every time"),
-    ):
-        default = getattr(defaults, name)
-        shown = "" if default is None else f" ({default:g})"
-        metavar = "N" if kind is int else "X"
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=text + shown
-        )
-
-
-def sampling_settings(arguments: argparse.Namespace) -> Sampling:
-    """The sampling settings given by the options of `add_sampling_options`."""
-    return Sampling(**{name: getattr(arguments, name) for name in Sampling.__dataclass_fields__})
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

@@ -23,18 +23,18 @@ from llama_adapter.commands.arguments import (
     Parser,
     add_adapter_option,
     add_model_options,
-    add_sampling_options,
     add_weights_option,
     load_model,
-    sampling_settings,
 )
 from llama_adapter.commands.conversion import add_convert_options, add_merge_options, convert, merge
+from llama_adapter.commands.field_options import add_fields, given_fields
 from llama_adapter.commands.scripts import SCRIPTS, run_script
 from llama_adapter.commands.weights_shown import print_base_or_tower, print_list
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.progress import ProgressLine
 from llama_adapter.data.pictures import open_picture
 from llama_adapter.data.templates import Turn, question_turn
+from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.weights import locations
 from llama_adapter.weights.catalogue import CATALOGUE, DEFAULT_BASE
 
@@ -138,7 +138,7 @@ def _add_answering_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-urls", action="store_true", help="allow pictures to be fetched from public web addresses"
     )
-    add_sampling_options(parser)
+    add_fields(parser, Sampling)
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
@@ -168,7 +168,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    sampling = sampling_settings(arguments)
+    sampling = Sampling(**given_fields(arguments, Sampling))
     system = Turn("system", arguments.system).text
     question = " ".join(arguments.question)
     question = question_turn(_read_question() if question == "-" else question).text
@@ -235,7 +235,7 @@ Ctrl-C stops an answer; at the prompt it ends the chat."""
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    sampling = sampling_settings(arguments)
+    sampling = Sampling(**given_fields(arguments, Sampling))
     system = Turn("system", arguments.system).text
     model = load_model(arguments)
     chat = Conversation(model, adapter=model.active_adapter, system=system, sampling=sampling)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama_adapter.commands.arguments import (
     Parser,
+    add_device_option,
     add_json_option,
     add_weights_option,
     positive_int,
@@ -31,7 +32,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.c
     parser.add_argument(
         "--kept-names", type=positive_int, default=100, help="names that train.clip keeps back (100)"
     )
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
+    add_device_option(parser)
     add_weights_option(parser)
     add_json_option(parser)
     arguments = parser.parse_args(words)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama_adapter.commands.arguments import Parser, add_model_options, positive_int, quieten_libraries
-from llama_adapter.commands.training_options import add_fields, add_settings, training_settings
+from llama_adapter.commands.field_options import add_fields
+from llama_adapter.commands.training_options import add_settings, training_settings
 from llama_adapter.common.errors import UsageError
 from llama_adapter.weights.catalogue import DEFAULT_BASE
 

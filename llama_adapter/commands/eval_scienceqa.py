@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llama_adapter.commands.arguments import (
     Parser,
     add_adapter_option,
+    add_cache_option,
     add_json_option,
     add_model_options,
     load_model,
@@ -93,9 +94,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.s
         help="score other problems' pictures, no pictures, the bare base and chance as well",
     )
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of everything that is drawn (0)")
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
-    )
+    add_cache_option(parser)
     add_adapter_option(parser)
     add_model_options(parser)
     add_json_option(parser)

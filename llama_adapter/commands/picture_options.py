@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_adapter.commands.arguments import (
     add_adapter_option,
+    add_cache_option,
+    add_image_root_option,
     add_model_options,
     load_model,
     positive_int,
@@ -35,9 +36,7 @@ def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_spli
         "--split",
         help=f"split to read, if rows name one (with --validation-rows train, else {default_split})",
     )
-    parser.add_argument(
-        "--image-root", type=Path, help="folder of pictures with relative names (default: the data's)"
-    )
+    add_image_root_option(parser)
     parser.add_argument(
         "--validation-rows",
         type=positive_int,
@@ -51,9 +50,7 @@ def add_picture_scoring_options(parser: argparse.ArgumentParser, *, default_spli
     )
     parser.add_argument("--batch-size", type=positive_int, default=16, help="questions answered at once (16)")
     parser.add_argument("--beams", type=positive_int, default=1, help="beams of the search; 1 is greedy (1)")
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
-    )
+    add_cache_option(parser)
     add_adapter_option(parser)
     add_model_options(parser)
 

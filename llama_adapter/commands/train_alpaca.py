@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from llama_adapter.commands.arguments import Parser, add_model_options, positive_int, quieten_libraries
 from llama_adapter.commands.next_steps import adapter_steps, question_of
 from llama_adapter.commands.training_options import (
     adapter_plan,
+    add_output_option,
     add_training_options,
     rows_kept_back,
     training_settings,
@@ -20,9 +20,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     parser.add_argument(
         "--data", required=True, help="Alpaca JSON, JSONL, chat messages, ShareGPT, or a hub data set"
     )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder of the run and of the best adapter"
-    )
+    add_output_option(parser)
     parser.add_argument("--split", default="train", help="split to read, if rows name one (train)")
     parser.add_argument("--limit", type=positive_int, help="use only the first N rows")
     parser.add_argument("--validation-rows", type=positive_int, default=500, help="rows kept back (500)")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llama_adapter.commands.arguments import (
     Parser,
+    add_device_option,
     add_weights_option,
     positive_int,
     quieten_libraries,
     seed_number,
 )
+from llama_adapter.commands.field_options import add_fields, given_fields
 from llama_adapter.commands.next_steps import steps_text
 from llama_adapter.common.errors import UsageError
 from llama_adapter.weights import locations
@@ -22,6 +23,8 @@ START = "efficientnet-lite0-imagenet"  # a name of the catalogue: weights traine
 
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m train.clip") -> None:
+    from llama_adapter.training.clip_training import ClipSettings, train_clip
+
     parser = Parser(prog=program, description=__doc__)
     parser.add_argument(
         "--data",
@@ -44,17 +47,16 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     parser.add_argument("--embed-dim", type=positive_int, default=256, help="width of the embeddings (256)")
     parser.add_argument("--text-width", type=positive_int, default=96, help="width of the text side (96)")
     parser.add_argument("--text-layers", type=positive_int, default=3, help="layers of the text side (3)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
+    add_device_option(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
     add_weights_option(parser)
-    _add_settings(parser)
+    add_fields(parser, ClipSettings, special={"seed": {"type": seed_number}})
     arguments = parser.parse_args(words)
 
     # Slow to import, and not needed to refuse a wrong option.
     import torch
 
     from llama_adapter.methods.decoder import choose_device
-    from llama_adapter.training.clip_training import ClipSettings, train_clip
     from llama_adapter.vision.contrastive import (
         build_clip,
         read_names,
@@ -65,9 +67,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     )
 
     quieten_libraries()
-    settings = ClipSettings(
-        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ClipSettings)}
-    )
+    settings = ClipSettings(**given_fields(arguments, ClipSettings))
 
     def tell(summary: object) -> None:
         print(summary, file=sys.stderr)
@@ -113,26 +113,3 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
             ]
         )
     )
-
-
-def _add_settings(parser: Parser) -> None:
-    from llama_adapter.training.clip_training import ClipSettings
-
-    defaults = ClipSettings()
-    for name, kind, text in (
-        ("epochs", int, "passes over the pictures"),
-        ("batch_size", int, "pairs in a step: each text has to be matched with one of this many pictures"),
-        ("learning_rate", float, "peak for the text side and the heads"),
-        ("trunk_learning_rate", float, "peak for the pretrained part of the picture side"),
-        ("frozen_blocks", int, "how many of the picture side's lowest blocks are not trained"),
-        ("weight_decay", float, "AdamW's"),
-        ("warmup_steps", int, "steps in which the rates rise"),
-        ("crop", float, "smallest share of a picture that a random crop keeps"),
-        ("crops", int, "crops of each picture, if blocks are frozen; their output is computed once"),
-        ("max_steps", int, "end the run, and its schedule, after N steps"),
-        ("checkpoint_every", int, "steps between checkpoints"),
-        ("seed", seed_number, "seed for the order of the pairs, the texts, the crops and the first weights"),
-    ):
-        default = getattr(defaults, name)
-        shown = "" if default is None else f" ({default:g})"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text + shown)

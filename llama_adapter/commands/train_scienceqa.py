@@ -21,6 +21,7 @@ from llama_adapter.commands.arguments import (
 from llama_adapter.commands.next_steps import adapter_steps
 from llama_adapter.commands.training_options import (
     adapter_plan,
+    add_output_option,
     add_training_options,
     add_vision_options,
     training_settings,
@@ -34,9 +35,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     parser.add_argument(
         "--data", required=True, help="the official folder (problems.json, ...), or the hub's layout"
     )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder of the run and of the best adapter"
-    )
+    add_output_option(parser)
     parser.add_argument(
         "--format",
         default="QCM-A",

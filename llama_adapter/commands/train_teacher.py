@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 from llama_adapter.commands.arguments import (
     Parser,
+    add_cache_option,
+    add_image_root_option,
     add_weights_option,
     positive_int,
     quieten_libraries,
@@ -40,9 +42,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     )
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write, for train.vqa --data")
     parser.add_argument("--split", default="train", help="split to read, if rows name one (train)")
-    parser.add_argument(
-        "--image-root", type=Path, help="folder of pictures with relative names (default: the data's)"
-    )
+    add_image_root_option(parser)
     parser.add_argument(
         "--validation-rows", type=positive_int, default=100, help="rows that train.vqa keeps back (100)"
     )
@@ -58,9 +58,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         "rows last (none)",
     )
     parser.add_argument("--no-images", action="store_true", help="use only the words of the questions")
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
-    )
+    add_cache_option(parser)
     add_weights_option(parser)
     arguments = parser.parse_args(words)
     for option, given in (("--tower", arguments.tower), ("--more-pictures", arguments.more_pictures)):

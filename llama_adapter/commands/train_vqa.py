@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_adapter.commands.arguments import Parser, add_model_options, positive_int, quieten_libraries
+from llama_adapter.commands.arguments import (
+    Parser,
+    add_image_root_option,
+    add_model_options,
+    positive_int,
+    quieten_libraries,
+)
 from llama_adapter.commands.next_steps import adapter_steps, question_of
 from llama_adapter.commands.training_options import (
     adapter_plan,
+    add_output_option,
     add_training_options,
     add_vision_options,
     rows_kept_back,
@@ -41,13 +47,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         metavar="SOURCE[=WEIGHT]",
         help="as --data, but without the pictures: answers about few photos would be learnt by heart",
     )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder of the run and of the best adapter"
-    )
+    add_output_option(parser)
     parser.add_argument("--split", default="train", help="split to read, if rows name one (train)")
-    parser.add_argument(
-        "--image-root", type=Path, help="folder of pictures with relative names (default: the data's)"
-    )
+    add_image_root_option(parser)
     parser.add_argument("--limit", type=positive_int, help="use only the first N rows of each source")
     parser.add_argument(
         "--validation-rows", type=positive_int, default=100, help="rows kept back of each source (100)"

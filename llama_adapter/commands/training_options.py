@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_adapter.commands.arguments import seed_number
+from llama_adapter.commands.field_options import add_fields, described_fields, given_fields
 
 if TYPE_CHECKING:  # slow to import; mistyped options are answered without it
     from llama_adapter.training.plan import AdapterPlan
     from llama_adapter.training.settings import TrainingSettings
 
 VISION_FIELDS = ("tower", "depths", "bottleneck", "image_tokens", "cache")
-# How a field's annotation is read on the command line.
-_KINDS: dict[str, dict[str, Any]] = {
-    "int": {"type": int},
-    "float": {"type": float},
-    "str": {},
-    "Path": {"type": Path},
-    "Sequence[int]": {"type": int, "nargs": "+"},
-}
+
+
+def add_output_option(parser: argparse.ArgumentParser) -> None:
+    """Add --output."""
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder of the run and of the best adapter"
+    )
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -63,8 +62,8 @@ def add_settings(group: Any, *, leave_out: Collection[str] = ()) -> None:
             "metavar": "GROUP=VALUE",
         },
     }
-    names = [own.name for own in dataclasses.fields(TrainingSettings) if "help" in own.metadata]
-    add_fields(group, TrainingSettings, [name for name in names if name not in leave_out], special)
+    names = [name for name in described_fields(TrainingSettings) if name not in leave_out]
+    add_fields(group, TrainingSettings, names, special)
 
 
 def add_vision_options(parser: argparse.ArgumentParser) -> None:
@@ -79,37 +78,6 @@ def add_vision_options(parser: argparse.ArgumentParser) -> None:
         help="--no-images trains on only the text of the same rows",
     )
     add_fields(group, AdapterPlan, VISION_FIELDS)
-
-
-def add_fields(
-    group: Any,
-    settings: Any,
-    names: Collection[str],
-    special: Mapping[str, Mapping[str, Any]] = {},
-) -> None:
-    """Add an option for each of some fields of a dataclass. Type, default and help come from the field.
-
-    Args:
-        special: for some fields, other arguments for argparse; "option" is the option's name.
-    """
-    fields = {own.name: own for own in dataclasses.fields(settings)}
-    for name in names:
-        own = fields[name]
-        default = None if own.default is dataclasses.MISSING else own.default
-        shown = "" if default is None or default is False else f" ({_shown(default)})"
-        words: dict[str, Any] = {"dest": name, "default": default, "help": own.metadata["help"] + shown}
-        if own.type == "bool":
-            words["action"] = "store_true"
-        else:
-            words |= _KINDS.get(str(own.type).removesuffix(" | None"), {})
-        if "metavar" in own.metadata:
-            words["metavar"] = own.metadata["metavar"]
-        words |= special.get(name, {})
-        group.add_argument(words.pop("option", f"--{name.replace('_', '-')}"), **words)
-
-
-def _shown(default: object) -> str:
-    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _option(text: str) -> tuple[str, str]:
@@ -141,7 +109,7 @@ def training_settings(arguments: argparse.Namespace, **changed: Any) -> Training
     """The settings given by the options of `add_settings`. Fields in ``changed`` take precedence."""
     from llama_adapter.training.settings import TrainingSettings
 
-    given = _read(arguments, TrainingSettings)
+    given = given_fields(arguments, TrainingSettings)
     return TrainingSettings(**{**given, "rates": dict(given.get("rates", ())), **changed})
 
 
@@ -153,10 +121,4 @@ def adapter_plan(arguments: argparse.Namespace) -> AdapterPlan:
     if arguments.prompt_length is not None:
         options["prompt_length"] = arguments.prompt_length
     options |= arguments.options
-    return AdapterPlan(**{**_read(arguments, AdapterPlan), "options": options})
-
-
-def _read(arguments: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """The values of those fields of a dataclass that have an option."""
-    names = [own.name for own in dataclasses.fields(settings)]
-    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    return AdapterPlan(**{**given_fields(arguments, AdapterPlan), "options": options})

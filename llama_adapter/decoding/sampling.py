@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llama_adapter.common.errors import UsageError
 
@@ -11,16 +11,34 @@ from llama_adapter.common.errors import UsageError
 class Sampling:
     """How tokens are chosen. The default is the paper's: temperature 0.1 and top-p 0.75.
 
+    The commands make their options from these fields and their "help".
+
     Raises:
         UsageError: a value out of its range, with its name.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.1  # 0 always takes the most likely token
-    top_p: float = 0.75  # 1 keeps all tokens
-    top_k: int = 0  # 0 keeps all tokens
-    repetition_penalty: float = 1.0  # 1 is no penalty
-    seed: int | None = None
+    max_new_tokens: int = field(default=256, metadata={"help": "longest answer, in tokens", "metavar": "N"})
+    temperature: float = field(
+        default=0.1,
+        metadata={"help": "0 always takes the most likely token; higher values vary more", "metavar": "X"},
+    )
+    top_p: float = field(
+        default=0.75,
+        metadata={
+            "help": "draw among the most likely tokens with this total probability; 1 keeps all",
+            "metavar": "X",
+        },
+    )
+    top_k: int = field(
+        default=0,
+        metadata={"help": "draw among this many of the most likely tokens; 0 keeps all", "metavar": "N"},
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "above 1 makes repetitions less likely", "metavar": "X"}
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "makes the answer the same every time", "metavar": "N"}
+    )
 
     def __post_init__(self) -> None:
         _within("max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more")

@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ _CROPS_AT_ONCE = 16  # that go through the frozen blocks together
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """How a CLIP is trained.
+    """How a CLIP is trained. train.clip makes its options from these fields and their "help".
 
     Attributes:
         learning_rate: the peak for everything with a random start: the text side and the picture side's head.
@@ -49,18 +49,35 @@ class ClipSettings:
             is a new one.
     """
 
-    epochs: int = 10
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    trunk_learning_rate: float = 1e-4
-    frozen_blocks: int = 0
-    weight_decay: float = 0.1
-    warmup_steps: int = 100
-    crop: float = 0.6
-    crops: int = 2
-    max_steps: int | None = None
-    checkpoint_every: int = 100
-    seed: int = 0
+    epochs: int = field(default=10, metadata={"help": "passes over the pictures"})
+    batch_size: int = field(
+        default=64,
+        metadata={"help": "pairs in a step: each text has to be matched with one of this many pictures"},
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak for the text side and the heads"})
+    trunk_learning_rate: float = field(
+        default=1e-4, metadata={"help": "peak for the pretrained part of the picture side"}
+    )
+    frozen_blocks: int = field(
+        default=0, metadata={"help": "how many of the picture side's lowest blocks are not trained"}
+    )
+    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's"})
+    warmup_steps: int = field(default=100, metadata={"help": "steps in which the rates rise"})
+    crop: float = field(
+        default=0.6, metadata={"help": "smallest share of a picture that a random crop keeps"}
+    )
+    crops: int = field(
+        default=2,
+        metadata={"help": "crops of each picture, if blocks are frozen; their output is computed once"},
+    )
+    max_steps: int | None = field(
+        default=None, metadata={"help": "end the run, and its schedule, after N steps"}
+    )
+    checkpoint_every: int = field(default=100, metadata={"help": "steps between checkpoints"})
+    seed: int = field(
+        default=0,
+        metadata={"help": "seed for the order of the pairs, the texts, the crops and the first weights"},
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "crops", "checkpoint_every", "max_steps"):
