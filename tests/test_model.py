@@ -34,6 +34,7 @@ from tests.refusals import refusal
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import (
     VISION,
+    build_tiny_base,
     build_tiny_decoder,
     build_tiny_model,
     build_tiny_tower_folder,
@@ -628,11 +629,7 @@ def test_a_state_dict_with_a_key_too_few_or_too_many_is_refused() -> None:
 @pytest.fixture(scope="module")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with its tokenizer, as `fetch` leaves one."""
-    folder = tmp_path_factory.mktemp("weights") / "tiny-base"
-    tokenizer = build_tiny_tokenizer()
-    build_tiny_decoder(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return build_tiny_base(tmp_path_factory.mktemp("weights") / "tiny-base", max_position_embeddings=128)
 
 
 def save_trained(base: Path, folder: Path, *, name: str = "tiny") -> LlamaAdapter:

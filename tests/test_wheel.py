@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CHECKOUT
-from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder
+from tests.tiny_models import build_tiny_base
 
 TRAINING = [
     *("--epochs", "1", "--warmup-epochs", "0", "--batch-size", "2", "--learning-rate", "0.01"),
@@ -41,10 +40,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's cache folder that holds a base called "tiny"."""
     cache = tmp_path_factory.mktemp("cache")
-    base = cache / "llama-adapter" / "tiny"
-    tokenizer = build_tiny_tokenizer()
-    build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=1024).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    build_tiny_base(cache / "llama-adapter" / "tiny")
     return cache
 
 

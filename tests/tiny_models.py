@@ -14,6 +14,7 @@ from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.methods.projection import VisionConfig
 from llama_adapter.methods.shape import DecoderShape
 from llama_adapter.model import LlamaAdapter
+from tests.tiny import build_tiny_tokenizer
 
 # For adapters that need no decoder.
 SHAPE = DecoderShape(
@@ -133,6 +134,18 @@ def build_tiny_model(
         adapter.to(dtype)
         torch.nn.init.normal_(adapter.prompts.gates, generator=torch.Generator().manual_seed(seed))
     return model
+
+
+def build_tiny_base(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, **settings: Any) -> Path:
+    """Write a tiny decoder with a tokenizer, as a folder that can be loaded. Returns the folder.
+
+    ``settings`` are those of `build_tiny_decoder`.
+    """
+    tokenizer = build_tiny_tokenizer() if tokenizer is None else tokenizer
+    settings = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, **settings}
+    build_tiny_decoder(**settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 # The picture sides of open_clip models, one of each kind.

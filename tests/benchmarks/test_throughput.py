@@ -24,7 +24,7 @@ from llama_adapter.packing.losses import accumulate_gradient
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_gguf import build_tiny_gguf
-from tests.tiny_models import build_tiny_decoder, build_tiny_model
+from tests.tiny_models import build_tiny_base, build_tiny_decoder, build_tiny_model
 
 DECODING = {"decode_vs_base", "forward_vs_base", "tokens_per_second"}
 MEMORY = {"training_memory_mb", "training_memory_vs_peft", "checkpointed_memory_vs_peft"}
@@ -36,12 +36,7 @@ TRAINING |= {"training_vs_peft_processor", "training_vs_pad512_processor"} | MEM
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = build_tiny_tokenizer()
-    decoder = build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=1024)
-    decoder.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return build_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def measure(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> dict[str, float]:

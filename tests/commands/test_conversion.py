@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llama_adapter.__main__ import main
 from llama_adapter.methods.checkpoint import load_adapter, read_config
 from llama_adapter.model import LlamaAdapter
-from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder
+from tests.tiny_models import build_tiny_base
 
 TOKENS = torch.tensor([[5, 9, 33, 7, 21, 2]])
 
@@ -25,9 +24,7 @@ TOKENS = torch.tensor([[5, 9, 33, 7, 21, 2]])
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights folder with a base, an adapter of LoRA and one of prompts."""
     folder = tmp_path_factory.mktemp("weights")
-    tokenizer = build_tiny_tokenizer()
-    build_tiny_decoder(vocab_size=len(tokenizer)).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    build_tiny_base(folder / "base")
     model = LlamaAdapter.from_base("base", weights=folder, device="cpu")
     for method in ("lora", "prompts"):
         adapter = model.new_adapter(method, method=method, adapted_layers=2, seed=0)

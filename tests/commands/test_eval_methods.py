@@ -17,8 +17,7 @@ from llama_adapter.commands.eval_methods import main
 from llama_adapter.common.errors import UsageError
 from tests.conftest import CHECKOUT
 from tests.science import build_problems, write_official
-from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder, build_tiny_tower_folder
+from tests.tiny_models import build_tiny_base, build_tiny_tower_folder
 
 DATA = CHECKOUT / "examples" / "instructions.jsonl"
 FIELDS = {
@@ -31,10 +30,7 @@ BEST = {"rate", "seeds", "validation_loss_mean", "validation_loss_low", "validat
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    tokenizer = build_tiny_tokenizer()
-    decoder = build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=1024)
-    decoder.save_pretrained(folder / "tiny")
-    tokenizer.save_pretrained(folder / "tiny")
+    build_tiny_base(folder / "tiny")
     build_tiny_tower_folder(folder / "clip-mini")
     return folder
 

@@ -11,17 +11,12 @@ import eval.questions
 from llama_adapter.common.errors import UsageError
 from llama_adapter.decoding.sampling import Sampling
 from llama_adapter.model import LlamaAdapter
-from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder
+from tests.tiny_models import build_tiny_base
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = build_tiny_tokenizer()
-    build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=1024).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return build_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def write(path: Path, rows: list[tuple[str, str, str]]) -> Path:

@@ -16,22 +16,18 @@ import eval.alpaca
 import train.alpaca
 from llama_adapter.common.errors import UsageError
 from tests.conftest import CHECKOUT
+from tests.finished_runs import losses
 from tests.own_process import OwnProcess
 from tests.pasted import run_pasted
 from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder
+from tests.tiny_models import build_tiny_base
 
 DATA = CHECKOUT / "examples" / "instructions.jsonl"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = build_tiny_tokenizer()
-    decoder = build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=1024)
-    decoder.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return build_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def options(base: Path, output: Path, *more: str) -> list[str]:
@@ -43,11 +39,6 @@ def options(base: Path, output: Path, *more: str) -> list[str]:
 def run(module: object, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     module.main()  # type: ignore[attr-defined]
-
-
-def losses(output: Path) -> list[float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_a_run_leaves_an_adapter_that_eval_scores(
@@ -269,9 +260,7 @@ def test_the_day_that_a_chat_template_writes_is_kept(
 
     tokenizer = build_tiny_tokenizer()
     tokenizer.chat_template = "Today: {{ strftime_now('%d %b %Y') }}\n" + str(tokenizer.chat_template)
-    dated = tmp_path / "base"
-    build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=1024).save_pretrained(dated)
-    tokenizer.save_pretrained(dated)
+    dated = build_tiny_base(tmp_path / "base", tokenizer)
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(datetime, "date", Earlier)

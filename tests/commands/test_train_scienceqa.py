@@ -26,19 +26,22 @@ from llama_adapter.scienceqa.problem_texts import answer_text, problem_records
 from llama_adapter.scienceqa.problems import Problem, rotate_choices, split_problems
 from llama_adapter.scienceqa.reading import read_problems
 from llama_adapter.weights.catalogue import DEFAULT_TOWER
+from tests.finished_runs import losses
 from tests.pasted import run_pasted
 from tests.science import build_problems, write_official
 from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import VISION, build_tiny_decoder, build_tiny_model, build_tiny_tower_folder
+from tests.tiny_models import (
+    VISION,
+    build_tiny_base,
+    build_tiny_model,
+    build_tiny_tower_folder,
+)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("science")
-    tokenizer = build_tiny_tokenizer()
-    base = folder / "weights" / "tiny-base"
-    build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=2048).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    build_tiny_base(folder / "weights" / "tiny-base", max_position_embeddings=2048)
     build_tiny_tower_folder(folder / "weights" / DEFAULT_TOWER)
     write_official(folder / "data", build_problems(folder, rows=40))
     return folder
@@ -230,8 +233,7 @@ def test_training_records_what_scoring_needs(trained: Path, place: Path) -> None
     assert config.template == "scienceqa" and config.vision is not None
     assert config.scienceqa is not None and config.scienceqa.answer in WAYS
     assert config.scienceqa.format == "QCM-A" and config.training["data"]["orders"] == 2
-    losses = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    measured = [line["loss"] for line in losses if "loss" in line]
+    measured = losses(trained)
     assert len(measured) == 3 * 5, "28 to 30 problems, each once an epoch whatever the orders"
     assert sum(measured[-5:]) < 0.9 * sum(measured[:5])
 

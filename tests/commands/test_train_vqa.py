@@ -24,9 +24,9 @@ from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.weights.catalogue import DEFAULT_TOWER
 from tests.conftest import CHECKOUT
+from tests.finished_runs import losses
 from tests.pasted import run_pasted
-from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder, build_tiny_tower_folder, draw_picture
+from tests.tiny_models import build_tiny_base, build_tiny_tower_folder, draw_picture
 
 TEXT = CHECKOUT / "examples" / "instructions.jsonl"
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "grey": (128, 128, 128)}
@@ -36,10 +36,7 @@ COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "grey": (128, 128, 128)}
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with weights, and pictures of a single colour with questions and with captions."""
     folder = tmp_path_factory.mktemp("vqa")
-    tokenizer = build_tiny_tokenizer()
-    base = folder / "weights" / "tiny-base"
-    build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=1024).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    build_tiny_base(folder / "weights" / "tiny-base")
     build_tiny_tower_folder(folder / "weights" / DEFAULT_TOWER)
     questions, captions = [], []
     for (name, colour), number in itertools.product(COLOURS.items(), range(6)):
@@ -85,11 +82,6 @@ def refusal(module: Any, arguments: list[str]) -> str:
         run(module, arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def losses(output: Path) -> list[float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.mark.parametrize(

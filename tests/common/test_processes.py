@@ -18,6 +18,7 @@ from llama_adapter.common.processes import Processes, running_processes
 from llama_adapter.data.examples import Example
 from llama_adapter.packing.pack import deal
 from tests.conftest import CHECKOUT
+from tests.finished_runs import losses, trained_weights
 from tests.own_process import OwnProcess
 from tests.train_tiny import build
 
@@ -54,19 +55,6 @@ def together(module: str, *arguments: str, code: int = 0) -> list[OwnProcess]:
     for process in processes:
         assert process.wait() == code, process.stderr[-3000:]
     return processes
-
-
-def losses(output: Path) -> list[float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1)), "each step is written once"
-    return [line["loss"] for line in steps]
-
-
-def adapter_of(output: Path) -> dict[str, torch.Tensor]:
-    last = sorted((output / "checkpoints").glob("*.pt"))[-1]
-    state: dict[str, torch.Tensor] = torch.load(last, weights_only=True)["adapter"]
-    return state
 
 
 # --- one process --------------------------------------------------------------------------------------------
@@ -114,7 +102,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expect_same(output: Path, alone: Path) -> None:
     assert losses(output) == pytest.approx(losses(alone), abs=1e-5)
-    one, several = adapter_of(alone), adapter_of(output)
+    one, several = trained_weights(alone), trained_weights(output)
     for name, tensor in one.items():
         assert torch.allclose(tensor, several[name], atol=1e-4), name
 

@@ -17,6 +17,7 @@ from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.training.settings import TrainingSettings
 from llama_adapter.training.trainer import Trainer
+from tests.finished_runs import load_last_checkpoint
 from tests.tiny_models import build_tiny_decoder, random_rows
 from tests.train_tiny import rows
 
@@ -180,11 +181,6 @@ def trainer(output: Path, **options: Any) -> Trainer:
     return Trainer(model, "trained", EXAMPLES, {"made": EXAMPLES[:4]}, SETTINGS, output, {"source": "made"})
 
 
-def last_checkpoint(output: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(sorted((output / "checkpoints").glob("*.pt"))[-1], weights_only=True)
-    return state
-
-
 class Stopped(Exception):
     """Stands for a machine that goes away."""
 
@@ -206,7 +202,7 @@ def test_a_training_that_was_cut_goes_on_exactly(
         with pytest.raises(Stopped):
             trainer(tmp_path / "cut").run()
     trainer(tmp_path / "cut").run(resume=True)
-    whole, cut = (last_checkpoint(tmp_path / name) for name in ("whole", "cut"))
+    whole, cut = (load_last_checkpoint(tmp_path / name) for name in ("whole", "cut"))
     assert whole["adapter"].keys() == cut["adapter"].keys()
     assert all(value.equal(cut["adapter"][name]) for name, value in whole["adapter"].items())
     kept = whole["parts"]["adalora"]
@@ -233,9 +229,9 @@ def test_its_folder_has_nothing_of_its_training_and_the_target_s_ranks(tmp_path:
     assert part is not None and part.training_state() == {}
     ends = {name.rpartition(".")[2] for name in part.state_dict()}
     assert ends == {"right", "values", "left"}
-    parts = last_checkpoint(tmp_path)["parts"]
+    parts = load_last_checkpoint(tmp_path)["parts"]
     assert sum(int(kept.sum()) for kept in parts["adalora"].values()) == 2 * 3
     values = [
-        value for name, value in last_checkpoint(tmp_path)["adapter"].items() if name.endswith("values")
+        value for name, value in load_last_checkpoint(tmp_path)["adapter"].items() if name.endswith("values")
     ]
     assert sum(int((value != 0).sum()) for value in values) == 2 * 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from llama_adapter.quantization.linear import quantize_decoder
 from llama_adapter.training import trainer as training
 from llama_adapter.training.settings import TrainingSettings
 from llama_adapter.training.trainer import Trainer, parameter_groups
+from tests.finished_runs import losses
 from tests.packed import check_packed_as_alone
 from tests.tiny_models import VISION, build_tiny_decoder, build_tiny_model
 from tests.train_tiny import rows
@@ -174,9 +174,8 @@ def test_training_learns_and_resumes_exactly(method: str, tmp_path: Path) -> Non
     before = {name: tensor.clone() for name, tensor in model.decoder.state_dict().items()}
     adapter = add(model, method, stirred=False)
     best = trainer(model, method, tmp_path / "whole").run()
-    steps = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
-    losses = [step["loss"] for step in steps if "loss" in step]
-    assert losses[-1] < losses[0]
+    first, *_, last = losses(tmp_path / "whole")
+    assert last < first
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.decoder.state_dict().items())
     kept = load_adapter(tmp_path / "whole")
     assert kept.config.training["validation_loss"] == round(best, 4)

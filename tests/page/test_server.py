@@ -44,7 +44,7 @@ from tests.conftest import CHECKOUT
 from tests.drawn import SVG, data_url, huge_png, png
 from tests.scripted import ScriptedModel, build_scripted_model, open_eyes
 from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import VISION, build_tiny_decoder, build_tiny_model
+from tests.tiny_models import VISION, build_tiny_base, build_tiny_model
 
 pytestmark = pytest.mark.usefixtures("uploads")
 
@@ -498,11 +498,9 @@ def _demo(*options: str) -> subprocess.Popen[str]:
 
 
 def test_the_command_serves_the_page_until_ctrl_c(tmp_path: Path) -> None:
-    tokenizer = build_tiny_tokenizer()
-    build_tiny_decoder(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    base = build_tiny_base(tmp_path / "base", max_position_embeddings=128)
     port = _free_port()
-    process = _demo("--base", str(tmp_path / "base"), "--weights", str(tmp_path), "--port", str(port))
+    process = _demo("--base", str(base), "--weights", str(tmp_path), "--port", str(port))
     try:
         assert process.stdout is not None
         assert f"http://127.0.0.1:{port}/" in process.stdout.readline()

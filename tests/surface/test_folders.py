@@ -20,17 +20,13 @@ from llama_adapter.model import LlamaAdapter
 from llama_adapter.surface import folders
 from tests.refusals import refusal
 from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder, build_tiny_model, random_rows
+from tests.tiny_models import build_tiny_base, build_tiny_decoder, build_tiny_model, random_rows
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with its tokenizer."""
-    folder = tmp_path_factory.mktemp("weights") / "tiny-base"
-    tokenizer = build_tiny_tokenizer()
-    build_tiny_decoder(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return build_tiny_base(tmp_path_factory.mktemp("weights") / "tiny-base", max_position_embeddings=128)
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from llama_adapter.training.plan import AdapterPlan
 from llama_adapter.training.recipes import read_source, validation_loss
 from llama_adapter.training.settings import TrainingSettings
 from tests.conftest import CHECKOUT
-from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import build_tiny_decoder
+from tests.tiny_models import build_tiny_base
 
 DATA = CHECKOUT / "examples" / "instructions.jsonl"
 QUICK: dict[str, Any] = {"epochs": 2, "warmup_epochs": 0, "batch_size": 4, "validate_every": 2}
@@ -28,12 +27,7 @@ QUICK: dict[str, Any] = {"epochs": 2, "warmup_epochs": 0, "batch_size": 4, "vali
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = build_tiny_tokenizer()
-    decoder = build_tiny_decoder(vocab_size=len(tokenizer), max_position_embeddings=1024)
-    decoder.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(build_tiny_base(tmp_path_factory.mktemp("base")))
 
 
 def test_one_call_gives_the_best_adapter(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,9 @@ from llama_adapter.common.errors import run_command
 from llama_adapter.training import run_folder
 from tests.commands.test_train_alpaca import DATA, base, options  # noqa: F401  (base is a fixture)
 from tests.conftest import CHECKOUT
+from tests.finished_runs import last_checkpoint, losses, trained_weights
 from tests.own_process import OwnProcess
-from tests.training.test_trainer import losses, trainer, weights
+from tests.training.test_trainer import trainer
 
 EPOCHS = 40  # of four steps, a checkpoint after each
 
@@ -59,7 +60,7 @@ def expect_the_same_after(kills: int, tmp_path: Path, *, seed: int) -> None:
     assert len(list((cut / "checkpoints").glob("step-*.pt"))) <= 3, "two are kept, and one may be new"
     assert "going on from step" in start(cut, "--resume").finish().stderr
     assert losses(cut) == losses(whole)
-    before, after = weights(whole), weights(cut)
+    before, after = trained_weights(whole), trained_weights(cut)
     assert all(torch.equal(before[name], after[name]) for name in before)
     final = "adapter_model.safetensors"
     assert (cut / final).read_bytes() == (whole / final).read_bytes()
@@ -85,8 +86,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer(tmp_path).run()
-    expected = weights(tmp_path)
-    last = sorted((tmp_path / "checkpoints").glob("*.pt"))[-1]
+    expected = trained_weights(tmp_path)
+    last = last_checkpoint(tmp_path)
     seal = last.with_suffix(".json")
     if damage == "cut":
         last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
@@ -101,18 +102,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     trainer(tmp_path).run(resume=True)
     told = capsys.readouterr().err
     assert f"{last.name} is not whole" in told and "going on from step 10" in told
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_weights(tmp_path).items())
 
 
 def test_with_no_whole_checkpoint_it_starts_again_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer(tmp_path).run()
-    expected = weights(tmp_path)
+    expected = trained_weights(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     trainer(tmp_path).run(resume=True)
     assert "there is no checkpoint yet: starting from the beginning" in capsys.readouterr().err
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_weights(tmp_path).items())
 
 
 # --- disk and data ------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from llama_adapter.packing.losses import accumulate_gradient, answer_loss
 from llama_adapter.training import trainer as training
 from llama_adapter.training.settings import TrainingSettings
 from llama_adapter.training.trainer import Trainer
+from tests.finished_runs import load_last_checkpoint, losses, trained_weights
 from tests.tiny_models import VISION, build_tiny_model
 
 SETTINGS = TrainingSettings(
@@ -57,19 +58,6 @@ def trainer(output: Path, **changes: Any) -> Trainer:
     )
 
 
-def losses(output: Path) -> list[float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
-    return [line["loss"] for line in steps]
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    last = sorted((output / "checkpoints").glob("*.pt"))[-1]
-    state: dict[str, torch.Tensor] = torch.load(last, weights_only=True)["adapter"]
-    return state
-
-
 def test_the_papers_settings_are_the_defaults() -> None:
     settings = TrainingSettings()
     assert (settings.epochs, settings.warmup_epochs, settings.batch_size) == (5, 2, 64)
@@ -89,7 +77,7 @@ def test_the_rate_rises_for_the_warm_up_and_falls_to_zero() -> None:
 def test_the_gates_can_have_a_rate_of_their_own(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=1, rates={"gates": 1e-9}).run()
     before = build_tiny_model().adapters["tiny"].state_dict()
-    after = weights(tmp_path)
+    after = trained_weights(tmp_path)
     assert torch.allclose(after["prompts.gates"], before["prompts.gates"], atol=1e-6)
     assert (after["prompts.embeddings"] - before["prompts.embeddings"]).abs().max() > 1e-3
 
@@ -101,7 +89,7 @@ def test_scales_and_biases_can_have_a_rate_of_their_own(tmp_path: Path) -> None:
     torch.nn.init.normal_(before.prompts.gates, generator=torch.Generator().manual_seed(1))
     first = {name: tensor.clone() for name, tensor in before.state_dict().items()}
     dataclasses.replace(small, model=model).run()
-    after = weights(tmp_path)
+    after = trained_weights(tmp_path)
     assert 0 < after["scales.values"].abs().max() < 1e-6
     assert (after["prompts.embeddings"] - first["prompts.embeddings"]).abs().max() > 1e-3
 
@@ -154,7 +142,7 @@ def test_the_best_on_validation_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
 def test_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
     trainer(tmp_path / "whole", batch_size=8, max_tokens=1000).run()
     trainer(tmp_path / "parts", batch_size=8, max_tokens=20).run()
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    whole, parts = trained_weights(tmp_path / "whole"), trained_weights(tmp_path / "parts")
     for name, tensor in whole.items():
         assert torch.allclose(tensor, parts[name], atol=1e-5)
 
@@ -163,7 +151,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     for name in ("one", "two"):
         trainer(tmp_path / name).run()
     trainer(tmp_path / "three", seed=1).run()
-    one, two, three = (weights(tmp_path / name) for name in ("one", "two", "three"))
+    one, two, three = (trained_weights(tmp_path / name) for name in ("one", "two", "three"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["prompts.embeddings"], three["prompts.embeddings"])
 
@@ -206,7 +194,7 @@ def test_a_killed_run_goes_on_exactly(step: int, tmp_path: Path, monkeypatch: py
             trainer(tmp_path / "cut").run()
     trainer(tmp_path / "cut").run(resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    whole, cut = trained_weights(tmp_path / "whole"), trained_weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
@@ -230,12 +218,12 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
     trainer(tmp_path).run()
     kept = sorted((tmp_path / "checkpoints").glob("*.pt"))
     assert [path.name for path in kept] == ["step-0000010.pt", "step-0000012.pt"]
-    before = weights(tmp_path)
+    before = trained_weights(tmp_path)
     kept[-1].write_bytes(kept[-1].read_bytes()[:-100])
     trainer(tmp_path).run(resume=True)
     told = capsys.readouterr().err
     assert "step-0000012.pt is not whole" in told and "going on from step 10" in told
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained_weights(tmp_path).items())
 
 
 def test_a_finished_run_resumed_does_nothing(tmp_path: Path) -> None:
@@ -284,9 +272,8 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(
 ) -> None:
     scale_losses(monkeypatch, lambda step: math.nan if step in (2, 3) else 1.0)
     trainer(tmp_path).run()
-    last = sorted((tmp_path / "checkpoints").glob("*.pt"))[-1]
-    assert torch.load(last, weights_only=True)["progress"]["skipped_steps"] == 2
-    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
+    assert load_last_checkpoint(tmp_path)["progress"]["skipped_steps"] == 2
+    assert all(torch.isfinite(tensor).all() for tensor in trained_weights(tmp_path).values())
 
 
 def test_three_bad_steps_in_a_row_end_the_run_and_name_the_rows(
@@ -297,7 +284,7 @@ def test_three_bad_steps_in_a_row_end_the_run_and_name_the_rows(
     before = {name: t.clone() for name, t in run.model.adapters["tiny"].state_dict().items()}
     with pytest.raises(UsageError, match=r"3 steps in a row, last in the rows \d+, \d+; "):
         run.run()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained_weights(tmp_path).items())
 
 
 # --- which adapter is the best ------------------------------------------------------------------------------
@@ -431,6 +418,6 @@ def test_it_learns_from_pictures(tmp_path: Path) -> None:
 def test_the_projection_can_have_a_rate_of_its_own(tmp_path: Path) -> None:
     seeing_trainer(tmp_path, max_steps=1, rates={"projection": 1e-9}, weight_decay=0.0).run()
     before = build_tiny_model(vision=VISION).adapters["tiny"].state_dict()
-    after = weights(tmp_path)
+    after = trained_weights(tmp_path)
     assert torch.allclose(after["projection.up.weight"], before["projection.up.weight"], atol=1e-6)
     assert (after["prompts.embeddings"] - before["prompts.embeddings"]).abs().max() > 1e-3

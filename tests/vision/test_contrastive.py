@@ -31,6 +31,7 @@ from llama_adapter.vision.contrastive import (
     zero_shot,
 )
 from llama_adapter.vision.tower import load_tower
+from tests.finished_runs import losses
 from tests.tiny_models import build_tiny_tower_folder, draw_picture
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "yellow": (230, 230, 20)}
@@ -154,11 +155,6 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 # --- training -----------------------------------------------------------------------------------------------
-
-
-def losses(output: Path) -> list[float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_it_learns_to_tell_colours(place: Path, tmp_path: Path) -> None:
