@@ -31,7 +31,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         required=True,
         action="append",
         metavar="SOURCE",
-        help="rows of pictures with captions or a name, a folder with captions.json, or easy-vqa",
+        help="rows of pictures with captions or a name, a folder with captions.json, easy-vqa, or drawings:N",
     )
     parser.add_argument(
         "--names", metavar="FOLDER", help="names.json beside images/: pictures with one name each"

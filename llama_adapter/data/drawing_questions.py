@@ -1,4 +1,4 @@
-"""Questions about a drawing, in many wordings, with their answers."""
+"""Questions about a drawing, in many wordings, with their answers; and captions of it."""
 
 from __future__ import annotations
 
@@ -180,9 +180,13 @@ class _Asking:
 
     def description(self) -> tuple[str, str]:
         self.british = False  # the question does not show which spelling is wanted
-        shapes = [_article(f"{self.name(shape.colour)} {shape.name}") for shape in self.drawing.shapes]
-        text = " and ".join([", ".join(shapes[:-1]), shapes[-1]] if len(shapes) > 1 else shapes)
+        text = self.shapes()
         return self.word(_DESCRIPTION_QUESTIONS), f"{text[0].upper()}{text[1:]}."
+
+    def shapes(self) -> str:
+        """All shapes with their colours: "a red circle and a blue square"."""
+        shapes = [_article(f"{self.name(shape.colour)} {shape.name}") for shape in self.drawing.shapes]
+        return " and ".join([", ".join(shapes[:-1]), shapes[-1]] if len(shapes) > 1 else shapes)
 
     def background(self) -> tuple[str, str]:
         if self.drawing.background is None:
@@ -276,6 +280,15 @@ def ask_about(drawing: Drawing, draws: random.Random, *, colours: bool = False) 
                 break
         asked[question] = answer
     return list(asked.items())
+
+
+def caption(drawing: Drawing, draws: random.Random) -> tuple[str, ...]:
+    """Captions that name the shapes, their colours and, if it has one, the background's colour."""
+    asking = _Asking(drawing, draws)
+    shapes = asking.shapes()
+    ground = drawing.background
+    place = "" if ground is None else f" on {_article(f'{asking.name(ground)} background')}"
+    return f"{shapes}{place}.", f"{shapes}.", f"{_article(asking.words['picture'])} of {shapes}{place}."
 
 
 def _as_typed(question: str, answer: str, draws: random.Random) -> str:

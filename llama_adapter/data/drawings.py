@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.data.drawing_questions import ask_about
-from llama_adapter.data.drawn_picture import draw_picture
+from llama_adapter.data.drawing_questions import ask_about, caption
+from llama_adapter.data.drawn_picture import Drawing, draw_picture
 
 DRAWINGS = "drawings"  # the source's name, before the colon and the number of pictures
 COLOURS_FIRST = "colours"  # after a second colon
@@ -32,6 +33,28 @@ def drawing_rows(source: str, split: str | None = None) -> tuple[list[dict[str, 
 
     Raises UsageError for a source that is neither ``drawings:N`` nor ``drawings:N:colours``.
     """
+    rows: list[dict[str, Any]] = []
+    digest = hashlib.sha256()
+    colours = source.endswith(f":{COLOURS_FIRST}")
+    for draws, picture, drawing in _drawings(source, split):
+        digest.update(picture)
+        for question, answer in ask_about(drawing, draws, colours=colours):
+            digest.update(f"{question}\n{answer}\n".encode())
+            rows.append({"image": picture, "question": question, "answer": answer})
+    return rows, digest.hexdigest()
+
+
+def drawing_captions(source: str, split: str | None = None) -> Iterator[tuple[bytes, tuple[str, ...]]]:
+    """The same pictures as PNG files, each with captions.
+
+    Raises UsageError as `drawing_rows` does.
+    """
+    for draws, picture, drawing in _drawings(source, split):
+        yield picture, caption(drawing, draws)
+
+
+def _drawings(source: str, split: str | None) -> Iterator[tuple[random.Random, bytes, Drawing]]:
+    """Each picture with what is on it, and with the generator that is to choose the words about it."""
     count, colon, kind = source.removeprefix(f"{DRAWINGS}:").partition(":")
     if not count.isdecimal() or not 0 < int(count) <= _MOST:
         raise UsageError(
@@ -39,17 +62,9 @@ def drawing_rows(source: str, split: str | None = None) -> tuple[list[dict[str, 
         )
     if colon and kind != COLOURS_FIRST:
         raise UsageError(f"{source}: {kind!r} is unknown; expected {DRAWINGS}:{count}:{COLOURS_FIRST}")
-    colours = kind == COLOURS_FIRST
-    rows: list[dict[str, Any]] = []
-    digest = hashlib.sha256()
     for number in range(int(count)):
         draws = random.Random(f"{split or 'train'} {number}{colon}{kind}")
-        picture, drawing = draw_picture(draws, large=colours)
-        digest.update(picture)
-        for question, answer in ask_about(drawing, draws, colours=colours):
-            digest.update(f"{question}\n{answer}\n".encode())
-            rows.append({"image": picture, "question": question, "answer": answer})
-    return rows, digest.hexdigest()
+        yield draws, *draw_picture(draws, large=kind == COLOURS_FIRST)
 
 
 def is_drawings(source: object) -> bool:

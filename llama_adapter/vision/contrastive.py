@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import write_atomically, write_json
+from llama_adapter.data.drawings import drawing_captions, is_drawings
 from llama_adapter.data.pictures import open_picture
 from llama_adapter.data.records import PictureFile, read_records
 from llama_adapter.data.sources import EASY_VQA, read_rows
@@ -46,7 +47,7 @@ class Pair:
 def read_pairs(
     source: str, *, split: str = "train", tell: Callable[[object], None] = lambda summary: None
 ) -> list[Pair]:
-    """The pairs of a source: rows of {"image", "captions"}, or easy-vqa.
+    """The pairs of a source: rows of {"image", "captions"}, easy-vqa, or drawings:N.
 
     Rows of another split are left out. `tell` gets a summary of what was read.
 
@@ -54,6 +55,8 @@ def read_pairs(
     """
     if source == EASY_VQA:
         return _shape_pairs([row for _, row in read_rows(source).rows if row["split"] == split])
+    if is_drawings(source):
+        return [Pair(picture, captions) for picture, captions in drawing_captions(source, split)]
     texts: dict[PictureFile, list[str]] = {}
     records, summary = read_records(source, split=split)
     tell(summary)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.data.choosing import split_records
-from llama_adapter.data.drawings import drawing_rows
+from llama_adapter.data.drawings import drawing_captions, drawing_rows
 from llama_adapter.data.drawn_picture import COLOURS, SHAPES
 from llama_adapter.data.records import read_records
 
@@ -141,3 +141,18 @@ def test_an_unknown_kind_of_drawings_is_refused() -> None:
 def test_a_source_without_a_number_is_refused(source: str) -> None:
     with pytest.raises(UsageError, match=r"is not a number of drawings; expected drawings:N"):
         read_records(source, split="train")
+
+
+def test_captions_describe_the_same_pictures() -> None:
+    captions = dict(drawing_captions("drawings:800"))
+    assert list(captions) == list(dict.fromkeys(row["image"] for row in ROWS))
+    for row in ROWS:
+        with_ground, shapes, of_picture = captions[row["image"]]
+        assert with_ground.startswith(shapes.rstrip(".")) and of_picture.endswith(f" of {with_ground}")
+        if " " in row["answer"]:
+            assert row["answer"].lower().replace("grey", "gray") == shapes.replace("grey", "gray")
+        if "background" in row["question"] and row["answer"] in COLOUR_WORDS:
+            assert f" {row['answer']} background." in with_ground.replace("grey", row["answer"])
+    assert {text.split()[1] for text, _, _ in captions.values()} == COLOUR_WORDS
+    with pytest.raises(UsageError, match="'few' is not a number of drawings"):
+        next(drawing_captions("drawings:few"))

@@ -17,6 +17,7 @@ import eval.clip
 import train.clip
 from llama_adapter.__main__ import main
 from llama_adapter.common.errors import UsageError
+from llama_adapter.data.drawings import drawing_captions
 from llama_adapter.training import clip_training
 from llama_adapter.training.clip_training import ClipSettings, train_clip
 from llama_adapter.vision import contrastive
@@ -109,6 +110,11 @@ def test_pictures_of_shapes_are_put_into_words(monkeypatch: pytest.MonkeyPatch) 
     assert contrastive._shape_pairs(rows) == [
         Pair(Path("1.png"), ("a teal triangle", "a triangle that is teal", "a picture of a teal triangle."))
     ], "the colour of the second one is not told"
+
+
+def test_drawings_come_with_captions() -> None:
+    pairs = read_pairs("drawings:3", split="test")
+    assert [(pair.picture, pair.texts) for pair in pairs] == list(drawing_captions("drawings:3", "test"))
 
 
 def test_names_are_read_from_their_file(place: Path, tmp_path: Path) -> None:
