@@ -219,11 +219,13 @@ class Comparison:
     def _write(self, results: dict[str, Any]) -> None:
         """Write results.json, the table and the plots, each atomically."""
         setting = self.setting
+        epochs = setting.training.epochs
         write_json(self.output / RESULTS_FILE, results)
         about = (
             f"{results['rows']:,} rows of {', '.join(Path(data).name for data in setting.data)}, "
-            f"{results['validation_rows']:,} kept back, on {results['base']}; {setting.training.epochs} "
-            f"epochs in batches of {setting.training.batch_size}, at most {setting.max_length} tokens a row."
+            f"{results['validation_rows']:,} kept back, on {results['base']}; "
+            f"{epochs} epoch{'s' if epochs > 1 else ''} in batches of {setting.training.batch_size}, "
+            f"at most {setting.max_length} tokens a row."
         )
         with write_atomically(self.output / "README.md") as temporary:
             temporary.write_text(markdown(results, about=about), encoding="utf-8")
