@@ -380,24 +380,35 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int6
     }
 }
 
+// The 32 weights of a full block.
+template <class Row>
+inline void expand_block(const Row& weights, int64_t block, Floats to[4]) {
+    weights.unpack(block, to);
+    const float scale = weights.scale(block), offset = weights.offset(block);
+    float second = scale;
+    if constexpr (Row::two_scales) second = weights.second_scale(block);
+    for (int part = 0; part < 4; part++) {
+        to[part] *= part < 2 ? scale : second;
+        if (Row::has_offset) to[part] += offset;
+    }
+}
+
+// One weight of a last block that is not full.
+template <class Row>
+inline float expand_one(const Row& weights, int64_t column) {
+    return weights.number(column) * weights.scale(column / BLOCK) + weights.offset(column / BLOCK);
+}
+
 template <class Row>
 void expand(const Matrix& m, int64_t row, float* to) {
     const Row weights(m, row);
     const int64_t whole = m.columns / BLOCK;
     for (int64_t block = 0; block < whole; block++) {
-        Floats numbers[4];
-        weights.unpack(block, numbers);
-        const float scale = weights.scale(block), offset = weights.offset(block);
-        for (int part = 0; part < 4; part++) {
-            Floats values = numbers[part] * scale;
-            if constexpr (Row::two_scales)
-                if (part >= 2) values = numbers[part] * weights.second_scale(block);
-            if (Row::has_offset) values += offset;
-            std::memcpy(to + block * BLOCK + part * 8, &values, sizeof values);
-        }
+        Floats values[4];
+        expand_block(weights, block, values);
+        std::memcpy(to + block * BLOCK, values, sizeof values);
     }
-    for (int64_t column = whole * BLOCK; column < m.columns; column++)
-        to[column] = weights.number(column) * weights.scale(whole) + weights.offset(whole);
+    for (int64_t column = whole * BLOCK; column < m.columns; column++) to[column] = expand_one(weights, column);
 }
 
 int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
@@ -432,6 +443,195 @@ extern "C" void dequantize(const Matrix* m, int64_t first, int64_t last, float* 
         }
     }
 }
+
+// --- products with many vectors ------------------------------------------------------------------------------
+//
+// A blocked matrix product (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008)
+// that reads quantised weights: a panel of them is turned into floats in the fastest cache, where all vectors
+// meet it. So no matrix of floats goes through memory, as it does for a library's product.
+//
+// It needs registers for a tile of sums. Elsewhere `multiply_many` is left out, and callers use such a library.
+
+#if defined(__AVX2__) && defined(__FMA__)
+
+namespace {
+
+#ifdef __AVX512F__
+typedef float Lanes __attribute__((vector_size(64)));
+constexpr int64_t TILE = 12;  // vectors of x whose sums are kept in registers, 2 `Lanes` of outputs each
+#else
+typedef float Lanes __attribute__((vector_size(32)));
+constexpr int64_t TILE = 6;
+#endif
+typedef Lanes Anywhere __attribute__((aligned(4), may_alias));
+constexpr int64_t WIDTH = sizeof(Lanes) / sizeof(float);
+constexpr int64_t PANEL = 2 * WIDTH;  // outputs
+constexpr int64_t DEPTH = 384;        // inputs that are summed up at a time, at most
+
+// Eight vectors of eight, their rows made columns.
+inline void transpose(Floats v[8]) {
+    Floats pairs[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+            fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
+}
+
+// Where the weight from input `k` to output `j` of 32 is kept: panels one after the other.
+inline float* place(float* panels, int64_t k, int64_t j) {
+    return panels + (j / PANEL * DEPTH + k) * PANEL + j % PANEL;
+}
+
+// Panels of x @ W.T: the outputs are 32 rows of the matrix, the inputs its columns first..last.
+template <class Row>
+void fill_from_rows(const Matrix& m, int64_t row, int64_t first, int64_t last, float* panels) {
+    const int64_t whole = last / BLOCK;
+    for (int64_t j = 0; j < CHUNK; j += 8) {
+        for (int64_t block = first / BLOCK; block < whole; block++) {
+            Floats values[8][4];
+            for (int64_t i = 0; i < 8; i++)
+                if (row + j + i < m.rows)
+                    expand_block(Row(m, row + j + i), block, values[i]);
+                else
+                    std::memset(values[i], 0, sizeof values[i]);
+            for (int part = 0; part < 4; part++) {
+                Floats square[8];
+                for (int i = 0; i < 8; i++) square[i] = values[i][part];
+                transpose(square);
+                for (int i = 0; i < 8; i++)
+                    *reinterpret_cast<Floats*>(place(panels, block * BLOCK - first + part * 8 + i, j)) = square[i];
+            }
+        }
+        for (int64_t column = whole * BLOCK; column < last; column++)
+            for (int64_t i = 0; i < 8; i++)
+                *place(panels, column - first, j + i) =
+                    row + j + i < m.rows ? expand_one(Row(m, row + j + i), column) : 0;
+    }
+}
+
+// Panels of x @ W: the outputs are 32 columns of the matrix, the inputs its rows first..last.
+template <class Row>
+void fill_from_columns(const Matrix& m, int64_t column, int64_t first, int64_t last, float* panels) {
+    for (int64_t row = first; row < last; row++) {
+        const Row weights(m, row);
+        if (column + BLOCK <= m.columns) {
+            Floats values[4];
+            expand_block(weights, column / BLOCK, values);
+            for (int part = 0; part < 4; part++)
+                *reinterpret_cast<Floats*>(place(panels, row - first, part * 8)) = values[part];
+        } else {
+            for (int64_t j = 0; j < BLOCK; j++)
+                *place(panels, row - first, j) = column + j < m.columns ? expand_one(weights, column + j) : 0;
+        }
+    }
+}
+
+// A tile of y, (TILE, PANEL): that of x, (TILE, depth), times a panel, plus the bias or what y has.
+inline void multiply_tile(const float* x, const float* panel, int64_t depth, const float* bias, float* y,
+                          int64_t stride, int64_t rows, int64_t columns) {
+    constexpr int64_t LINE = 16;  // floats that the cache fetches at a time
+    for (int64_t i = 0; i < rows; i++) __builtin_prefetch(y + i * stride, 1);
+    Lanes left[TILE] = {}, right[TILE] = {};
+    for (int64_t start = 0; start < depth; start += LINE) {
+#pragma GCC unroll 12
+        for (int64_t i = 0; i < TILE; i++) __builtin_prefetch(x + (TILE + i) * DEPTH + start);  // the next tile's
+        for (int64_t k = start; k < std::min(depth, start + LINE); k++) {
+            const Lanes* weights = reinterpret_cast<const Lanes*>(panel + k * PANEL);
+#pragma GCC unroll 12
+            for (int64_t i = 0; i < TILE; i++) {
+                left[i] += x[i * DEPTH + k] * weights[0];
+                right[i] += x[i * DEPTH + k] * weights[1];
+            }
+        }
+    }
+    if (rows == TILE && columns == PANEL) {
+#pragma GCC unroll 12
+        for (int64_t i = 0; i < TILE; i++) {
+            Anywhere* to = reinterpret_cast<Anywhere*>(y + i * stride);
+            const Anywhere* from = bias ? reinterpret_cast<const Anywhere*>(bias) : to;
+            to[0] = left[i] + from[0];
+            to[1] = right[i] + from[1];
+        }
+        return;
+    }
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++)
+            y[i * stride + j] =
+                (j < WIDTH ? left[i][j] : right[i][j - WIDTH]) + (bias ? bias[j] : y[i * stride + j]);
+}
+
+typedef void (*Fill)(const Matrix&, int64_t, int64_t, int64_t, float*);
+
+void multiply_panels(const Matrix& m, Fill fill, const float* x, int64_t count, int64_t inputs, float* y,
+                     int64_t outputs, const float* bias, int64_t threads) {
+    const int64_t parts = (inputs + DEPTH - 1) / DEPTH;  // as equal as whole blocks allow
+    const int64_t step = ((inputs + parts - 1) / parts + BLOCK - 1) / BLOCK * BLOCK;
+    std::vector<float> copied((count + TILE - 1) / TILE * TILE * DEPTH);  // `step` inputs of all vectors
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        alignas(64) float panels[CHUNK * DEPTH];
+        for (int64_t first = 0; first < inputs; first += step) {
+            const int64_t last = std::min(inputs, first + step);
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < count; t++)
+                std::memcpy(copied.data() + t * DEPTH, x + t * inputs + first, sizeof(float) * (last - first));
+#pragma omp for schedule(dynamic)
+            for (int64_t chunk = 0; chunk < chunks(outputs); chunk++) {
+                const int64_t from = chunk * CHUNK;
+                fill(m, from, first, last, panels);
+                for (int64_t j = 0; j < CHUNK && from + j < outputs; j += PANEL) {
+                    const int64_t columns = std::min(PANEL, outputs - from - j);
+                    float start[PANEL] = {};
+                    if (bias) std::memcpy(start, bias + from + j, sizeof(float) * columns);
+                    for (int64_t t = 0; t < count; t += TILE)
+                        multiply_tile(copied.data() + t * DEPTH, place(panels, 0, j), last - first,
+                                      first ? nullptr : start, y + t * outputs + from + j, outputs,
+                                      std::min(TILE, count - t), columns);
+                }
+            }
+        }
+    }
+}
+
+template <class Row>
+void multiply_many(const Matrix& m, const float* x, int64_t count, float* y, bool transposed, int64_t threads) {
+    if (transposed)
+        multiply_panels(m, fill_from_rows<Row>, x, count, m.columns, y, m.rows, m.bias, threads);
+    else
+        multiply_panels(m, fill_from_columns<Row>, x, count, m.rows, y, m.columns, nullptr, threads);
+}
+
+}  // namespace
+
+// With many vectors, `count` of them. Transposed: y (count, rows) = x (count, columns) times the transposed
+// matrix, plus its bias. Else y (count, columns) = x (count, rows) times the matrix.
+extern "C" void multiply_many(const Matrix* m, const float* x, int64_t count, float* y, int64_t transposed,
+                              int64_t threads) {
+    switch (m->format) {
+        case 0: return multiply_many<FloatRow>(*m, x, count, y, transposed, threads);
+        case 1: return multiply_many<Int8Row>(*m, x, count, y, transposed, threads);
+        case 2: return multiply_many<Int4Row>(*m, x, count, y, transposed, threads);
+        case 3: return multiply_many<Q8_0Row>(*m, x, count, y, transposed, threads);
+        case 4: return multiply_many<Q4_0Row>(*m, x, count, y, transposed, threads);
+        case 5: return multiply_many<Q4_1Row>(*m, x, count, y, transposed, threads);
+        case 6: return multiply_many<Q5_0Row>(*m, x, count, y, transposed, threads);
+        case 7: return multiply_many<Q5_1Row>(*m, x, count, y, transposed, threads);
+        case 8: return multiply_many<Q4_KRow>(*m, x, count, y, transposed, threads);
+        case 9: return multiply_many<Q5_KRow>(*m, x, count, y, transposed, threads);
+        case 10: return multiply_many<Q6_KRow>(*m, x, count, y, transposed, threads);
+    }
+}
+
+#endif
 
 // --- one decoding step ---------------------------------------------------------------------------------------
 

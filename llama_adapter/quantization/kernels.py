@@ -142,14 +142,17 @@ def _load() -> ctypes.CDLL | None:
     ):
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
+    if hasattr(library, "multiply_many"):
+        library.multiply_many.argtypes = (pointer, pointer, number, pointer, number, number)
+        library.multiply_many.restype = None
     return library
 
 
 def load_kernels() -> ctypes.CDLL | None:
     """The compiled functions; None, with a line on standard error, if they can't be built.
 
-    They are ``linear``, ``dequantize`` and ``decode`` of kernels.cpp. They release Python's lock while they
-    compute.
+    They are ``linear``, ``dequantize`` and ``decode`` of kernels.cpp, and on processors with AVX2 also
+    ``multiply_many``. They release Python's lock while they compute.
     """
     with _LOADING:
         return _load()

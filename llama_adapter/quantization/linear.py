@@ -25,10 +25,10 @@ from llama_adapter.quantization.formats import (
 )
 from llama_adapter.quantization.kernels import Matrix, load_kernels
 
-# Up to this many vectors, the kernel multiplies with the quantised weights directly. For more, a slice of
-# them is converted to floats at a time, for the library's matrix product. Smaller slices would stay in faster
-# caches, but the library prepares the vectors again for each slice.
+# Up to this many vectors, the kernel `linear` multiplies each row of the weights by each vector. For more,
+# `multiply_many` converts a panel of weights to floats and multiplies it by all vectors.
 FEW_VECTORS = 16
+# Without `multiply_many`, a slice of the weights is converted to floats at a time, for torch's own product.
 SLICE = 1 << 22  # weights
 
 
@@ -87,29 +87,38 @@ class QuantizedWeight(nn.Module):
         return self._product(x, bias)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        tokens, outputs = x.shape[0], self.shape[0]
         x = x.float()
-        kernels = load_kernels() if x.device.type == "cpu" and tokens <= FEW_VECTORS else None
-        if kernels is not None:
-            x = x.contiguous()
-            bias = None if bias is None else bias.float().contiguous()
-            product = torch.empty(tokens, outputs)
-            matrix = self.matrix(bias)
-            kernels.linear(
-                ctypes.addressof(matrix), x.data_ptr(), tokens, product.data_ptr(), torch.get_num_threads()
-            )
-            return product
-        product = x.new_empty(tokens, outputs)
+        bias = None if bias is None else bias.float()
+        kernels = load_kernels() if x.device.type == "cpu" else None
+        if kernels is not None and x.shape[0] <= FEW_VECTORS:
+            return self._multiply(kernels.linear, x, self.shape[0], bias)
+        if (multiply_many := getattr(kernels, "multiply_many", None)) is not None:
+            return self._multiply(multiply_many, x, self.shape[0], bias, True)
+        product = x.new_empty(x.shape[0], self.shape[0])
         for first, last, panel in self._panels():
             torch.mm(x, panel.T, out=product[:, first:last])
-        return product if bias is None else product.add_(bias.float())
+        return product if bias is None else product.add_(bias)
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """``gradient @ weight``: (T, K) from (T, N)."""
-        found = gradient.new_empty(gradient.shape[0], self.shape[1], dtype=torch.float32)
+        gradient = gradient.float()
+        kernels = load_kernels() if gradient.device.type == "cpu" else None
+        if (multiply_many := getattr(kernels, "multiply_many", None)) is not None:
+            return self._multiply(multiply_many, gradient, self.shape[1], None, False)
+        found = gradient.new_empty(gradient.shape[0], self.shape[1])
         for first, last, panel in self._panels():
-            found.addmm_(gradient[:, first:last].float(), panel, beta=1 if first else 0)
+            found.addmm_(gradient[:, first:last], panel, beta=1 if first else 0)
         return found
+
+    def _multiply(self, kernel: Any, x: Tensor, outputs: int, bias: Tensor | None, *options: bool) -> Tensor:
+        """What a compiled function makes of the matrix and x: (T, outputs)."""
+        x = x.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        product = torch.empty(x.shape[0], outputs)
+        matrix = self.matrix(bias)
+        threads = torch.get_num_threads()
+        kernel(ctypes.addressof(matrix), x.data_ptr(), len(x), product.data_ptr(), *options, threads)
+        return product
 
     def _panels(self) -> Iterator[tuple[int, int, Tensor]]:
         """Slices in float32, one after the other in the same memory: first row, last row, the slice."""

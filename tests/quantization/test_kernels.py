@@ -13,6 +13,7 @@ from llama_adapter.quantization import kernels
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and nothing loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernels, "OPTIMISATION", (*kernels.OPTIMISATION, "-O0"))  # compiled sooner
     kernels._load.cache_clear()
     yield tmp_path
     kernels._load.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -26,10 +27,15 @@ from tests.tiny_models import build_tiny_decoder
 COMPILED = pytest.mark.skipif(load_kernels() is None, reason="there is no C++ compiler")
 
 
-@pytest.fixture(params=[pytest.param("compiled", marks=COMPILED), "torch"])
+@pytest.fixture(params=[*(pytest.param(way, marks=COMPILED) for way in ("compiled", "not AVX2")), "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Once with the kernels, and once as on a machine without a compiler."""
-    if request.param == "torch":
+    """With the kernels, as on a processor without AVX2, and as on a machine without a compiler."""
+    kernels = load_kernels()
+    if request.param == "not AVX2":
+        assert kernels is not None
+        fewer = SimpleNamespace(linear=kernels.linear, dequantize=kernels.dequantize)
+        monkeypatch.setattr(linear, "load_kernels", lambda: fewer)
+    elif request.param == "torch":
         monkeypatch.setattr(linear, "load_kernels", lambda: None)
     return str(request.param)
 
@@ -45,7 +51,7 @@ def random_input(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, FEW_VECTORS, FEW_VECTORS + 1, 50])
-@pytest.mark.parametrize(("outputs", "inputs"), [(40, 72), (3, 32), (70, 20)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 72), (3, 32), (70, 20), (45, 404)])
 def test_the_product_is_that_of_the_dequantised_weight(
     way: str, name: str, tokens: int, outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,16 +80,20 @@ def test_blocks_of_gguf_stand_for_exactly_what_gguf_py_says(way: str, kind: str,
 @pytest.mark.parametrize("tokens", [1, 7, 50])
 def test_products_with_blocks_of_gguf(way: str, kind: str, tokens: int) -> None:
     weight = QuantizedWeight(random_gguf_weight(kind, 40))
-    x = random_input(tokens, 256)
-    expected = F.linear(x, dequantize(weight.rows(slice(None))))
-    torch.testing.assert_close(weight.multiply(x, None), expected, rtol=1e-5, atol=1e-5)
+    plain = dequantize(weight.rows(slice(None)))
+    x, gradient = random_input(tokens, 256), random_input(tokens, 40)
+    torch.testing.assert_close(weight.multiply(x, None), F.linear(x, plain), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.gradient(gradient), gradient @ plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("tokens", [3, 50])
-def test_gradients_are_those_of_the_dequantised_weight(way: str, name: str, tokens: int) -> None:
-    weight = random_weight(name)
-    x = random_input(tokens, 72).requires_grad_()
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 72), (404, 45)])
+def test_gradients_are_those_of_the_dequantised_weight(
+    way: str, name: str, tokens: int, outputs: int, inputs: int
+) -> None:
+    weight = random_weight(name, outputs, inputs)
+    x = random_input(tokens, inputs).requires_grad_()
     y = x.detach().clone().requires_grad_()
     QuantizedLinear(weight, torch.float32)(x).square().sum().backward()
     F.linear(y, weight.dequantize()).square().sum().backward()
@@ -107,8 +117,9 @@ def test_an_embedding_gives_the_dequantised_rows() -> None:
 
 
 @COMPILED
-def test_two_threads_of_torch_give_the_same() -> None:
-    weight, x = random_weight("int8", 500, 96), random_input(2, 96)
+@pytest.mark.parametrize("tokens", [2, 50])
+def test_two_threads_of_torch_give_the_same(tokens: int) -> None:
+    weight, x = random_weight("int8", 500, 404), random_input(tokens, 404)
     before = torch.get_num_threads()
     products = []
     try:
