@@ -44,7 +44,7 @@ from llama_adapter.weights.catalogue import CATALOGUE, DEFAULT_TOWER, SHIPPED, P
 from llama_adapter.weights.fetch import fetch
 
 BASE = "qwen2.5-coder-0.5b-instruct"
-DEPTHS = (3, 4, 5, 6)
+DEPTHS = (0, 3, 4, 5, 6)
 SETS = ("alpaca", "text", "coco", "daquar", "flickr8k", "scienceqa")
 CONTENTS = "contents.json"  # the pieces in their order, with their hashes
 _PICTURES = (".jpg", ".jpeg", ".png")

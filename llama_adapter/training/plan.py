@@ -73,7 +73,11 @@ class AdapterPlan:
         metadata={"help": f"name, folder, hub id or MODEL:TAG of an open_clip model ({DEFAULT_TOWER})"},
     )
     depths: Sequence[int] | None = field(
-        default=None, metadata={"help": "depths of the tower (default: four, evenly spaced)", "metavar": "N"}
+        default=None,
+        metadata={
+            "help": "depths of the tower, 0 for the picture's colours (default: four, evenly spaced)",
+            "metavar": "N",
+        },
     )
     bottleneck: int | None = field(
         default=None, metadata={"help": "width of the projection's middle (128)", "metavar": "N"}

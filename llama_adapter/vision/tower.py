@@ -30,6 +30,12 @@ from llama_adapter.weights.hub import gated_error
 MAX_DEPTHS = 4  # M: how many depths are used by default
 MAX_ASPECT = 20  # of a picture. A thinner one loses its ends: resized by its short side it would be huge.
 
+COLOUR_BINS = 4  # of depth 0, for each of red, green and blue
+_HISTOGRAM_SIDE, _BORDER = (
+    64,
+    3,
+)  # a picture is averaged to this many places a side, 3 of which are its border
+
 _EXTRACTION = 1  # raise it with each change to what `encode` computes, so that cached features are not reused
 
 
@@ -39,7 +45,8 @@ class VisionTower(nn.Module):
     A depth is a block of a transformer or a stage of a convolutional tower, counted from 1. Its vector is the
     class token, or the mean over the patches if there is none or timm does not give access to it. If a
     convolutional tower has more layers after its last stage (EfficientNet), the input of its classifier is
-    one more depth. Each vector is scaled to a root mean square of 1, and all are concatenated.
+    one more depth. Depth 0 is the picture's own colours (`colour_histograms`), of which a tower's means show
+    little. Each vector is scaled to a root mean square of 1, and all are concatenated.
 
     Attributes:
         name: the name it was requested by.
@@ -48,6 +55,9 @@ class VisionTower(nn.Module):
         key: the fingerprint and the depths. Features belong to a key.
         feature_width: F.
     """
+
+    _mean: Tensor  # of the preprocessing, a number for each channel
+    _std: Tensor
 
     def __init__(
         self,
@@ -74,14 +84,17 @@ class VisionTower(nn.Module):
             raise UsageError(f"tower {name!r}: open_clip can't read depths of a {type(visual).__name__}")
         preprocess = PreprocessCfg(**visual.preprocess_cfg)
         self._prepare = image_transform_v2(preprocess, is_train=False)
-        widths = [vector.shape[1] for vector in self._vectors(self._probe(), None)]
-        self.depths = _evenly_spaced(len(widths)) if depths is None else tuple(depths)
-        if not self.depths or list(self.depths) != sorted(set(self.depths) & set(range(1, len(widths) + 1))):
+        self.register_buffer("_mean", torch.tensor(preprocess.mean)[:, None, None], persistent=False)
+        self.register_buffer("_std", torch.tensor(preprocess.std)[:, None, None], persistent=False)
+        widths = [2 * COLOUR_BINS**3, *(vector.shape[1] for vector in self._vectors(self._probe(), None))]
+        deepest = len(widths) - 1
+        self.depths = _evenly_spaced(deepest) if depths is None else tuple(depths)
+        if not self.depths or list(self.depths) != sorted(set(self.depths) & set(range(len(widths)))):
             raise UsageError(
-                f"tower {name!r} has the depths 1 to {len(widths)}, lowest first; "
+                f"tower {name!r} has the depths 1 to {deepest}, lowest first, and 0, the picture's colours; "
                 f"{', '.join(map(str, self.depths)) or 'none'} given (--depths)"
             )
-        self.feature_width = sum(widths[depth - 1] for depth in self.depths)
+        self.feature_width = sum(widths[depth] for depth in self.depths)
         self.fingerprint = _fingerprint(self.visual, architecture or {})
         self.key = f"{self.fingerprint}-{'-'.join(map(str, self.depths))}"
 
@@ -96,7 +109,10 @@ class VisionTower(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, S, S) -> features (N, F), float32, on the tower's device."""
-        vectors = self._vectors(pixels.to(self._device()), self.depths)
+        pixels = pixels.to(self._device())
+        vectors = [colour_histograms(pixels * self._std + self._mean)] if 0 in self.depths else []
+        if inner := [depth for depth in self.depths if depth > 0]:
+            vectors += self._vectors(pixels, inner)
         return torch.cat([F.normalize(v, dim=1) * v.shape[1] ** 0.5 for v in vectors], dim=1)
 
     def _device(self) -> torch.device:
@@ -117,6 +133,25 @@ class VisionTower(nn.Module):
 
     def _probe(self) -> Tensor:
         return self.prepare([Image.new("RGB", (8, 8))]).to(self._device())
+
+
+def colour_histograms(pixels: Tensor) -> Tensor:
+    """Which colours a picture has, and which of them its border has: (N, 3, S, S), 0 to 1 -> (N, 2 * bins).
+
+    The border is mostly background, so a thing's colour is one that the whole has and the border has not.
+    Red, green and blue have `COLOUR_BINS` bins each. A colour between two bins counts for both, according to
+    its distance. The square root of a bin's share makes small areas count.
+    """
+    small = F.adaptive_avg_pool2d(pixels, _HISTOGRAM_SIDE)
+    places = (small * COLOUR_BINS - 0.5).clamp(0, COLOUR_BINS - 1)
+    bins = torch.arange(COLOUR_BINS, device=pixels.device)[:, None, None]
+    weights = (1 - (places[:, :, None] - bins).abs()).clamp_min(0)  # (N, 3, bins, side, side)
+    border = torch.ones(_HISTOGRAM_SIDE, _HISTOGRAM_SIDE, dtype=torch.bool, device=pixels.device)
+    border[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
+    shares = []
+    for red, green, blue in (weights.flatten(3).unbind(1), weights[..., border].unbind(1)):
+        shares.append(torch.einsum("nrp,ngp,nbp->nrgb", red, green, blue).flatten(1) / red.shape[-1])
+    return torch.cat(shares, dim=1).sqrt()
 
 
 def _without_ends(image: Image.Image) -> Image.Image:

@@ -372,7 +372,10 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(place: Path, tmp_pa
         (["--data", "rows.json=2"], "rows.json: no such file or folder"),
         (["--split", "nothing"], "has no split 'nothing'; its splits are test, train"),
         (["--tower", "nothing"], "no tower 'nothing'"),
-        (["--depths", "1", "9"], "has the depths 1 to 2, lowest first; 1, 9 given"),
+        (
+            ["--depths", "1", "9"],
+            "has the depths 1 to 2, lowest first, and 0, the picture's colours; 1, 9 given",
+        ),
         (["--image-tokens", "2"], "image tokens: 2 given; choose 1, or one for each of the 3 prompts"),
         (["--bottleneck", "0"], "bottleneck: 0 given; choose 1 or more"),
         (["--rate", "projection=0"], "--rate projection is 0.0; expected a number above 0"),

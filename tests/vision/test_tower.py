@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.vision.tower import VisionTower, load_tower
+from llama_adapter.vision.tower import COLOUR_BINS, VisionTower, colour_histograms, load_tower
 from tests.refusals import refusal
 from tests.tiny_models import build_tiny_tower_folder
 
@@ -55,6 +55,10 @@ def tower_refusal(name: str | Path, **kwargs: Any) -> str:
 def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
     noise = np.random.default_rng(0)
     return [Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
+
+
+def tensor_of(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
 # --- features -----------------------------------------------------------------------------------------------
@@ -133,17 +137,37 @@ def test_pictures_are_prepared_as_its_config_says(tmp_path: Path) -> None:
     says = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "resize_mode": "squash"}
     tower = load_tower(str(build_tiny_tower_folder(tmp_path, **says)))
     [picture] = pictures((16, 16))
-    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    values = tensor_of(picture)
     mean, std = (torch.tensor(says[name])[:, None, None] for name in ("mean", "std"))
     torch.testing.assert_close(tower.prepare([picture])[0], (values - mean) / std)
     assert tower.prepare(pictures((16, 16), (7, 90), (1, 1))).shape == (3, 3, 16, 16)
 
 
-@pytest.mark.parametrize("depths", [(), (0,), (3,), (-1,), (2, 1), (1, 1)])
+@pytest.mark.parametrize("depths", [(), (0, 3), (3,), (-1,), (2, 1), (1, 1)])
 def test_depths_that_it_does_not_have_are_refused(folder: Path, depths: tuple[int, ...]) -> None:
     message = tower_refusal(folder, depths=depths)
     assert "has the depths 1 to 2, lowest first" in message
     assert (", ".join(map(str, depths)) or "none") in message
+
+
+def test_depth_0_is_the_colours_of_the_picture_and_of_its_border(folder: Path) -> None:
+    tower, colours = load_tower(str(folder), depths=(0, 2)), load_tower(str(folder), depths=(0,))
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste("red", (16, 16, 48, 48))  # a quarter of the picture, none of its border
+    pixels = tower.prepare([image, Image.new("RGB", (64, 64), "red")])
+    features = tower.encode(pixels)
+    width = 2 * COLOUR_BINS**3
+    assert torch.equal(features[:, :width], colours.encode(pixels))
+    assert torch.equal(features[:, width:], load_tower(str(folder), depths=(2,)).encode(pixels))
+    whole, border = colour_histograms(torch.stack([tensor_of(image)])).square().unflatten(1, (2, -1))[0]
+    white, red = COLOUR_BINS**3 - 1, (COLOUR_BINS - 1) * COLOUR_BINS**2
+    expected = torch.zeros_like(whole)
+    expected[red], expected[white] = 0.25, 0.75
+    torch.testing.assert_close(whole, expected)
+    assert border[white] == 1 and border.sum() == 1
+    # A colour between two bins counts for both.
+    grey = colour_histograms(torch.full((1, 3, 8, 8), 0.5)).square()[0]
+    torch.testing.assert_close(grey.sort().values, torch.tensor([0.0] * (width - 16) + [0.125] * 16))
 
 
 def test_a_tower_that_shows_no_depths_is_refused() -> None:
