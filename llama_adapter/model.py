@@ -174,7 +174,7 @@ class LlamaAdapter(Folders, Answers, PeftNames, GenerationMixin):
             return adapter
         name = self.answering_adapter(adapter, pictured=features is not None)
         if features is not None:
-            self._vision(name)
+            self.vision_config(name)
             if len(features) != (rows if owners is None else len(owners)):
                 raise UsageError(
                     f"{len(features)} pictures for {rows} rows; give image_owners, a row for each"

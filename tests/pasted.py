@@ -29,7 +29,7 @@ def run_pasted(printed: str, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
                 continue
         commands.append(words)
         if words[0] == "demo":  # it would serve for ever
-            demo._parser("demo").parse_args(words[1:])
+            demo.build_parser("demo").parse_args(words[1:])
             continue
         monkeypatch.setattr(sys, "argv", ["llama-adapter", *words])
         assert main() == 0, words

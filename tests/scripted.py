@@ -38,7 +38,7 @@ def open_eyes(model: LlamaAdapter) -> None:
     """Let the adapters that were made with `VISION` see without a tower to load."""
 
     def tower(adapter: str | None = None) -> Any:
-        model._vision(model.answering_adapter(adapter, pictured=True))
+        model.vision_config(model.answering_adapter(adapter, pictured=True))
         return MeanColour()
 
     model.tower = tower  # type: ignore[method-assign]

@@ -88,5 +88,39 @@ def test_scripts_import_the_library_and_never_each_other(folder: str) -> None:
         assert not top_imports(path) & others, path
 
 
+def private_names() -> set[str]:
+    """The names with an underscore that the library and the scripts define: functions, values, attributes."""
+    found = set()
+    for path in (LIBRARY, *(CHECKOUT / folder for folder in SCRIPTS)):
+        for file in path.rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                match node:
+                    case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                        found.add(name)
+                    case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                        found.add(name)
+    return {name for name in found if name.startswith("_") and not name.startswith("__") and name != "_"}
+
+
+def test_tests_use_no_private_names_of_the_library() -> None:
+    private = private_names()
+    used = []
+    for path in sorted((CHECKOUT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                    continue
+                case ast.Attribute(attr=name):
+                    names = [name]
+                case ast.Constant(value=str(text)):  # for monkeypatch.setattr
+                    names = [text.rsplit(".")[-1]]
+                case ast.ImportFrom(names=aliases):
+                    names = [alias.name for alias in aliases]
+                case _:
+                    continue
+            used += [f"{path.name}: {name}" for name in names if name in private]
+    assert not used
+
+
 def test_no_module_is_called_like_one_of_the_standard_library() -> None:
     assert not {path.stem for path in FILES} & set(sys.stdlib_module_names)

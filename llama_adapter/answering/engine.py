@@ -28,6 +28,7 @@ class Engine:
     Attributes:
         model: the model that answers.
         rows: how many requests are answered at once.
+        working: whether a thread is answering.
     """
 
     def __init__(self, model: LlamaAdapter, *, rows: int = 8) -> None:
@@ -35,7 +36,7 @@ class Engine:
         self.rows = rows
         self._lock = threading.Lock()  # guards the two below
         self._waiting: deque[_QueuedTicket] = deque()
-        self._working = False
+        self.working = False
 
     def stream_chat(self, question: Question | GivenTurns, **options: Any) -> Answer:
         """As `LlamaAdapter.stream_chat`, but made in one batch with all other answers."""
@@ -46,8 +47,8 @@ class Engine:
     def _submit(self, ticket: _QueuedTicket) -> None:
         with self._lock:
             self._waiting.append(ticket)
-            if not self._working:
-                self._working = True
+            if not self.working:
+                self.working = True
                 threading.Thread(target=self._work, name="answers").start()
 
     def _work(self) -> None:
@@ -71,7 +72,7 @@ class Engine:
                 ticket = self._waiting.popleft()
                 if not ticket.closed:
                     return [ticket]
-            self._working = answering > 0
+            self.working = answering > 0
             return []
 
 

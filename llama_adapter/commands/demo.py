@@ -12,7 +12,7 @@ from llama_adapter.common.errors import UsageError
 
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m demo") -> None:
-    arguments = _parser(program).parse_args(words)
+    arguments = build_parser(program).parse_args(words)
     auth = _auth(arguments.auth)
     if arguments.max_queue < 1:
         raise UsageError(f"--max-queue is {arguments.max_queue}; expected 1 or more")
@@ -43,7 +43,8 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m demo")
         page.close(verbose=False)
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def build_parser(program: str) -> argparse.ArgumentParser:
+    """The parser of the page's options."""
     parser = Parser(prog=program, description=__doc__)
     add_adapter_option(parser)
     add_model_options(parser, answers=True)

@@ -87,10 +87,10 @@ def open_picture(source: Picture, *, allow_urls: bool = False) -> Image.Image:
     content = b"" if isinstance(source, Image.Image) else read_picture(source, allow_urls=allow_urls)
     try:
         with _without_pil_warnings():
-            image = source if isinstance(source, Image.Image) else _identify(content)
+            image = source if isinstance(source, Image.Image) else identify(content)
             _check_size(image, name)
             image.load()
-            rgb = _upright(_rgb(image, name), image)
+            rgb = _upright(to_rgb(image, name), image)
     except UsageError:
         raise
     except Image.DecompressionBombError:  # PIL's own limit, which is higher; checked before the size is known
@@ -164,7 +164,7 @@ def _plain(text: str) -> str:
 # --- pixels -------------------------------------------------------------------------------------------------
 
 
-def _identify(content: bytes) -> Image.Image:
+def identify(content: bytes) -> Image.Image:
     """The picture with only its header read."""
     Image.init()
     available = [name for name in _FORMATS if name in Image.OPEN]  # not every build has AVIF
@@ -189,7 +189,8 @@ def _upright(rgb: Image.Image, stored: Image.Image) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A picture of any mode in RGB. Raises UsageError if its mode can't be converted."""
     if image.mode == "LAB":
         raise UsageError(f"{name}: its colours are Lab; save it as RGB")
     if image.mode[0] in "IF":
@@ -311,7 +312,7 @@ def _connect(parts: SplitResult, name: str, deadline: float) -> socket.socket:
     """Connect to one of the host's public addresses. For https the host's certificate is verified."""
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     addresses = _resolve(host, port, deadline)
-    if not all(_is_public(address) for address in addresses):
+    if not all(is_public(address) for address in addresses):
         raise UsageError(f"{name}: leads into a private network, which is not allowed; give the file")
     while True:
         address = addresses.pop(0)
@@ -349,11 +350,12 @@ def _resolve(host: str, port: int, deadline: float) -> list[str]:
     return answer
 
 
-def _is_public(address: str) -> bool:
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped:
-            return _is_public(str(ip.ipv4_mapped))
+            return is_public(str(ip.ipv4_mapped))
         # is_global is also true for 2000::/3, much of which is unassigned, and for 6to4, which can hold any
         # IPv4.
         return ip.is_global and ip in ipaddress.ip_network("2000::/3") and ip.sixtofour is None

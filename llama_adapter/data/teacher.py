@@ -72,6 +72,10 @@ class Teacher:
         pictures: (F,) for each picture that rows name, here or in `answers` (see `directions`). It may be
             empty; a row whose picture is not in it counts as one without a picture.
 
+    Attributes:
+        known_answers: the A answers that it chooses from.
+        weights: (N, A) of the fit. Similarities to the rows, times these, give the scores of the answers.
+
     Raises UsageError if there are no rows.
     """
 
@@ -83,24 +87,24 @@ class Teacher:
         known = dict.fromkeys(phrase for row in rows for phrase in row.phrases)
         self._places = {phrase: place for place, phrase in enumerate(known)}
         counts = Counter(row.answer for row in rows)
-        self._answers = [answer for answer, _ in counts.most_common(_MOST_ANSWERS)]
-        number = {answer: place for place, answer in enumerate(self._answers)}
-        wanted = torch.zeros(len(rows), len(self._answers), dtype=torch.double)
+        self.known_answers = [answer for answer, _ in counts.most_common(_MOST_ANSWERS)]
+        number = {answer: place for place, answer in enumerate(self.known_answers)}
+        wanted = torch.zeros(len(rows), len(self.known_answers), dtype=torch.double)
         for place, row in enumerate(rows):
             if row.answer in number:
                 wanted[place, number[row.answer]] = 1
 
         self._words, self._seen = self._vectors(rows)
-        similarity = torch.cat([self._similarity(part) for part in _parts(rows)])
+        similarity = torch.cat([self.similarity(part) for part in _parts(rows)])
         similarity.diagonal().add_(_RIDGE)
         self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(similarity))  # (N, N)
-        self._weights = self._inverse @ wanted  # (N, A)
+        self.weights = self._inverse @ wanted  # (N, A)
 
     def answers(self, rows: Sequence[QuestionRow]) -> list[str]:
         """The most likely answer to each row's question. The row's own answer is not used."""
         found: list[str] = []
         for part in _parts(rows):
-            found += self._most_likely(self._similarity(part) @ self._weights)
+            found += self._most_likely(self.similarity(part) @ self.weights)
         return found
 
     def answers_without(
@@ -115,18 +119,18 @@ class Teacher:
         """
         groups = iter(left_out)
         for part in _parts(rows):
-            similarity = self._similarity(part)
-            scores = similarity @ self._weights
+            similarity = self.similarity(part)
+            scores = similarity @ self.weights
             for similar, score, group in zip(similarity, scores, groups, strict=False):  # groups has more
                 gone = torch.tensor(group)
                 inverse = self._inverse[gone]
-                weights = torch.linalg.solve(inverse[:, gone], self._weights[gone])
+                weights = torch.linalg.solve(inverse[:, gone], self.weights[gone])
                 score -= (inverse @ similar) @ weights
             yield from self._most_likely(scores)
 
     def _most_likely(self, scores: Tensor) -> list[str]:
         # Rounded, so that among equally likely answers the most frequent wins: it comes first.
-        return [self._answers[place] for place in scores.round(decimals=6).argmax(1).tolist()]
+        return [self.known_answers[place] for place in scores.round(decimals=6).argmax(1).tolist()]
 
     def _vectors(self, rows: Sequence[QuestionRow]) -> tuple[Tensor, Tensor]:
         """Vectors of M rows: words (M, V), sparse, unknown phrases left out, and pictures (M, F)."""
@@ -141,7 +145,7 @@ class Teacher:
         pictures = [self._pictures.get(row.picture, nothing) if row.picture else nothing for row in rows]
         return words, torch.stack(pictures)
 
-    def _similarity(self, rows: Sequence[QuestionRow]) -> Tensor:
+    def similarity(self, rows: Sequence[QuestionRow]) -> Tensor:
         """Similarity (M, N) of M rows to the rows of the fit."""
         words, pictures = self._vectors(rows)
         alike = torch.sparse.mm(self._words, words.to_dense().t()).t()

@@ -47,12 +47,16 @@ class Batch:
 
     Args:
         forward: the forward of a `LlamaAdapter`.
+
+    Attributes:
+        rows: the rows that are being answered.
+        cache: the keys and values of their tokens.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.rows: list[Row] = []
         self._forward = forward
-        self._cache = DynamicCache()
+        self.cache = DynamicCache()
         self._adapter: AdapterState | None = None
 
     def takes(self, adapter: AdapterState) -> bool:
@@ -83,11 +87,11 @@ class Batch:
             choose = TokenChooser(sampling, question)
             newcomers.append(Row(choose, adapter, question.shape[1], choose(logits[:, -1])))
         if self.rows:
-            cache = _beside(self._cache, cache)
+            cache = _beside(self.cache, cache)
         together = [*self.rows, *newcomers]
         merged = merge_states([row.adapter for row in together])
         # Only now, so that the other rows can go on as before if something above fails.
-        self.rows, self._cache, self._adapter = together, cache, merged
+        self.rows, self.cache, self._adapter = together, cache, merged
         return newcomers
 
     @torch.inference_mode()
@@ -95,7 +99,7 @@ class Batch:
         """Read every row's latest token and choose its next."""
         output = self._forward(
             input_ids=torch.cat([row.token for row in self.rows]),
-            past_key_values=self._cache,
+            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
             adapter=self._adapter,
@@ -111,10 +115,10 @@ class Batch:
         kept = [number for number, row in enumerate(self.rows) if row not in gone]
         self.rows = [self.rows[number] for number in kept]
         if not self.rows:
-            self._cache = DynamicCache()
+            self.cache = DynamicCache()
             return
         places = max(row.length for row in self.rows)
-        layers: Any = self._cache.layers
+        layers: Any = self.cache.layers
         for layer in layers:
             layer.keys, layer.values = (
                 states[kept, :, states.shape[2] - places :] for states in (layer.keys, layer.values)

@@ -53,7 +53,7 @@ _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # in families that have 
 _SUBLAYERS = (ATTENTION, MLP)
 _SITES = (*_PROJECTIONS.values(), *_SUBLAYERS)  # in the order of kernels.cpp
 _WIDEST_HEAD = 1024  # the kernel's limit
-_MORE_PLACES = 256  # by how many positions a cache grows, at least
+MORE_PLACES = 256  # by how many positions a cache grows, at least
 _TOLERANCE = 1e-3  # relative to the largest hidden state
 
 
@@ -136,7 +136,7 @@ class _Room:
     def __init__(self, layers: Any, length: int) -> None:
         like = layers[0].keys
         rows, heads, _, width = like.shape
-        self.capacity = length + max(_MORE_PLACES, length // 4)
+        self.capacity = length + max(MORE_PLACES, length // 4)
         self.states = like.new_empty(2 * len(layers), rows, heads, self.capacity, width)
         for number, layer in enumerate(layers):
             self.states[2 * number, :, :, :length] = layer.keys
@@ -185,10 +185,10 @@ class DecodingStep:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the inner model's forward."""
-        output = None if args else self._step(**kwargs)
+        output = None if args else self.step(**kwargs)
         return type(self.inner).forward(self.inner, *args, **kwargs) if output is None else output
 
-    def _step(
+    def step(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,

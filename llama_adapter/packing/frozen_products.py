@@ -79,7 +79,7 @@ class _FrozenLinear(nn.Linear):
             return super().forward(input)
         rows = input.reshape(-1, weight.shape[1])
         needs_gradient = torch.is_grad_enabled() and input.requires_grad
-        product: Tensor = (_Product.apply if needs_gradient else _product)(rows, weight, bias)
+        product: Tensor = (_Product.apply if needs_gradient else compute_product)(rows, weight, bias)
         return product.view(*input.shape[:-1], weight.shape[0])
 
 
@@ -95,16 +95,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(rows, weight, bias)
+        return compute_product(rows, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _product(gradient, weight.T, None), None, None
+        return compute_product(gradient, weight.T, None), None, None
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def compute_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``rows @ weight.T + bias``: (T, out) from (T, in), (out, in) and (out,)."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product

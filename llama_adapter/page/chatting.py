@@ -81,7 +81,7 @@ class ChatHandlers:
         return self._take(anew, chats)
 
     def _take(self, act: Callable[[Chats], None], chats: Chats | None, **box: Any) -> View:
-        chats = Chats(self._converse) if chats is None else chats
+        chats = Chats(self.new_conversation) if chats is None else chats
         try:
             act(chats)
         except UsageError as error:
@@ -89,7 +89,8 @@ class ChatHandlers:
             return UNCHANGED
         return self._view(chats, **box)
 
-    def _converse(self) -> Conversation:
+    def new_conversation(self) -> Conversation:
+        """An empty conversation, answered by the engine."""
         return Conversation(self.model, stream_chat=self.engine.stream_chat)
 
     # --- answers ---
@@ -132,17 +133,17 @@ class ChatHandlers:
         if chats is not None:  # they asked something before the browser's chats arrived
             return (gr.skip(), *UNCHANGED)
         try:
-            chats = unpack(kept, self._converse)
+            chats = unpack(kept, self.new_conversation)
         except UsageError as error:
             warn(error)
-            chats = Chats(self._converse)
+            chats = Chats(self.new_conversation)
         known = chats.adapter if self._offers(chats.adapter) else adapter
         look = self._view(chats)
         return (known, look[0], gr.skip(), *look[2:])
 
     def choose_expert(self, adapter: str, chats: Chats | None) -> tuple[Any, Any]:
         """Remember which expert was chosen."""
-        chats = Chats(self._converse) if chats is None else chats
+        chats = Chats(self.new_conversation) if chats is None else chats
         chats.adapter = adapter
         return chats, pack(chats)
 

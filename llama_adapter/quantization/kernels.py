@@ -123,7 +123,8 @@ class Step(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=1)
-def _load() -> ctypes.CDLL | None:
+def load_once() -> ctypes.CDLL | None:
+    """As `load_kernels`, for one thread at a time."""
     try:
         library = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.SubprocessError) as error:
@@ -155,7 +156,7 @@ def load_kernels() -> ctypes.CDLL | None:
     ``multiply_many``. They release Python's lock while they compute.
     """
     with _LOADING:
-        return _load()
+        return load_once()
 
 
 def kernel_folder() -> Path:

@@ -24,7 +24,7 @@ from llama_adapter.scienceqa.problem_texts import DEFAULT_FORMAT, answer_text, p
 from llama_adapter.scienceqa.problems import Problem, rotate_choices
 
 WAYS = ("generate", "letter", "option")
-_KEPT_EVERY = 64  # problems between two writes of the results
+KEPT_EVERY = 64  # problems between two writes of the results
 
 
 def trained_on_scienceqa(model: LlamaAdapter, adapter: str) -> bool:
@@ -204,9 +204,9 @@ def examine(
     results, outputs = _take_up(output, made_from, problems)
     left = [problem for problem in problems if problem.pid not in results]
     # Problems of about equal length together, among those written at once.
-    for start in range(0, len(left), _KEPT_EVERY):
+    for start in range(0, len(left), KEPT_EVERY):
         progress(len(results))
-        some = left[start : start + _KEPT_EVERY]
+        some = left[start : start + KEPT_EVERY]
         answers = examination.answer(model, some, features=features, adapter=adapter, batch_size=batch_size)
         results |= {pid: prediction for pid, (prediction, _) in answers.items()}
         outputs |= {pid: text for pid, (_, text) in answers.items()}

@@ -30,7 +30,8 @@ class Seeing(NamedAdapters):
 
     _towers: dict[Any, VisionTower]  # in a plain dict, since a tower is not part of the model's state
 
-    def _vision(self, name: str) -> VisionConfig:
+    def vision_config(self, name: str) -> VisionConfig:
+        """How an adapter sees pictures. Raises UsageError for one that does not, and for the bare base."""
         if name == NO_ADAPTER:
             raise UsageError("the bare base can't see pictures; choose an adapter that can")
         vision = self.get_adapter(name).config.vision
@@ -52,7 +53,7 @@ class Seeing(NamedAdapters):
         from llama_adapter.vision.tower import load_tower
 
         name = self.answering_adapter(adapter, pictured=True)
-        vision = self._vision(name)
+        vision = self.vision_config(name)
         key = (vision.tower_fingerprint, vision.depths)
         with _LOADING_A_TOWER:
             if key not in self._towers:

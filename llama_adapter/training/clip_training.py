@@ -154,9 +154,9 @@ def train_clip(
         step = state["step"]
         folder.line.say(f"going on from step {step}")
     first, started = step, time.monotonic()
-    with folder.metrics(step), stop_request() as stop, _Crops(clip, pairs, settings, output) as crops:
+    with folder.metrics(step), stop_request() as stop, Crops(clip, pairs, settings, output) as crops:
         while step < total:
-            batch = _draw(pairs, step, settings)
+            batch = draw_batch(pairs, step, settings)
             pixels = crops.of_step([number for number, _ in batch], step).to(device)
             texts = tokenizer([text for _, text in batch]).to(device)
             rate = warmup_cosine(step, total, settings.warmup_steps)
@@ -207,7 +207,7 @@ def _freeze(clip: open_clip.CLIP, blocks: int) -> list[torch.nn.Module]:
     return frozen
 
 
-class _Crops:
+class Crops:
     """The input of the trained part of the picture side: crops, or the frozen blocks' output for them.
 
     That output is kept in a file in the run's folder until the training ends.
@@ -226,7 +226,7 @@ class _Crops:
         self._kept: np.memmap | None = None
         self._known: set[int] = set()
 
-    def __enter__(self) -> _Crops:
+    def __enter__(self) -> Crops:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -242,9 +242,9 @@ class _Crops:
         crops = []
         for number in numbers:
             if self.settings.frozen_blocks:
-                crop = self._states(number, draw.randrange(self.settings.crops))
+                crop = self.states(number, draw.randrange(self.settings.crops))
             else:
-                crop = self._cut(number, draw.getrandbits(32))
+                crop = self.cut(number, draw.getrandbits(32))
             crops.append(crop.flip(-1) if draw.random() < 0.5 else crop)
         return torch.stack(crops).contiguous(memory_format=torch.channels_last)
 
@@ -256,12 +256,13 @@ class _Crops:
         states = trunk.bn2(trunk.conv_head(trunk.blocks[self.settings.frozen_blocks :](crops)))
         return self.clip.visual.head(trunk.forward_head(states))
 
-    def _cut(self, number: int, seed: int) -> Tensor:
+    def cut(self, number: int, seed: int) -> Tensor:
+        """A random crop of a picture, (3, S, S)."""
         torch.manual_seed(seed)  # torchvision draws from torch's generator
         return self.transform(open_picture(self.pairs[number].picture))
 
     @torch.no_grad()
-    def _states(self, number: int, crop: int) -> Tensor:
+    def states(self, number: int, crop: int) -> Tensor:
         """The frozen blocks' output for a crop, from the file if it is there."""
         start = number - number % _CROPS_AT_ONCE
         # Always the same crops together, so that rounding does not depend on the order of computation.
@@ -269,7 +270,7 @@ class _Crops:
         places = [n * self.settings.crops + crop for n in numbers]
         if self._kept is None or places[0] not in self._known:
             trunk = self.clip.visual.trunk.eval()
-            cut = [self._cut(n, self._seed + place) for n, place in zip(numbers, places, strict=True)]
+            cut = [self.cut(n, self._seed + place) for n, place in zip(numbers, places, strict=True)]
             pixels = torch.stack(cut)
             pixels = pixels.to(next(trunk.parameters()).device, memory_format=torch.channels_last)
             states = trunk.blocks[: self.settings.frozen_blocks](trunk.bn1(trunk.conv_stem(pixels)))
@@ -281,7 +282,7 @@ class _Crops:
         return torch.from_numpy(self._kept[number * self.settings.crops + crop].astype(np.float32))
 
 
-def _draw(pairs: Sequence[Pair], step: int, settings: ClipSettings) -> list[tuple[int, str]]:
+def draw_batch(pairs: Sequence[Pair], step: int, settings: ClipSettings) -> list[tuple[int, str]]:
     """The numbers of a step's pairs, each with one of its texts. An epoch shows as many pictures as there
     are.
 

@@ -124,7 +124,7 @@ class Trainer:
             betas=self.settings.betas,
             weight_decay=self.settings.weight_decay,
         )
-        if not self._order(0):
+        if not self.order(0):
             raise UsageError(
                 "the weights of the data (--data SOURCE=WEIGHT) leave no row to train on in an epoch; raise "
                 "them"
@@ -168,7 +168,7 @@ class Trainer:
         folder: RunFolder | Onlooker,
     ) -> None:
         settings, processes = self.settings, running_processes()
-        rows = len(self._order(0))
+        rows = len(self.order(0))
         total = settings.total_steps(rows)
         per_epoch = math.ceil(rows / settings.batch_size)
         validate_every = settings.validate_every or min(per_epoch, math.ceil(total / 10))
@@ -226,15 +226,15 @@ class Trainer:
     def _batches(self, first: int, last: int) -> Iterator[list[Example]]:
         """The batches of steps first..last. The order of an epoch depends only on the seed and its number."""
         size = self.settings.batch_size
-        per_epoch = math.ceil(len(self._order(0)) / size)
+        per_epoch = math.ceil(len(self.order(0)) / size)
         order: list[int] = []
         for step in range(first, last):
             epoch, place = divmod(step, per_epoch)
             if not order or place == 0:
-                order = self._order(epoch)
+                order = self.order(epoch)
             yield [self.train_examples[i] for i in order[place * size : (place + 1) * size]]
 
-    def _order(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> list[int]:
         """The rows of an epoch in their order. Every epoch has the same number of rows."""
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train_examples), generator=generator)

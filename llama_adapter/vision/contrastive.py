@@ -54,7 +54,7 @@ def read_pairs(
     Raises UsageError if a row has no captions, or no row is left.
     """
     if source == EASY_VQA:
-        return _shape_pairs([row for _, row in read_rows(source).rows if row["split"] == split])
+        return shape_pairs([row for _, row in read_rows(source).rows if row["split"] == split])
     if is_drawings(source):
         return [Pair(picture, captions) for picture, captions in drawing_captions(source, split)]
     texts: dict[PictureFile, list[str]] = {}
@@ -92,7 +92,7 @@ def split_names(names: Sequence[Pair], kept: int) -> tuple[list[Pair], list[Pair
     return drawn[:kept], drawn[kept:]
 
 
-def _shape_pairs(rows: Sequence[dict[str, str]]) -> list[Pair]:
+def shape_pairs(rows: Sequence[dict[str, str]]) -> list[Pair]:
     """Describe easy-VQA's pictures: the answers to its questions "what ..." give the shape and the colour."""
     known: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -173,9 +173,9 @@ def save_clip(clip: open_clip.CLIP, folder: Path) -> None:
 def retrieval(clip: open_clip.CLIP, pairs: Sequence[Pair]) -> dict[str, float]:
     """How often a text's picture is among the first 1, 5, 10, and the reverse: shares from 0 to 1."""
     clip.eval()
-    images = _encode_images(clip, [pair.picture for pair in pairs])
+    images = encode_images(clip, [pair.picture for pair in pairs])
     owners = torch.tensor([number for number, pair in enumerate(pairs) for _ in pair.texts])
-    texts = _encode_texts(clip, [text for pair in pairs for text in pair.texts])
+    texts = encode_texts(clip, [text for pair in pairs for text in pair.texts])
     scores = texts @ images.T  # a line for each text, a column for each picture
     figures = {}
     for name, found in (
@@ -191,12 +191,13 @@ def retrieval(clip: open_clip.CLIP, pairs: Sequence[Pair]) -> dict[str, float]:
 def zero_shot(clip: open_clip.CLIP, pairs: Sequence[Pair]) -> float:
     """How often a picture's own text is the nearest of all pairs' first texts, as a share from 0 to 1."""
     clip.eval()
-    images = _encode_images(clip, [pair.picture for pair in pairs])
-    texts = _encode_texts(clip, [pair.texts[0] for pair in pairs])
+    images = encode_images(clip, [pair.picture for pair in pairs])
+    texts = encode_texts(clip, [pair.texts[0] for pair in pairs])
     return ((images @ texts.T).argmax(1) == torch.arange(len(pairs))).float().mean().item()
 
 
-def _encode_images(clip: open_clip.CLIP, pictures: Sequence[PictureFile]) -> Tensor:
+def encode_images(clip: open_clip.CLIP, pictures: Sequence[PictureFile]) -> Tensor:
+    """The embeddings of N pictures, (N, E), of length 1."""
     device = next(clip.parameters()).device
     preprocess = image_transform_v2(
         PreprocessCfg(**clip.llama_adapter_config["preprocess_cfg"]), is_train=False
@@ -211,7 +212,8 @@ def _encode_images(clip: open_clip.CLIP, pictures: Sequence[PictureFile]) -> Ten
     return torch.cat(encoded).cpu()
 
 
-def _encode_texts(clip: open_clip.CLIP, texts: Sequence[str]) -> Tensor:
+def encode_texts(clip: open_clip.CLIP, texts: Sequence[str]) -> Tensor:
+    """The embeddings of N texts, (N, E), of length 1."""
     tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
     device = next(clip.parameters()).device
     batches = (tokenizer(list(texts[start : start + 64])) for start in range(0, len(texts), 64))

@@ -83,7 +83,7 @@ class VisionTower(nn.Module):
         if not hasattr(visual, "forward_intermediates"):
             raise UsageError(f"tower {name!r}: open_clip can't read depths of a {type(visual).__name__}")
         preprocess = PreprocessCfg(**visual.preprocess_cfg)
-        self._prepare = image_transform_v2(preprocess, is_train=False)
+        self.transform = image_transform_v2(preprocess, is_train=False)
         self.register_buffer("_mean", torch.tensor(preprocess.mean)[:, None, None], persistent=False)
         self.register_buffer("_std", torch.tensor(preprocess.std)[:, None, None], persistent=False)
         widths = [2 * COLOUR_BINS**3, *(vector.shape[1] for vector in self._vectors(self._probe(), None))]
@@ -104,7 +104,7 @@ class VisionTower(nn.Module):
 
     def prepare(self, images: Iterable[Image.Image]) -> Tensor:
         """Preprocess upright RGB pictures one by one, as in the tower's training, to pixels (N, 3, S, S)."""
-        return torch.stack([self._prepare(_without_ends(image)) for image in images])
+        return torch.stack([self.transform(_without_ends(image)) for image in images])
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

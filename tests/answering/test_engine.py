@@ -88,7 +88,7 @@ def test_twenty_at_once_are_answered_as_one_by_one(rows: int, model: LlamaAdapte
         for (_, tokens), (_, values) in zip(found, asked, strict=True)
     )
     assert len(set(expected)) > 10
-    _wait_until(lambda: not engine._working)
+    _wait_until(lambda: not engine.working)
 
 
 def test_two_answers_may_be_read_by_turns_in_one_thread(model: LlamaAdapter) -> None:
@@ -109,7 +109,8 @@ def test_an_end_token_and_a_stop_string_end_an_answer_as_alone(
 ) -> None:
     sampling = Sampling(max_new_tokens=40, temperature=0)
     whole = model.stream_chat("Hi", adapter="one", sampling=sampling)
-    tokens = [int(token) for token in model._tokenizer().encode("".join(whole), add_special_tokens=False)]
+    assert model.tokenizer is not None
+    tokens = [int(token) for token in model.tokenizer.encode("".join(whole), add_special_tokens=False)]
     prepare = model.prepare_request
 
     for ending in ({"end_ids": (tokens[7],)}, {"stop_strings": (whole.text[9:12],)}):
@@ -189,13 +190,13 @@ def test_nothing_is_computed_before_an_answer_is_read_or_after_it_is_closed(slow
     assert slow.made == 0
     next(answer)
     answer.close()
-    _wait_until(lambda: not engine._working)
+    _wait_until(lambda: not engine.working)
     assert 0 < slow.made < 10
     assert list(answer) == []
     assert answer.text
     unread = engine.stream_chat("Hi", sampling=LONG)
     unread.close()
-    assert list(unread) == [] and not engine._working
+    assert list(unread) == [] and not engine.working
 
 
 def test_an_answer_that_is_closed_gives_its_place_to_the_next(
@@ -229,7 +230,7 @@ def test_who_waits_can_give_up(slow: ScriptedModel) -> None:
     assert second.tokens == 0
     next(first)
     first.close()
-    _wait_until(lambda: not engine._working)
+    _wait_until(lambda: not engine.working)
 
 
 def test_tokens_and_seconds_are_those_of_the_answer(
@@ -238,7 +239,7 @@ def test_tokens_and_seconds_are_those_of_the_answer(
     engine, clock = Engine(slow), Clock(slow, monkeypatch)
     answer = engine.stream_chat("Hi", sampling=Sampling(max_new_tokens=20))
     next(answer)
-    _wait_until(lambda: not engine._working)
+    _wait_until(lambda: not engine.working)
     clock.now += 10_000  # a reader's own time does not count
     for _ in answer:
         clock.now += 10_000

@@ -166,7 +166,7 @@ def test_without_features_nothing_is_seen(model: LlamaAdapter, problems: list[Pr
 def test_an_interrupted_examination_goes_on(
     model: LlamaAdapter, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama_adapter.scienceqa.examining._KEPT_EVERY", 4)
+    monkeypatch.setattr("llama_adapter.scienceqa.examining.KEPT_EVERY", 4)
     output = tmp_path / "results.json"
     asked: list[str] = []
     answer = Examination.answer

@@ -512,8 +512,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a server on 127.0.0.1, which here is the only private address allowed."""
-    is_public = pictures._is_public
-    monkeypatch.setattr(pictures, "_is_public", lambda ip: ip == "127.0.0.1" or is_public(ip))
+    is_public = pictures.is_public
+    monkeypatch.setattr(pictures, "is_public", lambda ip: ip == "127.0.0.1" or is_public(ip))
     monkeypatch.setattr(Handler, "seen", [])
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         http.daemon_threads = True
@@ -587,7 +587,7 @@ def test_spellings_that_a_resolver_may_not_know_are_refused_all_the_same(host: s
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700:4700::1111", "::ffff:8.8.8.8"])
 def test_public_addresses_are_allowed(address: str) -> None:
-    assert pictures._is_public(address)
+    assert pictures.is_public(address)
 
 
 @pytest.mark.parametrize(
@@ -636,7 +636,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to(
 def test_an_address_that_does_not_answer_leaves_the_others(
     server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "_is_public", lambda _: True)
+    monkeypatch.setattr(pictures, "is_public", lambda _: True)
     resolving(monkeypatch, lambda _: ["127.0.0.9", "127.0.0.1"])
     open_picture(server.replace("127.0.0.1", "pictures.example") + "/picture", allow_urls=True)
 

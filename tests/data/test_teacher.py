@@ -106,8 +106,8 @@ def test_it_is_kernel_ridge_regression() -> None:
     scores = torch.tensor([[similar(one, other) for other in rows] for one in asked]).double() @ weights
     teacher = Teacher(rows, directions(features))
     assert teacher.answers(asked) == [str(answer) for answer in scores.argmax(1).tolist()]
-    order = [teacher._answers.index(str(answer)) for answer in range(3)]
-    torch.testing.assert_close(teacher._weights[:, order], weights)
+    order = [teacher.known_answers.index(str(answer)) for answer in range(3)]
+    torch.testing.assert_close(teacher.weights[:, order], weights)
 
 
 def test_a_question_of_unknown_words_gets_the_most_frequent_answer() -> None:
@@ -148,8 +148,8 @@ SOME_ROWS = st.lists(
 
 def assert_among_the_likeliest(answer: str, teacher: Teacher, row: QuestionRow) -> None:
     """Of equal ones any may be taken; an answer that the rows fitted to do not have scores 0."""
-    scores = (teacher._similarity([row]) @ teacher._weights)[0]
-    by_answer = dict(zip(teacher._answers, scores.tolist(), strict=True))
+    scores = (teacher.similarity([row]) @ teacher.weights)[0]
+    by_answer = dict(zip(teacher.known_answers, scores.tolist(), strict=True))
     assert by_answer.get(answer, 0.0) >= max(scores) - 1e-5
 
 

@@ -131,12 +131,12 @@ def test_a_batch_is_as_wide_as_its_longest_row(model: LlamaAdapter) -> None:
     batch = empty(model)
     long, short = (batch.join(row[None], model.project(NO_ADAPTER), GREEDY) for row in random_rows(20, 4))
     batch.step()
-    assert batch._cache.get_seq_length() == 21
+    assert batch.cache.get_seq_length() == 21
     batch.leave(long)
-    assert batch._cache.get_seq_length() == 5
+    assert batch.cache.get_seq_length() == 5
     assert batch.rows == [short]
     batch.leave(short)
-    assert batch.rows == [] and batch._cache.get_seq_length() == 0
+    assert batch.rows == [] and batch.cache.get_seq_length() == 0
 
 
 def test_equal_rows_need_no_mask(model: LlamaAdapter) -> None:

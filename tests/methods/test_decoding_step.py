@@ -128,7 +128,7 @@ def test_a_decoder_that_is_not_quantised_is_left_alone() -> None:
 
 
 def test_a_cache_outgrows_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_adapter.methods.decoding_step._MORE_PLACES", 2)
+    monkeypatch.setattr("llama_adapter.methods.decoding_step.MORE_PLACES", 2)
     model = build_quantized_model()
     ids = random_rows(30)[0][None]
     with torch.no_grad():
@@ -348,6 +348,6 @@ def test_generate_gives_the_same_as_without(monkeypatch: pytest.MonkeyPatch) -> 
         before = step_of(model).calls
         ours = model.generate(ids, **options, **more)
         assert step_of(model).calls > before
-        monkeypatch.setattr(DecodingStep, "_step", lambda self, **_: None)
+        monkeypatch.setattr(DecodingStep, "step", lambda self, **_: None)
         assert torch.equal(model.generate(ids, **options, **more), ours)
         monkeypatch.undo()

@@ -45,13 +45,13 @@ def build(width: int, out: int, *, bias: bool = False) -> nn.Linear:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the products that oneDNN computes."""
     made: list[tuple[int, ...]] = []
-    product = module._product
+    product = module.compute_product
 
     def counted(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         made.append((*rows.shape, weight.shape[0]))
         return product(rows, weight, bias)
 
-    monkeypatch.setattr(module, "_product", counted)
+    monkeypatch.setattr(module, "compute_product", counted)
     return made
 
 

@@ -312,10 +312,10 @@ def test_a_picture_is_decoded_once_and_a_question_tokenised_once(
 ) -> None:
     decoded: list[Any] = []
     tokenised: list[Any] = []
-    identify, encode = opening._identify, handlers.model.encode_question
-    monkeypatch.setattr(opening, "_identify", lambda content: decoded.append(content) or identify(content))
-    rgb = opening._rgb
-    monkeypatch.setattr(opening, "_rgb", lambda *given: decoded.append(given) or rgb(*given))
+    identify, encode = opening.identify, handlers.model.encode_question
+    monkeypatch.setattr(opening, "identify", lambda content: decoded.append(content) or identify(content))
+    to_rgb = opening.to_rgb
+    monkeypatch.setattr(opening, "to_rgb", lambda *given: decoded.append(given) or to_rgb(*given))
     monkeypatch.setattr(
         handlers.model, "encode_question", lambda *a, **b: tokenised.append(a) or encode(*a, **b)
     )

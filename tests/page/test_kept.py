@@ -180,7 +180,7 @@ def test_what_is_no_chat_is_told_and_nothing_of_it_shown(
     kept = copy.deepcopy(pack(chats))
     change(kept)
     with pytest.raises(UsageError):
-        unpack(kept, handlers._converse)
+        unpack(kept, handlers.new_conversation)
     with pytest.warns(UserWarning):
         _, again, *_ = handlers.load(kept, None, "one")
     assert again.open.empty and len(again.all) == 1

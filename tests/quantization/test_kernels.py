@@ -14,9 +14,9 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and nothing loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(kernels, "OPTIMISATION", (*kernels.OPTIMISATION, "-O0"))  # compiled sooner
-    kernels._load.cache_clear()
+    kernels.load_once.cache_clear()
     yield tmp_path
-    kernels._load.cache_clear()
+    kernels.load_once.cache_clear()
 
 
 def write_compiler(folder: Path, script: str) -> Path:
@@ -48,7 +48,7 @@ def test_a_compiler_that_fails_leaves_nothing_behind(
 def test_what_the_compiler_does_not_know_is_left_out(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels.load_kernels() is None:
         pytest.skip("there is no C++ compiler")
-    kernels._load.cache_clear()
+    kernels.load_once.cache_clear()
     (built,) = kernels.kernel_folder().iterdir()
     real = built.rename(fresh / "real.so")
     refusing = f'for word; do [ "$word" = -fopenmp ] && exit 1; done\ncp {real} "$7"'
@@ -60,6 +60,6 @@ def test_what_the_compiler_does_not_know_is_left_out(fresh: Path, monkeypatch: p
 def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels.load_kernels() is None:
         pytest.skip("there is no C++ compiler")
-    kernels._load.cache_clear()
+    kernels.load_once.cache_clear()
     monkeypatch.setenv("CXX", str(write_compiler(fresh, "exit 1")))
     assert kernels.load_kernels() is not None

@@ -40,7 +40,7 @@ ATTRIBUTES = (
     | {"get_base_model", "get_decoder", "set_requires_grad", "num_parameters", "get_memory_footprint"}
     | {"get_nb_trainable_parameters", "print_trainable_parameters", "set_attn_implementation"}
     | {"activation_checkpointing_enable", "gradient_checkpointing_enable", "get_compiled_call"}
-    | {"forward", "project", "generate", "sees", "tower", "encode_images"}
+    | {"forward", "project", "generate", "sees", "tower", "vision_config", "encode_images"}
     | {
         "chat",
         "stream_chat",
@@ -70,7 +70,7 @@ def test_the_public_names_of_the_model_are_these(model: LlamaAdapter) -> None:
     assert own - theirs == ATTRIBUTES
 
 
-# Names of transformers and PEFT, public and of their own.
+# The public names that transformers and PEFT define themselves.
 THEIRS = sorted(
     name
     for name in {*dir(PreTrainedModel), *dir(LlamaForCausalLM), *dir(PeftModelForCausalLM), *dir(BaseTuner)}

@@ -314,7 +314,7 @@ def orders(
         train_examples=examples(8 if occurrences is None else len(occurrences)),
         occurrences=occurrences,
     )
-    return [run._order(epoch) for epoch in range(epochs)]
+    return [run.order(epoch) for epoch in range(epochs)]
 
 
 def test_without_weights_every_row_comes_up_once_in_another_order(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_pictures_of_shapes_are_put_into_words(monkeypatch: pytest.MonkeyPatch) 
         {"image": "1.png", "question": "what shape is in the image?", "answer": "triangle"},
         {"image": "2.png", "question": "what is the blue shape?", "answer": "circle"},
     ]
-    assert contrastive._shape_pairs(rows) == [
+    assert contrastive.shape_pairs(rows) == [
         Pair(Path("1.png"), ("a teal triangle", "a triangle that is teal", "a picture of a teal triangle."))
     ], "the colour of the second one is not told"
 
@@ -194,7 +194,7 @@ def test_a_killed_run_goes_on_exactly(
         pass
 
     whole = fit(place, tmp_path / "whole", frozen_blocks=frozen_blocks)
-    draw = clip_training._draw
+    draw = clip_training.draw_batch
     with monkeypatch.context() as patch:
 
         def kill(pairs: Any, now: int, settings: Any) -> Any:
@@ -202,7 +202,7 @@ def test_a_killed_run_goes_on_exactly(
                 raise Killed
             return draw(pairs, now, settings)
 
-        patch.setattr(clip_training, "_draw", kill)
+        patch.setattr(clip_training, "draw_batch", kill)
         with pytest.raises(Killed):
             fit(place, tmp_path / "killed", frozen_blocks=frozen_blocks)
     resumed = fit(place, tmp_path / "killed", frozen_blocks=frozen_blocks, resume=True)
@@ -214,7 +214,7 @@ def test_a_killed_run_goes_on_exactly(
 def test_ctrl_c_ends_after_the_step_with_a_checkpoint(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = clip_training._draw
+    draw = clip_training.draw_batch
 
     def interrupt(pairs: Any, now: int, settings: Any) -> Any:
         if now == 4:
@@ -222,7 +222,7 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(
         return draw(pairs, now, settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(clip_training, "_draw", interrupt)
+        patch.setattr(clip_training, "draw_batch", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(place, tmp_path, checkpoint_every=100)
     assert len(losses(tmp_path)) == 5
@@ -238,12 +238,12 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(
 
 def test_a_batch_has_no_two_pictures_with_the_same_texts_if_it_can() -> None:
     pairs = [Pair(Path(str(n)), (f"{n % 5} a", f"{n % 5} b")) for n in range(20)]
-    batches = [clip_training._draw(pairs, step, ClipSettings(batch_size=4)) for step in range(40)]
+    batches = [clip_training.draw_batch(pairs, step, ClipSettings(batch_size=4)) for step in range(40)]
     for drawn in batches:
         assert len({number % 5 for number, _ in drawn}) == 4
         assert all(text in pairs[number].texts for number, text in drawn)
     assert {number for drawn in batches for number, _ in drawn} == set(range(20))
-    drawn = clip_training._draw(pairs, 0, ClipSettings(batch_size=8))
+    drawn = clip_training.draw_batch(pairs, 0, ClipSettings(batch_size=8))
     assert len({number for number, _ in drawn}) == 8 and len({number % 5 for number, _ in drawn}) == 5
 
 
@@ -253,15 +253,15 @@ def test_what_frozen_blocks_give_is_computed_once_and_is_the_same(
 ) -> None:
     clip, pairs = build(place).eval(), read_pairs(str(place / "captions"))
     settings = ClipSettings(**{**vars(SETTINGS), "frozen_blocks": blocks, "crops": 1})
-    with clip_training._Crops(clip, pairs, settings, tmp_path) as crops:
-        states = crops._states(5, 0)
-        pixels = crops._cut(5, 5)
+    with clip_training.Crops(clip, pairs, settings, tmp_path) as crops:
+        states = crops.states(5, 0)
+        pixels = crops.cut(5, 5)
         with torch.no_grad():
             expected, given = clip.encode_image(pixels[None]), crops.encode(states[None])
         assert torch.allclose(given, expected, atol=2e-2 * float(expected.abs().max()))
         clip.visual.trunk.conv_stem.weight.data.zero_()
-        assert torch.equal(crops._states(5, 0), states), "not computed again"
-        assert not torch.equal(crops._states(6, 0), states)
+        assert torch.equal(crops.states(5, 0), states), "not computed again"
+        assert not torch.equal(crops.states(6, 0), states)
         assert (tmp_path / clip_training.CROPS_FILE).exists()
     assert not list(tmp_path.iterdir())
 
@@ -295,9 +295,9 @@ def test_scores_are_what_counting_gives(place: Path) -> None:
     clip = build(place).eval()
     pairs = read_pairs(str(place / "captions"))
     random.Random(1).shuffle(pairs)
-    pictures = contrastive._encode_images(clip, [pair.picture for pair in pairs])
+    pictures = contrastive.encode_images(clip, [pair.picture for pair in pairs])
     texts = [(text, number) for number, pair in enumerate(pairs) for text in pair.texts]
-    encoded = contrastive._encode_texts(clip, [text for text, _ in texts])
+    encoded = contrastive.encode_texts(clip, [text for text, _ in texts])
     found = dict.fromkeys(("text_to_image_r1", "text_to_image_r5", "image_to_text_r5"), 0)
     for (_, owner), text in zip(texts, encoded, strict=True):
         order = sorted(range(len(pairs)), key=lambda n: -float(pictures[n] @ text))
@@ -310,7 +310,7 @@ def test_scores_are_what_counting_gives(place: Path) -> None:
     for name, count in found.items():
         of = len(texts) if name.startswith("text") else len(pairs)
         assert scores[name] == pytest.approx(count / of)
-    first = contrastive._encode_texts(clip, [pair.texts[0] for pair in pairs])
+    first = contrastive.encode_texts(clip, [pair.texts[0] for pair in pairs])
     nearest = [max(range(len(pairs)), key=lambda n: float(first[n] @ picture)) for picture in pictures]
     hits = sum(own == found for own, found in enumerate(nearest))
     assert zero_shot(clip, pairs) == pytest.approx(hits / len(pairs))

@@ -185,7 +185,7 @@ def test_a_thin_picture_loses_its_ends_and_takes_no_more_memory(folders: dict[st
     tall = Image.new("RGB", (1, 1_000_000), "red")
     assert tower.prepare([tall]).shape == tower.prepare([Image.new("RGB", (8, 8))]).shape
     wide = pictures((40, 2))[0]
-    assert torch.equal(tower.prepare([wide]), tower._prepare(wide)[None]), "20:1 is left as it is"
+    assert torch.equal(tower.prepare([wide]), tower.transform(wide)[None]), "20:1 is left as it is"
 
 
 def test_a_tower_in_the_weights_folders_goes_by_its_name(
