@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageOps
@@ -220,7 +220,7 @@ def _large_box(width: int, height: int, draws: random.Random) -> tuple[float, fl
 
 
 def _choose_shape(
-    box: tuple[float, float, float], ground: _Ground, styles: Sequence[str], draws: random.Random
+    box: tuple[float, float, float], ground: _Ground, styles: Collection[str], draws: random.Random
 ) -> Shape:
     """A shape in a colour that stands out from the background."""
     x, y, radius = box
