@@ -1,4 +1,4 @@
-"""Decoding with quantised weights, beside float32 and another program, in the suite "decoding"."""
+"""Decoding with quantised weights, beside float32 and other programs, in the suite "decoding"."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.llama_cpp import llama_cpp
 from benchmarks.measuring import alternate, ratio, show
 from llama_adapter.weights import locations
 from llama_adapter.weights.catalogue import DEFAULT_BASE
@@ -24,7 +25,7 @@ READ_BYTES = 1 << 28  # more than any cache holds, for measuring the speed of th
 
 
 def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> dict[str, float | None]:
-    """Measure a token with the quantised base, float32 and a peer, and the memory's speed, all in turn."""
+    """Measure a token with the quantised base, float32 and peers, and the memory's speed, all in turn."""
     import torch
 
     from llama_adapter.decoding.sampling import Sampling
@@ -65,13 +66,21 @@ def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> di
         "reading": read,
     }
     base = locations.resolve(model.base, kind="base", weights=arguments.weights)
-    with _ctranslate2(base, question[0].tolist(), arguments.new_tokens) as peer:
-        if peer is not None:
-            contenders["CTranslate2"] = peer
+    file = locations.gguf_in(base)
+    asked = question[0].tolist(), arguments.new_tokens
+    same = file if quantized == "gguf" else None  # else its weights were quantised anew
+    with _ctranslate2(base, *asked) as ctranslate2, llama_cpp(model, same, *asked) as llama:
+        peers = {
+            name: peer
+            for name, peer in (("CTranslate2", ctranslate2), ("llama.cpp", llama))
+            if peer is not None
+        }
+        contenders |= peers
         times = alternate(contenders, rounds=arguments.pairs)
     speed = times.pop("reading")
     show("decoding without an adapter, a token", times)
-    full, ours, *peers = times.values()
+    full, ours, *_ = times.values()
+    rates = [1 / statistics.median(times[name]) for name in peers]
     weights = read_bytes(model.decoder)
     shares = [weights / seconds * byte for seconds, byte in zip(ours, speed, strict=True)]
     print(
@@ -93,9 +102,8 @@ def quantized_decoding(model: LlamaAdapter, arguments: argparse.Namespace) -> di
         "bandwidth_share": statistics.median(shares),
         "tokens_per_second": 1 / statistics.median(ours),
         "seconds_around_kernels": around,
-        "peer_tokens_per_second": 1 / statistics.median(peers[0]) if peers else None,
+        "peer_tokens_per_second": max(rates, default=None),
     }
-    file = locations.gguf_in(base)
     if quantized == "gguf" and file is not None:
         kept, size = kept_bytes(model.decoder), file.stat().st_size
         figures["gguf_memory_vs_file"] = kept / size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks import llama_cpp
 from llama_adapter.quantization.formats import Quantized
 from tests.tiny_models import build_tiny_decoder
 
@@ -96,32 +97,12 @@ def write_gguf(
         left_over: the name of one more tensor.
     """
     config: Any = decoder.config
-    writer = gguf.GGUFWriter(path, family)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_eos_token_id(config.eos_token_id)
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for name, value in decoder.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        called = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert called is not None
-        array, kind = value.float().numpy(), None
-        if value.ndim == 2:
-            array, kind = encode(name, array)
-        quantised = None if kind is None else gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(called, array, raw_dtype=quantised)
-    if left_over is not None:
-        writer.add_tensor(left_over, np.ones(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+
+    def tensors() -> Iterator[tuple[str, Any, str | None]]:
+        for name, value in decoder.state_dict().items():
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            array = value.float().numpy()
+            yield name, *(encode(name, array) if array.ndim == 2 else (array, None))
+
+    llama_cpp.write_gguf(config, tensors(), path, family, left_over=left_over)
