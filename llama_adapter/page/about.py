@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.quantization.linear import count_weights
 
 # The limits of a decoder with fewer parameters than this: with text, and with pictures.
 _LIMITS = (
     (
         1e9,
         "So small a model is often wrong about facts, sums and counts, and loses the thread of long texts",
-        "It gets the gist of a picture; it often mistakes colours and counts, and guesses at yes or no.",
+        "It gets the gist of a picture, and often mistakes colours and counts.",
     ),
     (
         1e10,
@@ -24,7 +25,7 @@ _LIMITS = (
 
 def describe_limits(model: LlamaAdapter, adapter: str) -> str:
     """The size of the base and of an adapter, and their limits."""
-    size = model.decoder.num_parameters()
+    size = count_weights(model.decoder)
     parts = f"{Path(str(model.base)).name} has {_count(size)} parameters"
     asked = {model.answering_adapter(adapter, pictured=pictured) for pictured in (False, True)} - {NO_ADAPTER}
     if asked:

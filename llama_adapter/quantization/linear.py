@@ -236,6 +236,12 @@ def read_bytes(decoder: nn.Module) -> int:
     return sum({id(module.quantized): module.quantized.nbytes for module in modules}.values())
 
 
+def count_weights(decoder: PreTrainedModel) -> int:
+    """The parameters of a decoder, quantised weights among them. Shared ones count once."""
+    quantized = [module for module in decoder.modules() if isinstance(module, QuantizedWeight)]
+    return int(decoder.num_parameters()) + sum(module.shape.numel() for module in quantized)
+
+
 def kept_bytes(decoder: nn.Module) -> int:
     """Bytes of all weights and buffers of a decoder. Shared ones count once."""
     tensors = [*decoder.parameters(), *decoder.buffers()]

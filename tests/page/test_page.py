@@ -30,6 +30,7 @@ from llama_adapter.page.experts import describe, load_experts
 from llama_adapter.page.science import Scores, answer, fill, note, score
 from llama_adapter.page.suggestions import PICTURE_EXAMPLES, SCIENCE_EXAMPLES, TEXT_EXAMPLES
 from llama_adapter.page.uploads import MAX_PICTURES, MAX_SIDE, open_given
+from llama_adapter.quantization.linear import quantize_decoder
 from llama_adapter.surface.named_adapters import AUTO
 from tests.drawn import data_url, png
 from tests.page_parts import KNOBS, typed_in
@@ -298,6 +299,13 @@ def test_the_page_says_how_large_the_model_is_and_what_it_is_not_good_at() -> No
     assert "this adapter" not in describe_limits(model, NO_ADAPTER)
     both = describe_limits(model, AUTO)
     assert f"the two adapters {mine + eyes:,} more" in both and "gist of a picture" in both
+
+
+def test_a_quantised_base_is_said_to_be_as_large() -> None:
+    model = build_tiny_model()
+    size, line = model.decoder.num_parameters(), describe_limits(model, NO_ADAPTER)
+    quantize_decoder(model.decoder, "int8")
+    assert model.decoder.num_parameters() < size / 2 and describe_limits(model, NO_ADAPTER) == line
 
 
 def test_a_larger_model_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
