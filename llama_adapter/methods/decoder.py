@@ -160,8 +160,9 @@ def load_decoder(
                 place, config=config, dtype=dtype, **named, **options
             )
         else:
-            path = stored_file(str(file or base), config, quantize) if by_default else None
-            decoder = _load_quantized(place, config, quantize, path, {**named, **options})
+            whole = str(file or base)
+            path = stored_file(whole, config, quantize) if by_default else None
+            decoder = _load_quantized(whole, place, config, quantize, path, {**named, **options})
     placed = options.get("device_map") is not None
     return prepare_decoder(decoder if placed else decoder.to(device, dtype))
 
@@ -173,16 +174,26 @@ def _fast_format(config: PreTrainedConfig, options: dict[str, Any]) -> str | Non
 
 
 def _load_quantized(
-    place: str, config: PreTrainedConfig, format: str, path: Path | None, options: dict[str, Any]
+    base: str,
+    place: str,
+    config: PreTrainedConfig,
+    format: str,
+    path: Path | None,
+    options: dict[str, Any],
 ) -> PreTrainedModel:
-    """The decoder stored in `path`, or one that is quantised now and stored there (None: not stored)."""
+    """The decoder stored in `path`, or one that is quantised now and stored there (None: not stored).
+
+    Args:
+        base: its folder, GGUF file or hub id.
+        place: where transformers loads it from.
+    """
     decoder: Any = None if path is None else load_stored(place, config, path)
     if decoder is None:
         # In the file's dtype, often 16 bits: quantising converts one weight at a time to float32.
         decoder = AutoModelForCausalLM.from_pretrained(place, config=config, dtype="auto", **options)
         quantize_decoder(decoder, format)
         if path is not None:
-            store(decoder, path)
+            store(decoder, path, base)
             # From the file, which is mapped into memory: what quantising took is freed.
             decoder = load_stored(place, config, path) or decoder
     return decoder

@@ -47,19 +47,22 @@ def stored_file(base: str, config: PreTrainedConfig, format: str) -> Path | None
         within = folder.iterdir() if folder.is_dir() else [folder]
         files = sorted(path for path in within if path.suffix in _WEIGHTS)
         state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        name, version = str(folder.resolve()), json.dumps(state)
+        version = json.dumps(state)
     else:
-        name, version = base, str(getattr(config, "_commit_hash", None) or "")
+        version = str(getattr(config, "_commit_hash", None) or "")
     if not version:
         return None
-    key = hashlib.sha256(f"{VERSION} {__version__} {name} {version}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{VERSION} {__version__} {_full_name(base)} {version}".encode()).hexdigest()[:12]
     return cache_folder() / "quantized" / f"{folder.name}-{format}-{key}.safetensors"
 
 
-def store(decoder: PreTrainedModel, path: Path) -> None:
+def store(decoder: PreTrainedModel, path: Path, base: str) -> None:
     """Write a quantised decoder. Files of earlier versions of the base are deleted.
 
     If that fails, a line on standard error says so. The next start is then as slow as this one.
+
+    Args:
+        base: as for `stored_file`.
     """
     tensors: dict[str, Tensor] = {}
     formats: dict[str, str] = {}
@@ -80,16 +83,33 @@ def store(decoder: PreTrainedModel, path: Path) -> None:
         if stored.offsets is not None:
             tensors[f"{name}.offsets"] = stored.offsets
     tensors |= {name: value for name, value in decoder.state_dict().items() if ".quantized." not in name}
-    metadata = {"formats": json.dumps(formats), "shared": json.dumps(shared), "columns": json.dumps(columns)}
+    described = {"base": _full_name(base), "formats": formats, "shared": shared, "columns": columns}
+    metadata = {name: json.dumps(value) for name, value in described.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as temporary:
             save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
-        for old in path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*.safetensors"):
-            if old != path:
+        alike = path.name.rpartition("-")[0] + "-"  # another folder of the same name has it too
+        for old in path.parent.glob(f"*{path.suffix}"):
+            if old != path and old.name.startswith(alike) and _outdated(old, _full_name(base)):
                 old.unlink(missing_ok=True)
     except OSError as error:
         print(f"the quantised weights can't be stored ({error}); each start makes new ones", file=sys.stderr)
+
+
+def _full_name(base: str) -> str:
+    """The absolute path of a folder or file; a hub id as it is."""
+    return str(Path(base).resolve()) if Path(base).exists() else base
+
+
+def _outdated(file: Path, base: str) -> bool:
+    """Whether a stored file is of this base, or of one that is gone, or can't be read."""
+    try:
+        with safe_open(str(file), framework="pt") as stored:
+            of = json.loads(stored.metadata()["base"])
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        return True
+    return of == base or (Path(of).is_absolute() and not Path(of).exists())
 
 
 def load_stored(base: str, config: PreTrainedConfig, path: Path) -> PreTrainedModel | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_another_version_of_the_base_takes_its_place(base: Path) -> None:
     assert old != new
 
 
+def test_another_base_of_the_same_name_keeps_its_own(base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / base.name
+    shutil.copytree(base, other)
+    load_decoder(str(base), device=CPU, dtype=torch.float32, quantize="int8")
+    load_decoder(str(other), device=CPU, dtype=torch.float32, quantize="int8")
+    assert len(kept(base)) == 2
+    shutil.rmtree(other)
+    build_tiny_decoder("qwen2", torch.bfloat16, seed=1).save_pretrained(base)
+    os.utime(base / "model.safetensors", ns=(1, 1))
+    load_decoder(str(base), device=CPU, dtype=torch.float32, quantize="int8")
+    assert len(kept(base)) == 1  # the other base is gone, and so is this one's earlier version
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "another's"])
 def test_a_damaged_file_is_made_anew(base: Path, damage: str, tmp_path: Path) -> None:
     ids = random_rows(9)[0][None]
@@ -68,7 +82,7 @@ def test_a_damaged_file_is_made_anew(base: Path, damage: str, tmp_path: Path) ->
     if damage == "another's":
         small = build_tiny_decoder("qwen2", num_hidden_layers=1)
         loading.quantize_decoder(small, "int8")
-        stored.store(small, file)
+        stored.store(small, file, str(base))
     else:
         file.write_bytes(file.read_bytes()[:1000] if damage == "cut" else b"")
     config = AutoConfig.from_pretrained(base)
