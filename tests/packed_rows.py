@@ -28,7 +28,7 @@ EXAMPLES = [
     example([*OPENING, 30, 33, 34, 35], [46, 2], 4),
 ]
 
-# A row without a picture, two of one that share their opening, one of it and another.
+# Two rows about the cat that share their opening, one without a picture, and one about dog and cat.
 CAT, DOG = Path("cat.png"), Path("dog.png")
 SEEN = [
     example([*OPENING, 30, 31], [40, 41, 2], 1, (CAT,)),

@@ -63,9 +63,10 @@ def build_tiny_gguf(
     left_over: str | None = None,
     **settings: Any,
 ) -> None:
-    """Write a tiny decoder with random matrices as a GGUF file, its matrices of the kinds in turn.
+    """Write a tiny decoder as a GGUF file. Its random matrices have the kinds of blocks in turn.
 
     Args:
+        kinds: the kinds of blocks.
         left_over: the name of one more tensor, which no decoder has.
     """
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "head_dim": WIDTH // 4, "num_hidden_layers": 2}

@@ -98,7 +98,7 @@ class AdapterPlan:
     quantize: str | None = None
 
     def given(self, *names: str) -> dict[str, Any]:
-        """Those of these fields that have a value."""
+        """The values of some fields, without those that are None."""
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 

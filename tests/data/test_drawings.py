@@ -1,4 +1,5 @@
-"""The source drawings:N: the same drawings each time, right answers, and none that the words alone tell."""
+"""The source drawings:N: drawings that are always the same, right answers, and questions whose words do not
+tell them."""
 
 from __future__ import annotations
 

@@ -287,7 +287,7 @@ def test_more_pictures_are_of_those_trained_on_and_keep_the_same_rows_back(
     files = [tmp_path / "one.json", tmp_path / "more.json"]
     for file, more in zip(files, ([], ["--more-pictures", "3"]), strict=True):
         run(train.teacher, options(place, file, *more))
-        assert "30 rows to train on: " in capsys.readouterr().out  # those asked once more tell nothing there
+        assert "30 rows to train on: " in capsys.readouterr().out  # the added rows are not counted
     one, more_rows = map(rows_of, files)
     assert more_rows[:36] == one and len(more_rows) == 36 + 3 * 30
     splits = [split_records(read_records(file)[0], validation_rows=6) for file in files]

@@ -75,7 +75,7 @@ def test_a_closed_ticket_leaves_and_its_place_is_free(model: ScriptedModel) -> N
 def test_a_ticket_that_cannot_join_the_batch_waits_and_is_not_overtaken(
     model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one whose adapter has a decoder of its own."""
+    """Such is a ticket whose adapter has a decoder of its own."""
     monkeypatch.setattr(Batch, "takes", lambda self, adapter: not self.rows)
     tickets = [ticket(model, text, max_new_tokens=3) for text in "abc"]
     waiting = list(tickets)

@@ -416,7 +416,7 @@ def test_stop_strings(text: str, stops: list[str], expected: str) -> None:
 
 
 def text_bytes(text: str) -> Iterator[int]:
-    """The ids of a text, a byte each: every character that can be cut is."""
+    """The ids of a text, one for each byte, so that every character of several bytes is cut."""
     for byte in text.encode():
         (token,) = [i for i in range(len(TOKENIZER)) if TOKENIZER.convert_ids_to_tokens(i) == BYTES[byte]]
         yield token

@@ -224,7 +224,7 @@ def test_packed_rows_and_recomputed_layers_have_the_gradients_of_rows_alone(mode
 
 
 def test_nothing_is_left_noted_behind_a_forward_pass(model: LlamaAdapter) -> None:
-    """Or a module that is called by itself would still be changed by the last adapter."""
+    """A module that is called by itself afterwards computes what it did before."""
     layer = model.decoder.model.layers[-1]
     states = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
     before = layer.mlp(states)

@@ -35,7 +35,7 @@ def handlers(model: ScriptedModel) -> ComparisonHandlers:
 
 
 def _finish(handlers: ComparisonHandlers, view: tuple[Any, ...]) -> list[Any]:
-    """The last look: the box, the question, the two answers, what waits."""
+    """What the page shows at the end: the box, the question, the two answers, and what waits."""
     *_, last = handlers.answer(view[0])
     return list(last)
 

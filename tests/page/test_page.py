@@ -251,7 +251,7 @@ def test_the_note_says_whether_the_order_decided() -> None:
 
 @pytest.mark.parametrize("rotations", [False, True])
 def test_scores_are_those_of_the_rotations(rotations: bool) -> None:
-    """By a plain reference: each rotation asked by itself, and its probabilities put back in order."""
+    """The plain reference asks each rotation by itself and puts its probabilities back in order."""
     model = build_scripted_model(seeing=("eyes",))
     adapter = model.get_adapter("one")
     asked = ScienceQAConfig("QCM-A", answer="letter", rotations=rotations)

@@ -328,7 +328,7 @@ def test_nothing_is_fetched_in_the_place_of_a_text_either(address: str) -> None:
 def test_the_box_takes_no_path_from_outside(
     path: str, meta: dict[str, Any], address: str, model: LlamaAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the browser sends by itself, with another path in it."""
+    """What the browser sends by itself, but with another path."""
     asked: list[Any] = []
     monkeypatch.setattr(ChatHandlers, "ask", lambda *values: asked.append(values))
     config = httpx.get(f"{address}config").json()

@@ -97,7 +97,7 @@ def test_unknown_fields_count_in_the_average_only() -> None:
         ("The answer is D.", UNREAD),
         ("The answer is b.", UNREAD),
         ("The answer is B", UNREAD),
-        ("The answer is B,", 1),  # the expression's full stop is any character
+        ("The answer is B,", 1),  # in the official pattern, the full stop stands for any character
         ("B", UNREAD),
         ("", UNREAD),
     ],
@@ -148,7 +148,7 @@ def test_the_official_layout_comes_back(problems: list[Problem], tmp_path: Path)
         ("E", UNREAD),
         ("E. The answer is A.", UNREAD),
         ("It is B", UNREAD),
-        # All of these an earlier version of ours read; LLaVA counts them as failed.
+        # An earlier version of ours read all of these; LLaVA counts them as failed.
         (" B ", UNREAD),
         ("B\nbecause", UNREAD),
         ("The answer is C", UNREAD),

@@ -159,7 +159,7 @@ def test_without_the_pictures_files_every_problem_counts_where_it_did(tmp_path: 
     folder = write_official(tmp_path / "official", build_problems(tmp_path, rows=60))
     before, _ = read_problems(folder, "train")
     shutil.rmtree(folder / "images")
-    for captions in (True, False):  # the names of the files alone tell it
+    for captions in (True, False):  # the names in the rows are enough
         after, summary = read_problems(folder, "train")
         assert [groups_of(p) for p in after] == [groups_of(p) for p in before]
         assert summary.without_file == summary.with_picture > 0 and not any(p.image for p in after)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,14 +188,31 @@ def test_frozen_blocks_stay_as_they_are(place: Path, tmp_path: Path) -> None:
         fit(place, tmp_path / "second", frozen_blocks=9)
 
 
+@pytest.fixture(scope="module")
+def whole_run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Any, Path]]:
+    """A function that gives a CLIP after a whole run with some blocks frozen, and the run's folder."""
+
+    @functools.cache
+    def run(frozen_blocks: int) -> tuple[Any, Path]:
+        output = tmp_path_factory.mktemp("whole") / "run"
+        return fit(place, output, frozen_blocks=frozen_blocks), output
+
+    return run
+
+
 @pytest.mark.parametrize(("step", "frozen_blocks"), [(1, 0), (4, 0), (5, 0), (5, 2)])
 def test_a_killed_run_goes_on_exactly(
-    step: int, frozen_blocks: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int,
+    frozen_blocks: int,
+    place: Path,
+    whole_run: Callable[[int], tuple[Any, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Killed(Exception):
         pass
 
-    whole = fit(place, tmp_path / "whole", frozen_blocks=frozen_blocks)
+    whole, folder = whole_run(frozen_blocks)
     draw = clip_training.draw_batch
     with monkeypatch.context() as patch:
 
@@ -208,7 +227,7 @@ def test_a_killed_run_goes_on_exactly(
     resumed = fit(place, tmp_path / "killed", frozen_blocks=frozen_blocks, resume=True)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "killed") == losses(folder)
 
 
 def test_ctrl_c_ends_after_the_step_with_a_checkpoint(

@@ -45,7 +45,7 @@ def tower(tower_folder: Path) -> CountingTower:
 
 
 def draw(folder: Path, count: int, first: int = 0) -> list[Path]:
-    """This many pictures, each of another colour."""
+    """As many pictures as asked for, each in another colour."""
     colours = [(number % 256, number // 256, 255) for number in range(first, first + count)]
     return [draw_picture(folder / f"{colour[0]}-{colour[1]}.png", colour) for colour in colours]
 
