@@ -37,7 +37,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4},
     "qwen2": {},
     "qwen3": {},
-    "gemma2": {"sliding_window": 4, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 5},
+    # Later releases of transformers load it as eager, since sdpa leaves softcapping out; 5.20 does not.
+    "gemma2": {
+        "sliding_window": 4,
+        "attn_logit_softcapping": 1.5,
+        "query_pre_attn_scalar": 5,
+        "attn_implementation": "eager",
+    },
     "gemma3_text": {"sliding_window": 4, "sliding_window_pattern": 2, "query_pre_attn_scalar": 5},
     "olmo2": {},
     "smollm3": {"no_rope_layers": [1, 0, 1]},

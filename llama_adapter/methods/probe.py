@@ -35,6 +35,7 @@ def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
     """Freeze a decoder, switch it to the gated attention, and check that every layer can be adapted.
 
     Without prompts the decoder computes exactly what it did before, so other users of it are not affected.
+    Only a decoder with softcapping (Gemma 2) is changed from sdpa, which leaves softcapping out, to eager.
 
     Raises:
         UsageError: a family that can't be adapted, with the reason. The decoder is then unchanged.
@@ -49,6 +50,9 @@ def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
         if text_config.is_encoder_decoder:
             refuse(decoder, "it has an encoder; this method adapts decoders")
         with _restoring_on_failure(decoder):
+            if current == "sdpa" and getattr(text_config, "attn_logit_softcapping", None) is not None:
+                current = "eager"  # sdpa leaves softcapping out; transformers 5.20 does so in silence
+                switch_attention(decoder, current)
             decoder.eval()
             if computing_device(decoder).type == "meta":
                 _suppose_usual_forms(decoder)  # on the meta device there are no weights to compute with

@@ -301,3 +301,15 @@ def test_a_layer_that_looks_at_its_place_in_the_sequence_cannot_be_packed() -> N
     (row,) = random_rows(6)
     with pytest.raises(UsageError, match="rows cannot be packed for this decoder: its layers count"):
         model(row[None], segments=(Segment(0, 3), Segment(3, 6)))
+
+
+def test_softcapping_is_computed_even_if_the_decoder_was_loaded_for_sdpa() -> None:
+    """As transformers 5.20 loads Gemma 2, whose sdpa leaves softcapping out."""
+    tokens = torch.stack(random_rows(7))
+    decoder = build_tiny_decoder("gemma2", attn_implementation="eager")
+    with torch.no_grad():
+        expected = decoder(tokens).logits
+    decoder.config._attn_implementation_internal = "sdpa"
+    prepare_decoder(decoder)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(tokens).logits, expected)
