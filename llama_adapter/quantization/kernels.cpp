@@ -112,7 +112,7 @@ inline float to_float(uint16_t half) {
 
 }  // namespace
 
-// What Python hands over (see kernels.py, which has the same fields).
+// A matrix as Python passes it. kernels.py has the same fields.
 extern "C" struct Matrix {
     int64_t format;  // 0 float32, 1 int8, 2 int4, 3 to 10 those of GGUF (CODES of formats.py)
     int64_t rows, columns;
@@ -447,10 +447,10 @@ extern "C" void dequantize(const Matrix* m, int64_t first, int64_t last, float* 
 // --- products with many vectors ------------------------------------------------------------------------------
 //
 // A blocked matrix product (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008)
-// that reads quantised weights: a panel of them is turned into floats in the fastest cache, where all vectors
-// meet it. So no matrix of floats goes through memory, as it does for a library's product.
+// with quantised weights. It turns a small panel of them into floats and multiplies it by all vectors while it
+// is in the fastest cache. So the floats are never written to memory, as they are for a library's product.
 //
-// It needs registers for a tile of sums. Elsewhere `multiply_many` is left out, and callers use such a library.
+// It is compiled for AVX2 and AVX-512 only. For other processors callers use torch's product.
 
 #if defined(__AVX2__) && defined(__FMA__)
 

@@ -58,4 +58,5 @@ def precision_of(decoder: PreTrainedModel) -> str | None:
         return INT8
     kind = type(getattr(config, "quant_type", None)).__name__
     named = {"Int4WeightOnlyConfig": INT4, "Int8WeightOnlyConfig": INT8}
-    return named.get(kind) or str(settings.get("quant_method"))
+    method: Any = settings.get("quant_method")
+    return named.get(kind) or str(getattr(method, "value", method))

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers.utils.quantization_config import QuantizationMethod
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.methods import decoder as loading
@@ -104,6 +105,16 @@ def test_bitsandbytes_in_bfloat16_takes_the_real_base(base_folder: Path, name: s
     assert all(attention_form(layer).unpackable is None for layer in attention_layers(model.decoder))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torchaos_int8_takes_the_real_base(base_folder: Path, dtype: str) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    model = LlamaAdapter.from_base(str(base_folder), device="cpu", dtype=dtype, quantization_config=config)
+    assert precision_of(model.decoder) == "int8"
+    assert all(attention_form(layer).unpackable is None for layer in attention_layers(model.decoder))
+
+
 def test_a_gpu_gets_the_libraries_own_formats() -> None:
     assert library_config("int8", CUDA, torch.bfloat16).load_in_8bit
     nf4 = library_config("nf4", CUDA, torch.bfloat16)
@@ -123,7 +134,7 @@ def test_a_decoder_says_what_a_library_made_of_it(format: str, named: str) -> No
     pytest.importorskip("torchao" if format == "int4" else "bitsandbytes")
     decoder = build_tiny_decoder()
     assert precision_of(decoder) is None
-    config: Any = {"quant_method": "gptq", "bits": 4}
+    config: Any = {"quant_method": QuantizationMethod.GPTQ, "bits": 4}
     decoder.config.quantization_config = (
         config if format == "gptq" else library_config(format, CUDA, torch.float32)
     )
