@@ -97,7 +97,9 @@ def private_names() -> set[str]:
                 match node:
                     case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                         found.add(name)
-                    case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                    case ast.Name(id=name, ctx=ast.Store()):
+                        found.add(name)
+                    case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
                         found.add(name)
     return {name for name in found if name.startswith("_") and not name.startswith("__") and name != "_"}
 
