@@ -25,7 +25,7 @@ SHAPES = CHECKOUT / "examples" / "shapes" / "images"
 
 
 def test_there_are_adapters_to_look_at() -> None:
-    larger = {"qwen-0.5b-alpaca", "qwen-0.5b-vision"}
+    larger = {"qwen-0.5b-alpaca", "qwen-0.5b-scienceqa", "qwen-0.5b-vision"}
     smaller = {"smollm2-135m-alpaca", "smollm2-135m-scienceqa", "smollm2-135m-vision"}
     shipped = larger | smaller
     assert shipped == {folder.name for folder in ADAPTERS}
