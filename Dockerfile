@@ -21,6 +21,6 @@ RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
  && useradd --create-home page
 # The page reads what strangers send, so it does not run as root.
 USER page
-RUN llama-adapter fetch smollm2-135m-instruct
+RUN llama-adapter fetch
 EXPOSE 7860
 CMD ["llama-adapter", "demo", "--host", "0.0.0.0"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.llama_cpp import llama_cpp
 from benchmarks.measuring import alternate, ratio, show
 from llama_adapter.weights import locations
-from llama_adapter.weights.catalogue import DEFAULT_BASE
+from llama_adapter.weights.catalogue import SMALL_BASE
 
 if TYPE_CHECKING:  # slow to import
     from llama_adapter.model import LlamaAdapter
@@ -119,7 +119,7 @@ def load_in_floats(arguments: argparse.Namespace) -> LlamaAdapter:
     from llama_adapter.model import LlamaAdapter
 
     quieten_libraries()
-    base = DEFAULT_BASE if arguments.base is None else arguments.base
+    base = SMALL_BASE if arguments.base is None else arguments.base
     options: dict[str, Any] = {name: getattr(arguments, name) for name in ("weights", "device", "dtype")}
     if locations.gguf_in(locations.resolve(base, kind="base", weights=arguments.weights)) is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)

@@ -14,8 +14,9 @@ import random
 import sys
 from dataclasses import dataclass
 
-from llama_adapter.commands.arguments import DEFAULT_BASE, Parser, add_json_option, positive_int, report
+from llama_adapter.commands.arguments import Parser, add_json_option, positive_int, report
 from llama_adapter.common.errors import UsageError, run_command
+from llama_adapter.weights.catalogue import SMALL_BASE
 
 EPOCHS, ROWS = 5, 52_002  # the paper's training
 BATCH = 64
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="keep the whole base in each GPU, not sharded")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--data", help="count batches of these rows instead")
-    parser.add_argument("--base", default=DEFAULT_BASE, help=f"its tokenizer counts tokens ({DEFAULT_BASE})")
+    parser.add_argument("--base", default=SMALL_BASE, help=f"its tokenizer counts tokens ({SMALL_BASE})")
     add_json_option(parser)
     arguments = parser.parse_args()
     if arguments.data is not None:

@@ -84,6 +84,7 @@ from llama_adapter.commands.arguments import (
     report,
 )
 from llama_adapter.common.errors import UsageError, run_command
+from llama_adapter.weights.catalogue import SMALL_BASE
 
 if TYPE_CHECKING:  # slow to import
     from torch import Tensor
@@ -129,9 +130,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive_int, default=8, help="rows of a training step (8)")
     parser.add_argument("--data", help="rows to train on (default: made-up ones with Alpaca's lengths)")
     parser.add_argument("--threads", type=positive_int, help="threads of torch (default: its own choice)")
-    add_model_options(parser)
+    add_model_options(parser, base=SMALL_BASE)
     add_json_option(parser)
     arguments = parser.parse_args()
+    if arguments.base is None and arguments.adapter is None:
+        arguments.base = SMALL_BASE
     if arguments.new_tokens < 2:
         raise UsageError("new-tokens is 1; expected 2 or more, since the first is measured separately")
     untrained = argparse.Namespace(**{**vars(arguments), "adapter": arguments.adapter or "none"})

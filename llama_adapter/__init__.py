@@ -2,7 +2,7 @@
 
 from llama_adapter import LlamaAdapter
 
-model = LlamaAdapter.from_pretrained("smollm2-135m-alpaca")
+model = LlamaAdapter.from_pretrained()
 print(model.chat("Give three tips for staying healthy."))
 """
 

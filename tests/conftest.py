@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from llama_adapter.weights import locations
+from llama_adapter.weights.catalogue import DEFAULT_BASE
 from llama_adapter.weights.fetch import PROVENANCE
 
 # If a shell starts the tests in the background (`nohup make test &`), they ignore Ctrl-C, and so does every
@@ -57,6 +59,14 @@ def base_folder() -> Path:
     if not (folder / "model.safetensors").is_file():
         pytest.skip("no base model: run `llama-adapter fetch smollm2-135m-instruct`")
     return folder
+
+
+@pytest.fixture(scope="session")
+def default_base() -> str:
+    """The name of the default base, which `make test` does not download either."""
+    if DEFAULT_BASE not in locations.list_weights("base"):
+        pytest.skip("the default base is not here: run `llama-adapter fetch`")
+    return DEFAULT_BASE
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def command(installed: Path, cache: Path, tmp_path: Path) -> Command:
 def test_it_holds_one_package_with_what_is_shipped(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"llama_adapter"}
-    assert "llama_adapter/py.typed" in names
+    assert {"llama_adapter/py.typed", "llama_adapter/page/photos/cat.jpg"} <= set(names)
     shipped = {name.split("/")[2] for name in names if name.startswith("llama_adapter/shipped/")}
     carded = {card.parent.name for card in (CHECKOUT / "weights").glob("*/README.md")}
     assert shipped == carded and len(shipped) >= 4

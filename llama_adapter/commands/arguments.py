@@ -88,16 +88,18 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, answers: bool = False) -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, *, answers: bool = False, base: str = DEFAULT_BASE
+) -> None:
     """Add --base, --weights, --device, --dtype and --quantize.
 
     Args:
         answers: the command only answers, so int8 is the default where it is fast.
+        base: what the help names as the command's default base.
     """
     parser.add_argument(
         "--base",
-        help="name, folder, hub id or GGUF file of a decoder (default: the adapter's own, else "
-        f"{DEFAULT_BASE})",
+        help=f"name, folder, hub id or GGUF file of a decoder (default: the adapter's own, else {base})",
     )
     add_weights_option(parser)
     add_device_option(parser)

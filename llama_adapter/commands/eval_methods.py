@@ -15,7 +15,7 @@ from llama_adapter.commands.arguments import Parser, add_model_options, positive
 from llama_adapter.commands.field_options import add_fields
 from llama_adapter.commands.training_options import add_settings, training_settings
 from llama_adapter.common.errors import UsageError
-from llama_adapter.weights.catalogue import DEFAULT_BASE
+from llama_adapter.weights.catalogue import SMALL_BASE
 
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.methods") -> None:
@@ -59,7 +59,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.m
         help="give methods that have a size about N parameters in the layers (default: their usual sizes)",
     )
     parser.add_argument("--max-length", type=positive_int, default=512, help="longest row, in tokens (512)")
-    add_model_options(parser)
+    add_model_options(parser, base=SMALL_BASE)
     add_fields(parser, AdapterPlan, ("template", "tower", "cache"))
     training = parser.add_argument_group("training")
     add_settings(training, leave_out=("base_learning_rate", "learning_rate", "rates", "seed"))
@@ -82,7 +82,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.m
         validation_rows=arguments.validation_rows or min(200, max(16, arguments.rows // 5)),
         max_length=arguments.max_length,
         plan=AdapterPlan(
-            base=arguments.base or DEFAULT_BASE,
+            base=arguments.base or SMALL_BASE,
             template=template,
             tower=arguments.tower,
             cache=arguments.cache,

@@ -1,15 +1,18 @@
 """The page's examples, each with what a right answer to it is. A test asks every one of them.
 
-Change them together with the default base: they are to be answered rightly and steadily by what is shipped.
+What is shipped for the default base answers them rightly, whatever the seed: change them together with it.
+The photos are free of rights: see photos/README.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from llama_adapter.answering.questions import Check
+from llama_adapter.data.pictures import open_picture
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,18 @@ class ScienceExample:
     picture: Image.Image | None = None
 
 
-def _draw(shape: str, colour: str, *, ground: str = "#eef3f6") -> Image.Image:
-    """A shape in one colour, drawn large and scaled down, so that its edges are smooth."""
-    image = Image.new("RGB", (512, 512), ground)
-    canvas = ImageDraw.Draw(image)
-    if shape == "circle":
-        canvas.ellipse((120, 130, 380, 390), fill=colour)
-    else:
-        canvas.polygon([(250, 100), (90, 400), (420, 380)], fill=colour)
+def _draw_triangle(colour: str) -> Image.Image:
+    """A triangle, drawn large and scaled down, so that its edges are smooth."""
+    image = Image.new("RGB", (512, 512), "#eef3f6")
+    ImageDraw.Draw(image).polygon([(250, 100), (90, 400), (420, 380)], fill=colour)
     return image.resize((256, 256))
 
 
-_CIRCLE, _TRIANGLE = _draw("circle", "#e02020"), _draw("triangle", "#2040d0")
+def _photo(name: str) -> Image.Image:
+    return open_picture(Path(__file__).with_name("photos") / name)
+
+
+_TRIANGLE = _draw_triangle("#2040d0")
 
 TEXT_EXAMPLES = (
     Example("What is the capital of France?", Check(words=["paris"])),
@@ -63,11 +66,8 @@ TEXT_EXAMPLES = (
     Example("What is the opposite of hot?", Check(words=["cold"])),
 )
 PICTURE_EXAMPLES = (
-    Example(
-        "What color is the circle?",
-        Check(first=["red"], others=["blue", "white", "black", "green", "gray", "teal", "yellow", "orange"]),
-        _CIRCLE,
-    ),
+    Example("What animal is this?", Check(words=["cat", "kitten"]), _photo("cat.jpg")),
+    Example("What is on the plate?", Check(first=["cup", "mug", "coffee"]), _photo("coffee.jpg")),
     Example(
         "What shape is in the image?",
         Check(first=["triangle"], others=["square", "circle", "rectangle"]),
@@ -81,11 +81,9 @@ SCIENCE_EXAMPLES = (
         "the one outside",
         "Two cups of tea are equally hot. One stands in a warm kitchen, the other outside in the snow.",
     ),
+    ScienceExample("What is the capital of Ohio?", ("Columbus", "Denver", "Salem"), "Columbus"),
     ScienceExample(
-        "Which object is attracted by a magnet?",
-        ("wooden spoon", "iron nail", "rubber ball"),
-        "iron nail",
+        "Which part of a plant takes up water from the soil?", ("the roots", "the flowers"), "the roots"
     ),
-    ScienceExample("What is the capital of France?", ("Paris", "Berlin", "Rome"), "Paris"),
-    ScienceExample("Which shape is this?", ("triangle", "circle"), "triangle", picture=_TRIANGLE),
+    ScienceExample("What shape is shown?", ("triangle", "square", "circle"), "triangle", picture=_TRIANGLE),
 )

@@ -12,8 +12,10 @@ from typing import Literal
 
 from llama_adapter.common.files import write_json
 
-DEFAULT_BASE = "smollm2-135m-instruct"
+DEFAULT_BASE = "qwen2.5-coder-0.5b-instruct"
 """The base that a command uses when neither a base nor an adapter is named."""
+SMALL_BASE = "smollm2-135m-instruct"
+"""The default of comparisons and benchmarks, which do much work; also for small machines and quick trials."""
 DEFAULT_TOWER = "clip-mini"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.weights.catalogue import CATALOGUE
+from llama_adapter.weights.catalogue import CATALOGUE, DEFAULT_BASE
 from llama_adapter.weights.locations import Kind, list_weights
 
 LINE_WIDTH = 90  # of the description of an entry
@@ -48,6 +48,7 @@ def list_entries(weights: str | Path | None = None) -> list[Entry]:
             about = (folder and _card_line(folder)) or ""
             if not about and name in fetched:
                 about = f"{fetched[name].origin}, {fetched[name].licence}"
+                about += ", the default base" if name == DEFAULT_BASE else ""
             if not about and folder is not None:
                 about = _config_line(folder)
             entries.append(Entry(kind, name, folder, size, _plain(about)))

@@ -30,7 +30,7 @@ from llama_adapter.methods.checkpoint import CONFIG_FILE, load_adapter, save_ada
 from llama_adapter.methods.projection import Projection
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.quantization import stored
-from llama_adapter.weights.catalogue import CATALOGUE, DEFAULT_BASE
+from llama_adapter.weights.catalogue import CATALOGUE, DEFAULT_BASE, SHIPPED, SMALL_BASE
 from llama_adapter.weights.fetch import PROVENANCE
 from tests.conftest import CHECKOUT
 from tests.tiny import build_tiny_tokenizer
@@ -42,7 +42,7 @@ from tests.tiny_models import (
     sight_of,
 )
 
-BASE, ADAPTER, BETTER = "smollm2-135m-instruct", "smollm2-135m-alpaca", "smollm2-135m-vision"
+BASE, ADAPTER, BETTER = DEFAULT_BASE, SHIPPED[DEFAULT_BASE].text, SHIPPED[DEFAULT_BASE].vision
 SEEING = "seeing"  # an adapter's name that is none of the shipped ones
 GREEDY = ("--temperature", "0", "--max-new-tokens", "12")
 NOTE = "the bare base answers"
@@ -198,7 +198,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["fetch", BASE, "--else"], "--else"),
     (["info"], "`llama-adapter list` shows what there is"),
     (["info", "nothing"], "no adapter 'nothing'"),
-    (["info", "qwen2.5-coder-0.5b-instruct"], "run `llama-adapter fetch qwen2.5-coder-0.5b-instruct`"),
+    (["info", SMALL_BASE], f"run `llama-adapter fetch {SMALL_BASE}`"),
     (["ask", "hi", "--adapter", BASE], f"{BASE!r} is the name of a base; expected an adapter: "),
     (["convert", "x"], "TO"),
 ]
@@ -366,13 +366,13 @@ def no_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_source")
 def test_fetch_goes_on_with_another_where_one_cannot_be_had(weights: Path) -> None:
-    code, out, err = invoke("fetch", "qwen2.5-coder-0.5b-instruct", "--else", BASE)
+    code, out, err = invoke("fetch", SMALL_BASE, "--else", BASE)
     assert (code, out) == (0, f"{weights / BASE}\n")
     last = err.splitlines()[-1]
-    assert last.startswith("can't fetch qwen2.5-coder-0.5b-instruct: ")
+    assert last.startswith(f"can't fetch {SMALL_BASE}: ")
     assert last.endswith(f"; going on with {BASE}")
-    code, out, err = invoke("fetch", "qwen2.5-coder-0.5b-instruct")
-    assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: can't fetch qwen2.5-coder")
+    code, out, err = invoke("fetch", SMALL_BASE)
+    assert (code, out) == (2, "") and err.splitlines()[-1].startswith(f"error: can't fetch {SMALL_BASE}")
     assert "'nothing'" in refusal("fetch", "nothing", "--else", BASE)
     assert not list(weights.glob(".*"))
 
@@ -387,16 +387,23 @@ def test_fetch_without_a_name_takes_the_default_base(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 @pytest.mark.usefixtures("no_source")
-@pytest.mark.parametrize("words", [[], [f"BASE={BASE}"]])
+@pytest.mark.parametrize(
+    ("there", "words"), [(DEFAULT_BASE, []), (SMALL_BASE, []), (SMALL_BASE, [f"BASE={SMALL_BASE}"])]
+)
 def test_make_demo_answers_with_the_base_that_is_there(
-    weights: Path, tmp_path: Path, words: list[str]
+    there: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LLAMA_ADAPTER_WEIGHTS", str(tmp_path / "weights"))
+    (tmp_path / "weights" / there).mkdir(parents=True)
+    (tmp_path / "weights" / there / PROVENANCE).write_text('{"file_bytes": {}}')  # as if `fetch` had made it
     for name, does in (("llama-adapter", f'{sys.executable} -m llama_adapter "$@"'), ("python", 'echo "$@"')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
     command = ["make", "demo", *words, f"BIN={tmp_path}", "--old-file", ".venv/installed", "--silent"]
     result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, f"-m demo --base {weights / BASE}\n")
+    assert (result.returncode, result.stdout) == (0, f"-m demo --base {tmp_path / 'weights' / there}\n")
+    went_on = f"going on with {SMALL_BASE}" in result.stderr
+    assert went_on == (there == SMALL_BASE and not words)
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -684,9 +683,9 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(
 
 
 @pytest.mark.slow
-def test_picture_for_the_readme(browser: Browser, base_folder: Path) -> None:
+def test_picture_for_the_readme(browser: Browser, default_base: str) -> None:
     """Leaves the page as it opens, with the shipped adapters, in docs/page.png."""
-    model = LlamaAdapter.from_pretrained(base=base_folder.name)
+    model = LlamaAdapter.from_pretrained(base=default_base, quantize="auto")
     with (
         _served(model, load_experts(model)) as address,
         _opened(browser, address, viewport={"width": 1280, "height": 800}) as page,

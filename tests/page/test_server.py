@@ -177,7 +177,7 @@ DOCS_ADDRESS = "http://127.0.0.1:7860"
 
 def test_the_docs_python_asks_the_page(address: str, picture: Path) -> None:
     (code,) = re.findall(r"^```py\n(.*?)^```", DOCS, flags=re.MULTILINE | re.DOTALL)
-    there = {DOCS_ADDRESS: address, "photo.jpg": str(picture), "smollm2-135m-vision": "eyes"}
+    there = {DOCS_ADDRESS: address, "photo.jpg": str(picture), "qwen-0.5b-vision": "eyes"}
     for ours, here in there.items():
         assert ours in code
         code = code.replace(ours, here)

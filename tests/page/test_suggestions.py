@@ -17,8 +17,6 @@ from llama_adapter.page.suggestions import (
 )
 from llama_adapter.page.uploads import data_url
 from llama_adapter.surface.named_adapters import AUTO
-from llama_adapter.weights import locations
-from llama_adapter.weights.catalogue import DEFAULT_BASE
 
 # A test that takes more than one answer of a real base takes minutes.
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
@@ -26,11 +24,9 @@ CHAT_EXAMPLES = (*TEXT_EXAMPLES, *PICTURE_EXAMPLES)
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaAdapter:
+def model(default_base: str) -> LlamaAdapter:
     """The page's model: the default base with every adapter that fits it."""
-    if DEFAULT_BASE not in locations.list_weights("base"):
-        pytest.skip(f"no base model: run `llama-adapter fetch {DEFAULT_BASE}`")
-    model = LlamaAdapter.from_pretrained()
+    model = LlamaAdapter.from_pretrained(base=default_base, quantize="auto")  # as `demo` does
     load_experts(model)
     return model
 

@@ -97,15 +97,15 @@ def test_the_name_is_reserved_and_comes_back_after_a_block(model: LlamaAdapter) 
 
 
 def test_a_name_may_have_dots(model: LlamaAdapter, tmp_path: Path) -> None:
-    adapter = model.new_adapter("qwen-0.5b-alpaca", seed=5)
-    assert model.active_adapter == "qwen-0.5b-alpaca" and "qwen-0.5b-alpaca" in list(model.adapters)
+    adapter = model.new_adapter("mine-0.5b", seed=5)
+    assert model.active_adapter == "mine-0.5b" and "mine-0.5b" in list(model.adapters)
     with pytest.raises(UsageError, match="is taken"):
-        model.new_adapter("qwen-0_5b-alpaca")
+        model.new_adapter("mine-0_5b")
     state = model.state_dict()
-    assert any(key.startswith("adapters.qwen-0_5b-alpaca.") for key in state)
+    assert any(key.startswith("adapters.mine-0_5b.") for key in state)
     model.save_pretrained(tmp_path / "a.b", state_dict=state)
-    model.delete_adapter("qwen-0.5b-alpaca")
-    assert "qwen-0.5b-alpaca" not in model.adapters
+    model.delete_adapter("mine-0.5b")
+    assert "mine-0.5b" not in model.adapters
     name = model.load_adapter(tmp_path / "a.b")
     assert name == "a.b" and dict(model.adapters.items())["a.b"] is model.get_adapter("a.b")
     for own, other in zip(adapter.parameters(), model.get_adapter("a.b").parameters(), strict=True):
