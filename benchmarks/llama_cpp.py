@@ -109,18 +109,15 @@ def write_gguf(
     path: Path,
     family: str,
     *,
-    left_over: str | None = None,
     made_up_vocabulary: bool = False,
 ) -> None:
     """Write a decoder as a GGUF file without its tokenizer.
 
     Args:
         tensors: names in transformers, numpy arrays, and the kind of their blocks (None: float32).
-        left_over: the name of one more tensor, which no decoder has.
         made_up_vocabulary: add tokens that mean nothing, since llama.cpp does not run without any.
     """
     import gguf
-    import numpy as np
 
     writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(config.max_position_embeddings)
@@ -145,8 +142,6 @@ def write_gguf(
         called = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert called is not None, name
         writer.add_tensor(called, array, raw_dtype=None if kind is None else gguf.GGMLQuantizationType[kind])
-    if left_over is not None:
-        writer.add_tensor(left_over, np.ones(4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -67,7 +67,7 @@ def build_tiny_gguf(
 
     Args:
         kinds: the kinds of blocks.
-        left_over: the name of one more tensor, which no decoder has.
+        left_over: one more tensor, which no decoder has, by the name that gguf's table of names has for it.
     """
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "head_dim": WIDTH // 4, "num_hidden_layers": 2}
     decoder = build_tiny_decoder(family, **{**sizes, **settings})
@@ -95,7 +95,7 @@ def write_gguf(
     Args:
         encode: called with each matrix and its name in transformers. It gives what the file has in its place,
             and the kind of its blocks (None: float32).
-        left_over: the name of one more tensor.
+        left_over: as for `build_tiny_gguf`.
     """
     config: Any = decoder.config
 
@@ -105,5 +105,7 @@ def write_gguf(
                 continue
             array = value.float().numpy()
             yield name, *(encode(name, array) if array.ndim == 2 else (array, None))
+        if left_over is not None:
+            yield left_over, np.ones(4, np.float32), None
 
-    llama_cpp.write_gguf(config, tensors(), path, family, left_over=left_over)
+    llama_cpp.write_gguf(config, tensors(), path, family)

@@ -38,6 +38,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import replace_folder, sha256_file, write_json
 from llama_adapter.common.progress import RowProgress
 from llama_adapter.data.drawings import drawing_rows
+from llama_adapter.methods.checkpoint import CONFIG_FILE
 from llama_adapter.vision.features import FeatureCache
 from llama_adapter.vision.tower import VisionTower, load_tower
 from llama_adapter.weights.catalogue import CATALOGUE, DEFAULT_TOWER, SHIPPED, Packages
@@ -257,7 +258,7 @@ def run(pieces: Path, output: Path, minutes: float) -> None:
         print(f"{stage.name}: at most {allowed / 60:.1f} minutes", flush=True)
         finished = _run_until(command, allowed)
         place = output / "runs" / stage.name
-        if not (place / "llama_adapter_config.json").is_file():
+        if not (place / CONFIG_FILE).is_file():
             raise UsageError(f"{stage.name}: the time was too short for a first adapter; call again")
         convert = [sys.executable, "-m", "llama_adapter", "convert", place, output / stage.name]
         shutil.rmtree(output / stage.name, ignore_errors=True)

@@ -145,6 +145,6 @@ def test_a_file_that_leaves_a_hole_is_refused(file: Path) -> None:
 
 
 def test_a_tensor_without_a_place_is_named(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    build_tiny_gguf(file, left_over="rope_freqs.weight")
+    build_tiny_gguf(file, left_over="rope.freqs.weight")
     load_decoder(str(file), device=CPU, dtype=torch.float32)
     assert "tiny.gguf: not used: rope_freqs.weight" in capsys.readouterr().err
