@@ -6,6 +6,7 @@ Shapes: R prompt sets, T tokens, H heads, G key-value heads, K prompts, d head w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -13,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # The number of query-key pairs that a head computes in the time of one more call with its backward pass. The
 # first was measured on a CPU (docs/engine.md). It is also used with softcap, which keeps all scores, and on
@@ -52,6 +54,17 @@ def mask_of_segments(device: torch.device) -> Tensor:
     transformers accepts a mask of four dimensions unchanged, so it does not build one.
     """
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def kernels_of_any_length(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which sdpa does not use cuDNN on CUDA.
+
+    On recent GPUs torch prefers cuDNN, which builds a plan for each new shape. That is slow, and the rows of
+    a pack have new lengths in every step. What this gains was not measured here.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def attend(
@@ -115,17 +128,18 @@ def attend_packed(
     keys, values = (
         states.split([segment.stop - segment.start for segment in segments], dim=2) for states in (key, value)
     )
-    outputs = [
-        attend(
-            part,
-            torch.cat([*front[0], *(keys[index] for index in call.seen)], dim=2),
-            torch.cat([*front[1], *(values[index] for index in call.seen)], dim=2),
-            scaling=scaling,
-            mask=call.mask,
-            softcap=softcap,
-        )
-        for part, call in zip(queries, calls, strict=True)
-    ]
+    with kernels_of_any_length(query.device):
+        outputs = [
+            attend(
+                part,
+                torch.cat([*front[0], *(keys[index] for index in call.seen)], dim=2),
+                torch.cat([*front[1], *(values[index] for index in call.seen)], dim=2),
+                scaling=scaling,
+                mask=call.mask,
+                softcap=softcap,
+            )
+            for part, call in zip(queries, calls, strict=True)
+        ]
     return torch.cat(outputs, dim=2)
 
 
@@ -139,6 +153,8 @@ def attend_own_prompts(
     softcap: float | None,
 ) -> Tensor:
     """What each part of a packed sequence reads from its own prompts: (1, H, T, d) from (R, H, K, d)."""
+    if query.device.type == "cuda":  # there a call costs more than the work that padding adds
+        return attend_own_prompts_padded(query, keys, values, segments, scaling=scaling, softcap=softcap)
     runs = [(row, list(run)) for row, run in groupby(segments, key=lambda segment: segment.prompts)]
     queries = query.split([run[-1].stop - run[0].start for _, run in runs], dim=2)
     parts = [
@@ -146,6 +162,40 @@ def attend_own_prompts(
         for part, (row, _) in zip(queries, runs, strict=True)
     ]
     return torch.cat(parts, dim=2)
+
+
+def attend_own_prompts_padded(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: tuple[Segment, ...],
+    *,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """The same as `attend_own_prompts` in one call, with the queries of each prompt set padded."""
+    tokens, places = _padding_of(segments, len(keys), query.device)
+    heads, width = query.shape[1], query.shape[3]
+    padded = query[0].index_select(1, tokens).view(heads, len(keys), -1, width).transpose(0, 1)
+    with kernels_of_any_length(query.device):
+        read = attend(padded, keys, values, scaling=scaling, softcap=softcap)
+    return read.transpose(0, 1).reshape(heads, -1, width).index_select(1, places)[None]
+
+
+@lru_cache(maxsize=4)  # shared by all layers of a pack
+def _padding_of(segments: tuple[Segment, ...], sets: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For queries padded to the most tokens of a prompt set, P, which token each one is, (R * P,), and where
+    each token's query then is, (T,)."""
+    rows: list[list[int]] = [[] for _ in range(sets)]
+    for segment in segments:
+        rows[segment.prompts] += range(segment.start, segment.stop)
+    most = max(map(len, rows))
+    with torch.inference_mode(False):  # or a training could not use what an evaluation has made
+        places = torch.empty(segments[-1].stop, dtype=torch.long)
+        for number, row in enumerate(rows):
+            places[row] = number * most + torch.arange(len(row))
+        tokens = torch.tensor([token for row in rows for token in row + [0] * (most - len(row))])
+        return tokens.to(device), places.to(device)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,14 @@ from llama_adapter.methods.attention import (
     project_prompts,
     register,
 )
-from llama_adapter.methods.packed_attention import Segment, attend, attend_packed, segment_positions
+from llama_adapter.methods.packed_attention import (
+    Segment,
+    attend,
+    attend_own_prompts,
+    attend_own_prompts_padded,
+    attend_packed,
+    segment_positions,
+)
 from llama_adapter.methods.prepared import attention_layers
 from llama_adapter.methods.prompts import Prompts
 from llama_adapter.model import LlamaAdapter
@@ -308,3 +315,52 @@ def test_each_packed_row_reads_its_own_prompts(model: LlamaAdapter, softcap: flo
         same = attention(FixedPrompts(keys[row : row + 1], values[row : row + 1]))
         torch.testing.assert_close(own[:, places], same[:, places])
         assert not torch.allclose(own[:, places], attention(None)[:, places])
+
+
+# Rows of several lengths, two of them behind the opening of the first; which prompt set each segment reads.
+OPENED = (
+    Segment(0, 6),
+    Segment(6, 7, context=(0, 6)),
+    Segment(7, 12, context=(0, 6)),
+    Segment(12, 14),
+    Segment(14, 23),
+    Segment(23, 24, context=(14, 23)),
+)
+SETS = [
+    (0, 0, 0, 1, 2, 2),  # as in a pack: an opening and its rows read the same
+    (2, 2, 2, 0, 1, 1),
+    (0, 1, 0, 1, 0, 1),  # no set's tokens lie together
+    (3, 3, 3, 3, 0, 0),  # sets that nothing reads
+    (1, 1, 1, 1, 1, 1),
+]
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("scaling", [None, 0.5])
+@pytest.mark.parametrize("sets", SETS)
+def test_own_prompts_are_read_alike_in_one_padded_call(
+    sets: tuple[int, ...], scaling: float | None, softcap: float | None
+) -> None:
+    segments = tuple(replace(segment, prompts=row) for segment, row in zip(OPENED, sets, strict=True))
+    shapes = ((1, 4, 24, 8), (4, 4, 5, 8), (4, 4, 5, 8), (1, 4, 24, 8))
+    *states, weights = (tensor.double() for tensor in random_tensors(*shapes))
+    results = []
+    for function in (attend_own_prompts, attend_own_prompts_padded):
+        query, keys, values = (tensor.clone().requires_grad_() for tensor in states)
+        output = function(query, keys, values, segments, scaling=scaling, softcap=softcap)
+        (output * weights).sum().backward()
+        results.append((output.detach(), query.grad, keys.grad, values.grad))
+    for one, other in zip(*results, strict=True):
+        assert one is not None and one.abs().max() > 0.01
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
+
+
+def test_a_training_can_follow_an_evaluation_of_the_same_rows() -> None:
+    segments = (Segment(0, 2), Segment(2, 7, prompts=1))  # of no other test: what is computed of them is kept
+    query, keys, values = random_tensors((1, 2, 7, 8), (2, 2, 3, 8), (2, 2, 3, 8))
+    with torch.inference_mode():
+        before = attend_own_prompts_padded(query, keys, values, segments, scaling=None, softcap=None)
+    query.requires_grad_()
+    after = attend_own_prompts_padded(query, keys, values, segments, scaling=None, softcap=None)
+    after.sum().backward()
+    assert torch.equal(before, after) and query.grad is not None
