@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.progress import clock
@@ -155,18 +157,20 @@ def train_clip(
         folder.line.say(f"going on from step {step}")
     first, started = step, time.monotonic()
     with folder.metrics(step), stop_request() as stop, Crops(clip, pairs, settings, output) as crops:
-        while step < total:
-            batch = draw_batch(pairs, step, settings)
-            pixels = crops.of_step([number for number, _ in batch], step).to(device)
-            texts = tokenizer([text for _, text in batch]).to(device)
+        for cut, said in _loader(_Steps(pairs, settings, crops), range(step, total), device):
+            pixels = cut.to(device, memory_format=torch.channels_last)
+            texts = tokenizer(said).to(device)
             rate = warmup_cosine(step, total, settings.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             clip.train()
             for module in frozen:
                 module.eval()  # so that the statistics of batch norms stay too
-            image_features = F.normalize(crops.encode(pixels), dim=-1)
-            text_features = clip.encode_text(texts, normalize=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                image_features = crops.encode(pixels)
+                text_features = clip.encode_text(texts)
+            image_features = F.normalize(image_features.float(), dim=-1)
+            text_features = F.normalize(text_features.float(), dim=-1)
             loss = loss_of(image_features, text_features, clip.logit_scale.exp())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -194,6 +198,26 @@ def train_clip(
                     f"stopped after step {step} of {total}; the same command with --resume goes on from there"
                 )
                 raise KeyboardInterrupt
+
+
+class _Steps(Dataset[tuple[Tensor, list[str]]]):
+    """The input of each step: the crops, and the texts that they are matched with."""
+
+    def __init__(self, pairs: Sequence[Pair], settings: ClipSettings, crops: Crops) -> None:
+        self.pairs, self.settings, self.crops = pairs, settings, crops
+
+    def __getitem__(self, step: int) -> tuple[Tensor, list[str]]:
+        batch = draw_batch(self.pairs, step, self.settings)
+        return self.crops.of_step([number for number, _ in batch], step), [text for _, text in batch]
+
+
+def _loader(
+    steps: _Steps, wanted: Sequence[int], device: torch.device
+) -> DataLoader[tuple[Tensor, list[str]]]:
+    """Makes the steps' input. On a GPU all cores make it ahead; on a CPU they have enough to do."""
+    ahead = device.type == "cuda" and not steps.settings.frozen_blocks
+    workers = (os.cpu_count() or 1) if ahead else 0
+    return DataLoader(steps, batch_size=None, sampler=wanted, num_workers=workers, pin_memory=ahead)
 
 
 def _freeze(clip: open_clip.CLIP, blocks: int) -> list[torch.nn.Module]:

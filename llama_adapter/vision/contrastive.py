@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,13 +203,14 @@ def encode_images(clip: open_clip.CLIP, pictures: Sequence[PictureFile]) -> Tens
     preprocess = image_transform_v2(
         PreprocessCfg(**clip.llama_adapter_config["preprocess_cfg"]), is_train=False
     )
-    batches = (pictures[start : start + 8] for start in range(0, len(pictures), 8))
-    encoded = [
-        clip.encode_image(
-            torch.stack([preprocess(open_picture(p)) for p in batch]).to(device), normalize=True
-        )
-        for batch in batches
-    ]
+    size = 64 if device.type == "cuda" else 8  # more at once is no faster on a CPU
+    encoded = []
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(pictures), size):
+            opened = pool.map(
+                lambda picture: preprocess(open_picture(picture)), pictures[start : start + size]
+            )
+            encoded.append(clip.encode_image(torch.stack(list(opened)).to(device), normalize=True))
     return torch.cat(encoded).cpu()
 
 

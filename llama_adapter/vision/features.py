@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from llama_adapter.weights.locations import cache_folder
 FEATURES_FILE = "features.f32"
 INDEX_FILE = "index.txt"
 _ENCODED_AT_ONCE = 8  # pictures; more at once is no faster on a CPU
+_ENCODED_AT_ONCE_CUDA = 128
 
 
 def default_cache_folder() -> Path:
@@ -91,20 +93,27 @@ class FeatureCache:
                 missing[name] = picture
         done = len(pictures) - len(missing)
         waiting = list(missing.items())
-        for start in range(0, len(waiting), _ENCODED_AT_ONCE):
-            progress(done + start)
-            some = waiting[start : start + _ENCODED_AT_ONCE]
-            pixels = self.tower.prepare(open_picture(picture) for _, picture in some)
-            for name, picture in some:
-                if _name(picture) != name:  # or its features would be stored under its old content
-                    raise UsageError(f"{picture!s}: changed while pictures were encoded; start again")
-            self._append([name for name, _ in some], self.tower.encode(pixels).cpu())
+        cuda = self.tower.device.type == "cuda"
+        size = _ENCODED_AT_ONCE_CUDA if cuda else _ENCODED_AT_ONCE
+        with ThreadPoolExecutor() as pool:  # reading and decoding leave Python's lock to others
+            for start in range(0, len(waiting), size):
+                progress(done + start)
+                some = waiting[start : start + size]
+                pixels = torch.cat(list(pool.map(self._pixels, some)))
+                self._append([name for name, _ in some], self.tower.encode(pixels).cpu())
         progress(len(pictures))
         if not pictures:
             return torch.zeros(0, self.tower.feature_width)
         shape = (len(self._rows), self.tower.feature_width)
         table = np.memmap(self.folder / FEATURES_FILE, dtype=np.float32, mode="r", shape=shape)
         return torch.from_numpy(table[[self._rows[name] for name in names]])
+
+    def _pixels(self, entry: tuple[str, Path | bytes]) -> Tensor:
+        name, picture = entry
+        pixels = self.tower.prepare([open_picture(picture)])
+        if _name(picture) != name:  # or its features would be stored under its old content
+            raise UsageError(f"{picture!s}: changed while pictures were encoded; start again")
+        return pixels
 
     def store(self, pictures: Sequence[Path | bytes], features: Tensor) -> None:
         """Keep features that were computed elsewhere: (N, F), in the order of the pictures."""

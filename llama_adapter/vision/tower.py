@@ -82,8 +82,11 @@ class VisionTower(nn.Module):
             raise UsageError(f"tower {name!r}: open_clip can't read depths of a {type(visual).__name__}")
         preprocess = PreprocessCfg(**visual.preprocess_cfg)
         self.transform = image_transform_v2(preprocess, is_train=False)
-        self.register_buffer("_mean", torch.tensor(preprocess.mean)[:, None, None], persistent=False)
-        self.register_buffer("_std", torch.tensor(preprocess.std)[:, None, None], persistent=False)
+        mean, std = (
+            torch.tensor(of, device=self.device)[:, None, None] for of in (preprocess.mean, preprocess.std)
+        )
+        self.register_buffer("_mean", mean, persistent=False)
+        self.register_buffer("_std", std, persistent=False)
         widths = [2 * COLOUR_BINS**3, *(vector.shape[1] for vector in self._vectors(self._probe(), None))]
         deepest = len(widths) - 1
         self.depths = _evenly_spaced(deepest) if depths is None else tuple(depths)
@@ -107,13 +110,14 @@ class VisionTower(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, S, S) -> features (N, F), float32, on the tower's device."""
-        pixels = pixels.to(self._device())
+        pixels = pixels.to(self.device)
         vectors = [colour_histograms(pixels * self._std + self._mean)] if 0 in self.depths else []
         if inner := [depth for depth in self.depths if depth > 0]:
             vectors += self._vectors(pixels, inner)
         return torch.cat([F.normalize(v, dim=1) * v.shape[1] ** 0.5 for v in vectors], dim=1)
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
         return next(self.visual.parameters()).device
 
     @torch.no_grad()
@@ -130,7 +134,7 @@ class VisionTower(nn.Module):
         return [places.mean((2, 3)) for places in found["image_intermediates"]]
 
     def _probe(self) -> Tensor:
-        return self.prepare([Image.new("RGB", (8, 8))]).to(self._device())
+        return self.prepare([Image.new("RGB", (8, 8))]).to(self.device)
 
 
 def colour_histograms(pixels: Tensor) -> Tensor:
