@@ -44,6 +44,10 @@ class TrainingSettings:
     max_steps: int | None = field(
         default=None, metadata={"help": "end the run, and its schedule, after so many steps"}
     )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={"help": "end the run, and its schedule, after so many minutes, if its steps last longer"},
+    )
     validate_every: int | None = field(
         default=None,
         metadata={
@@ -81,7 +85,7 @@ class TrainingSettings:
             raise UsageError(f"--weight-decay is {self.weight_decay}; expected a number, 0 or more")
         if self.mean_over not in MEANS:
             raise UsageError(f"--mean-over is {self.mean_over!r}; expected {' or '.join(MEANS)}")
-        numbers = ("base_learning_rate", "learning_rate", "max_grad_norm")
+        numbers = ("base_learning_rate", "learning_rate", "max_grad_norm", "max_minutes")
         named = {name.replace("_", "-"): getattr(self, name) for name in numbers}
         named |= {f"rate {group}": rate for group, rate in self.rates.items()}
         for name, value in named.items():
@@ -100,6 +104,6 @@ class TrainingSettings:
         steps = math.ceil(rows / self.batch_size) * self.epochs
         return min(steps, self.max_steps or steps)
 
-    def schedule(self, step: int, total: int) -> float:
+    def schedule(self, step: float, total: int) -> float:
         """A share of the peak rates: a linear warm-up, then half a cosine to zero. ``step`` counts from 0."""
         return warmup_cosine(step, total, total * self.warmup_epochs / self.epochs)

@@ -172,19 +172,21 @@ class Trainer:
         total = settings.total_steps(rows)
         per_epoch = math.ceil(rows / settings.batch_size)
         validate_every = settings.validate_every or min(per_epoch, math.ceil(total / 10))
-        pace = _Pace(progress, total)
+        pace = _Pace(progress, total, settings.max_minutes)
         bad = 0
+        # All processes take the main one's clock.
+        place = processes.from_main(pace.place)
         with stop_request() as stop:
-            for batch in self._batches(progress.step, total):
+            for batch in () if place >= total else self._batches(progress.step, total):
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * settings.schedule(progress.step, total)
+                    group["lr"] = group["peak"] * settings.schedule(place, total)
                 rate = optimizer.param_groups[0]["lr"]
                 loss, norm = self._gradient(adapter, batch)
                 fine = math.isfinite(loss) and math.isfinite(norm)
                 if fine:
                     optimizer.step()
                     for part in adapter.parts:
-                        part.after_step(progress.step + 1, total)
+                        part.after_step(max(progress.step + 1, round(place)), total)
                 optimizer.zero_grad(set_to_none=True)
                 bad = 0 if fine else bad + 1
                 progress.skipped_steps += not fine
@@ -203,7 +205,8 @@ class Trainer:
                     f"step {progress.step}/{total}  loss {loss:.3f}  lr {rate:.2e}  {pace}"
                     + (f"  {progress.skipped_steps} steps skipped" if progress.skipped_steps else "")
                 )
-                last = progress.step == total
+                place = processes.from_main(pace.place)
+                last = place >= total
                 stopping = processes.any(stop.is_set())
                 if bad < MAX_BAD_STEPS and (last or progress.step % validate_every == 0):
                     self._validate(adapter, progress, folder)
@@ -222,6 +225,8 @@ class Trainer:
                         "the same command with --resume goes on from there"
                     )
                     raise KeyboardInterrupt
+                if last:
+                    break
 
     def _batches(self, first: int, last: int) -> Iterator[list[Example]]:
         """The batches of steps first..last. The order of an epoch depends only on the seed and its number."""
@@ -357,21 +362,29 @@ def _restore(state: Mapping[str, Any], adapter: Adapter, optimizer: torch.optim.
 
 
 class _Pace:
-    """Seconds of the run (with earlier sessions), its speed, and the time left."""
+    """Seconds of the run (with earlier sessions), its speed, how far it is, and the time left."""
 
-    def __init__(self, progress: _Progress, total: int) -> None:
+    def __init__(self, progress: _Progress, total: int, max_minutes: float | None) -> None:
         self._progress, self._total = progress, total
+        self._limit = math.inf if max_minutes is None else 60 * max_minutes
         self._first = dataclasses.replace(progress)
         self._started = time.monotonic()
 
     def seconds(self) -> float:
         return self._first.seconds + time.monotonic() - self._started
 
+    def place(self) -> float:
+        """Where the run is in its schedule, in steps: by its steps or by its time, whichever is further."""
+        return max(self._progress.step, self._total * min(1.0, self.seconds() / self._limit))
+
     def __str__(self) -> str:
         spent = time.monotonic() - self._started
         steps = self._progress.step - self._first.step
         speed = (self._progress.tokens - self._first.tokens) / spent
-        return f"{speed:,.0f} tokens/s  {clock(spent / steps * (self._total - self._progress.step))} left"
+        left = min(
+            spent / steps * (self._total - self._progress.step), max(0.0, self._limit - self.seconds())
+        )
+        return f"{speed:,.0f} tokens/s  {clock(left)} left"
 
 
 @contextmanager

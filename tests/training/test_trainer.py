@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from llama_adapter.training import trainer as training
 from llama_adapter.training.settings import TrainingSettings
 from llama_adapter.training.trainer import Trainer
 from tests.finished_runs import load_last_checkpoint, losses, trained_weights
+from tests.refusals import refusal
 from tests.tiny_models import VISION, build_tiny_model
 
 SETTINGS = TrainingSettings(
@@ -109,11 +111,14 @@ def test_steps_are_counted_in_whole_epochs_unless_cut() -> None:
         {"seed": -1},
         {"seed": 2**60},
         {"max_tokens": 0},
+        {"max_minutes": 0},
+        {"max_minutes": -1.5},
+        {"max_minutes": float("nan")},
+        {"max_minutes": float("inf")},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")):
-        TrainingSettings(**wrong)
+    assert f"--{next(iter(wrong)).replace('_', '-')} is" in refusal(lambda: TrainingSettings(**wrong))
 
 
 def test_it_learns_and_changes_nothing_but_the_adapter(tmp_path: Path) -> None:
@@ -285,6 +290,106 @@ def test_three_bad_steps_in_a_row_end_the_run_and_name_the_rows(
     with pytest.raises(UsageError, match=r"3 steps in a row, last in the rows \d+, \d+; "):
         run.run()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained_weights(tmp_path).items())
+
+
+# --- a run that ends by its time ----------------------------------------------------------------------------
+
+LONG = {"epochs": 30, "warmup_epochs": 3.0, "validate_every": 1000, "checkpoint_every": 1000}  # 120 steps
+
+
+def seconds_each(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let each training step last so long, and everything else no time."""
+    now = 1000.0
+
+    def act(step: int) -> float:
+        nonlocal now
+        now += seconds
+        return 1.0
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now))
+    scale_losses(monkeypatch, act)
+
+
+def rates(output: Path) -> list[float]:
+    """The learning rate of each step."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["learning_rate"] for line in lines if "learning_rate" in line]
+
+
+def test_a_run_whose_time_ends_has_had_its_whole_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds_each(monkeypatch, 1.5)
+    run = trainer(tmp_path, **LONG, max_minutes=1)
+    best = run.run()
+    given = rates(tmp_path)
+    assert len(given) == 40 < run.settings.total_steps(8)
+    peak = run.settings.peak_learning_rate
+    assert given == pytest.approx([peak * run.settings.schedule(3 * step, 120) for step in range(40)])
+    assert max(given) > 0.9 * peak and given[-1] < 0.003 * peak
+    assert load_last_checkpoint(tmp_path)["progress"]["step"] == 40
+    kept = load_adapter(tmp_path).config.training
+    assert kept["step"] == 40 and kept["validation_loss"] == round(best, 4)
+
+
+def test_a_run_with_time_to_spare_ends_by_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        seconds_each(patch, 3600.0)
+        trainer(tmp_path / "without").run()
+    with monkeypatch.context() as patch:
+        seconds_each(patch, 4.9)
+        trainer(tmp_path / "enough", max_minutes=1).run()
+    assert rates(tmp_path / "enough") == rates(tmp_path / "without")
+    assert rates(tmp_path / "without") == [0.05 * SETTINGS.schedule(step, 12) for step in range(12)]
+    assert losses(tmp_path / "enough") == losses(tmp_path / "without")
+    without, enough = trained_weights(tmp_path / "without"), trained_weights(tmp_path / "enough")
+    assert all(torch.equal(without[name], enough[name]) for name in without)
+
+
+def test_a_single_step_longer_than_the_time_leaves_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds_each(monkeypatch, 100.0)
+    trainer(tmp_path, **LONG, max_minutes=1).run()
+    assert len(losses(tmp_path)) == 1
+    assert load_adapter(tmp_path).config.training["step"] == 1
+
+
+def test_a_resumed_run_counts_the_time_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {**LONG, "checkpoint_every": 1, "max_minutes": 1}
+    with monkeypatch.context() as patch:
+        seconds_each(patch, 1.5)
+        trainer(tmp_path / "whole", **changes).run()
+    with monkeypatch.context() as patch:
+        seconds_each(patch, 1.5)
+        interrupted = itertools.count(1)
+        accumulate = training.accumulate_gradient
+
+        def stop_after_ten(*args: Any, **kwargs: Any) -> float:
+            if next(interrupted) == 10:
+                os.kill(os.getpid(), signal.SIGINT)
+            return accumulate(*args, **kwargs)
+
+        patch.setattr(training, "accumulate_gradient", stop_after_ten)
+        with pytest.raises(KeyboardInterrupt):
+            trainer(tmp_path / "cut", **changes).run()
+    assert len(losses(tmp_path / "cut")) == 10
+    with monkeypatch.context() as patch:
+        seconds_each(patch, 1.5)
+        trainer(tmp_path / "cut", **changes).run(resume=True)
+    assert rates(tmp_path / "cut") == rates(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_run_that_its_time_ended_does_nothing_when_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds_each(monkeypatch, 1.5)
+    first = trainer(tmp_path, **LONG, max_minutes=1).run()
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert trainer(tmp_path, **LONG, max_minutes=1).run(resume=True) == first
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    assert len(losses(tmp_path)) == 40
 
 
 # --- which adapter is the best ------------------------------------------------------------------------------
