@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from llama_adapter.data.chat_template import writes_date
 from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.methods.merging import merge_adapter
+from llama_adapter.methods.part import PartConfig
 from llama_adapter.methods.prepared import input_sizes
 from llama_adapter.methods.projection import VisionConfig
 from llama_adapter.methods.shape import default_adapted_layers
@@ -71,17 +73,30 @@ class Making(NamedAdapters):
             check_offloading(self.decoder, self.adapters)
         if seed is not None and not -(2**63) <= seed < 2**64:
             raise UsageError(f"seed: {seed} given; expected a whole number below 2**64")
-        shape = self.shape
-        dated = template == "chat" and self.tokenizer is not None and writes_date(self.tokenizer)
-        if dated and template_date is None:
-            template_date = datetime.date.today().isoformat()
-        parts = tuple(
-            PARTS[AdapterConfig.kind_of(part)].complete(part, self.decoder)
-            for part in build_configs(method, options, vision)
+        config = self._adapter_config(
+            build_configs(method, options, vision), adapted_layers, template, template_date
         )
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        adapter = Adapter(config, generator)
+        with torch.no_grad():
+            sizes = torch.tensor(input_sizes(self.decoder)[-config.adapted_layers :])
+            for part in adapter.parts:
+                part.initialise(self.decoder, sizes)
+        self.add_adapter(name, adapter)
+        return adapter
+
+    def _adapter_config(
+        self,
+        parts: Sequence[PartConfig],
+        adapted_layers: int | None,
+        template: str,
+        template_date: str | None,
+    ) -> AdapterConfig:
+        """The config of a new adapter for this decoder. None is replaced by what it stands for."""
         kinds = [PARTS[AdapterConfig.kind_of(part)] for part in parts]
-        for kind, part in zip(kinds, parts, strict=True):
-            if (settled := kind.adapts(part, shape.num_layers)) is not None:
+        completed = tuple(kind.complete(part, self.decoder) for kind, part in zip(kinds, parts, strict=True))
+        for kind, part in zip(kinds, completed, strict=True):
+            if (settled := kind.adapts(part, self.shape.num_layers)) is not None:
                 if adapted_layers not in (None, settled):
                     raise UsageError(
                         f"adapted layers: {adapted_layers} given; {kind.kind} says itself which it changes "
@@ -89,26 +104,19 @@ class Making(NamedAdapters):
                     )
                 adapted_layers = settled
         if adapted_layers is None:
-            adapted_layers = default_adapted_layers(shape.num_layers)
+            adapted_layers = default_adapted_layers(self.shape.num_layers)
         at_sites = any(issubclass(kind, SitePart) for kind in kinds)
-        config = AdapterConfig(
+        dated = template == "chat" and self.tokenizer is not None and writes_date(self.tokenizer)
+        return AdapterConfig(
             base=self.base,
-            shape=shape,
+            shape=self.shape,
             adapted_layers=adapted_layers,
-            parts=parts,
+            parts=completed,
             template=template,
             projections=projections_of(self.decoder, adapted_layers) if at_sites else {},
-            template_date=template_date if dated else None,
+            template_date=(template_date or datetime.date.today().isoformat()) if dated else None,
             quantization=precision_of(self.decoder),
         )
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        adapter = Adapter(config, generator)
-        with torch.no_grad():
-            sizes = torch.tensor(input_sizes(self.decoder)[-adapted_layers:])
-            for part in adapter.parts:
-                part.initialise(self.decoder, sizes)
-        self.add_adapter(name, adapter)
-        return adapter
 
     def merge(self, adapter: str | None = None) -> PreTrainedModel:
         """A plain decoder with an adapter (by default the active one) folded into its weights.
