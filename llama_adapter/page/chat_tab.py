@@ -10,14 +10,14 @@ from llama_adapter.model import LlamaAdapter
 from llama_adapter.page.chatting import ChatHandlers
 from llama_adapter.page.parts import chat_window, question_box
 from llama_adapter.page.script import SAVE_FILE, STORAGE_KEY
-from llama_adapter.page.suggestions import PICTURE_EXAMPLES, TEXT_EXAMPLES
+from llama_adapter.page.suggestions import PICTURE_EXAMPLES, TEXT_EXAMPLES, fitting
 from llama_adapter.page.uploads import data_url
 from llama_adapter.page.wiring import ANSWERING, AT_ONCE, PRIVATE, TAKING
 
 
 def offered(model: LlamaAdapter, adapter: str) -> list[dict[str, Any]]:
     """The questions that an empty chat suggests; equally many for every adapter."""
-    pictured = PICTURE_EXAMPLES if model.sees(adapter) else ()
+    pictured = fitting(PICTURE_EXAMPLES, model.base) if model.sees(adapter) else []
     examples = [*pictured, *TEXT_EXAMPLES[: len(TEXT_EXAMPLES) - len(pictured)]]
     return [
         {"text": example.text}

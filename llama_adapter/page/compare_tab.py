@@ -33,8 +33,8 @@ _LABELS = dict(zip(COSTS, ("trainable parameters", "peak memory, MB", "forgettin
 _HOW_TO_READ = (
     "Loss, forgetting, memory and token time: the lower, the better. Loss and forgetting are in nats a "
     "token: the loss of the rows kept back, and by how much the loss of the base's own answers rises. Token "
-    "time is that of a decoded token to the bare base's. On the front: no other method is at least as good "
-    "in loss, parameters, memory and forgetting, and better in one."
+    "time is the time for a decoded token, divided by the bare base's. On the front: no other method is at "
+    "least as good in loss, parameters, memory and forgetting, and better in one."
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-CELL, LEFT, TOP = 20, 44, 6  # in units of the picture
+CELL, LEFT, TOP = 20, 44, 6  # in the SVG's units
 
 _POSITIVE, _NEGATIVE = "#0d9488", "#ea580c"
 

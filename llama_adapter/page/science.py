@@ -30,7 +30,7 @@ class Scores:
 
     Attributes:
         shares: the probability of each option, in their order. They add up to 1.
-        adapter: who was asked.
+        adapter: the name of the adapter that was asked.
         favourites: the likeliest option of each rotation of the options that was asked. Where they differ,
             the choice depends on the order.
     """
@@ -53,7 +53,7 @@ def score(
     """Score the options of a question by their likelihood.
 
     It is the likelihood of the option's letter or of its text, in the options' own order or as the mean over
-    their rotations, whatever the adapter is better at (`best_for`).
+    their rotations: whichever the adapter is better at (`best_for`).
 
     Args:
         options: 2 to 5 texts.

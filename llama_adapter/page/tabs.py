@@ -14,7 +14,7 @@ from llama_adapter.page.checks import MAX_CHARACTERS
 from llama_adapter.page.comparing import ComparisonHandlers
 from llama_adapter.page.inside import ANSWER, GATES, show_gates
 from llama_adapter.page.parts import chat_window, expert_menu, question_box
-from llama_adapter.page.suggestions import SCIENCE_EXAMPLES, TEXT_EXAMPLES
+from llama_adapter.page.suggestions import SCIENCE_EXAMPLES, TEXT_EXAMPLES, fitting
 from llama_adapter.page.wiring import ANSWERING, AT_ONCE, BY_MODEL, PRIVATE, TAKING
 
 
@@ -64,7 +64,7 @@ def science_tab(model: LlamaAdapter, expert: gr.Dropdown) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=260):
             example = gr.Dropdown(
-                [(example.text, number) for number, example in enumerate(SCIENCE_EXAMPLES)],
+                [(own.text, SCIENCE_EXAMPLES.index(own)) for own in fitting(SCIENCE_EXAMPLES, model.base)],
                 value=None,
                 label="An example",
                 info="Fills in the fields below, which can be changed.",
