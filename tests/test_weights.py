@@ -48,7 +48,7 @@ def test_its_card_is_one_that_the_hub_reads(folder: Path) -> None:
         assert card.data.base_model == bases[folder.name.partition("-")[0]]
         assert card.data.eval_results and all(result.metric_value > 0 for result in card.data.eval_results)
     headings = [line[3:] for line in card.text.splitlines() if line.startswith("## ")]
-    assert headings[:4] == ["How to use it", "What it reaches", "Limits", "How it was made"]
+    assert headings[:4] == ["How to use it", "Results", "Limits", "How it was made"]
 
 
 @pytest.mark.parametrize("folder", ADAPTERS, ids=lambda folder: folder.name)

@@ -51,8 +51,7 @@ class Conversation:
         model: the model that answers.
         stream_chat: makes the answers. None is the model's own; an `Engine`'s answers several people at once.
         adapter: the name of the adapter. None is the model's active one, ``"none"`` the bare base. ``"auto"``
-        is the
-            adapter that sees once there is a picture, and the text adapter before that.
+            is the adapter that sees once there is a picture, and the text adapter before that.
         system: the text of a system turn; empty for none.
         sampling: how tokens are chosen.
         exchanges: what was said so far. The latest one's answer has its ``tokens`` and ``tokens_per_second``.

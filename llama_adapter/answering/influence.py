@@ -25,8 +25,7 @@ class Influence:
         first_layer: index of the lowest adapted layer.
         tokens: the answer's tokens, as text.
         shares: (L, T). For each token, the norm of what the layer read from its prompts, gated, divided by
-        the norm
-            of what it read from the tokens, at the position from which that token was predicted.
+            the norm of what it read from the tokens, at the position from which that token was predicted.
     """
 
     first_layer: int

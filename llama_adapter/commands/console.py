@@ -104,7 +104,7 @@ def _parser() -> Parser:
         help=f"one of {', '.join(CATALOGUE)} ({DEFAULT_BASE}); `llama-adapter list` shows all",
     )
     added.add_argument(
-        "--else", dest="other", metavar="OTHER", help="where NAME can't be had: say so, and fetch this one"
+        "--else", dest="other", metavar="OTHER", help="fetch OTHER, and say so, if NAME can't be had"
     )
     add_weights_option(added)
 
@@ -285,7 +285,7 @@ def _act(chat: Conversation, line: str, images: list[Image.Image], arguments: ar
         _show_and_tell(chat, answer)
     elif command == "/image":
         if not rest.strip():
-            raise UsageError("/image wants a picture's file: /image photo.jpg")
+            raise UsageError("/image needs a picture's file: /image photo.jpg")
         chat.model.tower(chat.adapter)  # raises UsageError now if the adapter can't see
         images.append(open_picture(rest.strip(), allow_urls=arguments.allow_urls))
         print(f"{len(images)} picture{'s' if len(images) > 1 else ''} for the next question")

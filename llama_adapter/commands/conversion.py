@@ -28,8 +28,8 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=FORMATS,
         metavar="FORMAT",
-        help="llama-adapter or peft, a folder; or pth, the authors' file (default: by the end of TO, else "
-        "llama-adapter)",
+        help="llama-adapter or peft, a folder; or pth, the authors' file (default: pth if TO ends with .pth, "
+        "else llama-adapter)",
     )
     parser.add_argument(
         "--base",

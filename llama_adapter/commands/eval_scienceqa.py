@@ -130,9 +130,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.s
     _print(grades, problems, controls=arguments.controls)
     if ROTATED in grades:
         own, rotated = (grades[name].shares["AVG"].percent for name in (next(iter(grades)), ROTATED))
-        better = "the mean over rotations" if rotated > own else "the own order"
+        better = "the mean over rotations" if rotated > own else "the problems' own order"
         moved = sum(rows[ROTATED][pid] != found for pid, found in next(iter(rows.values())).items())
-        print(f"own order {own:.2f}, rotations {rotated:.2f}: better is {better}; {moved:,} answers differ")
+        print(f"own order {own:.2f}, rotations {rotated:.2f}: {better} is better; {moved:,} answers differ")
     if arguments.controls:
         for name, reason in missing.items():
             print(f"control missing: {name}: {reason}")

@@ -29,7 +29,9 @@ def add_fields(
     names: Collection[str] | None = None,
     special: Mapping[str, Mapping[str, Any]] = {},
 ) -> None:
-    """Add an option for each of some fields of a dataclass. Type, default and help come from the field.
+    """Add a command-line option for each of the fields `names` of a dataclass.
+
+    Its type, default and help come from the field.
 
     Args:
         names: the fields; by default all that have a "help".

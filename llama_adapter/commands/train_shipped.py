@@ -1,10 +1,10 @@
-"""Train the shipped adapters of the 0.5B base where a GPU is at hand for minutes: python -m train.shipped
+"""Train the shipped adapters of the 0.5B base in a few minutes on a large GPU: python -m train.shipped
 
     python -m train.shipped pack --data ../shared/data --gguf base.gguf --output parcel   # where the data are
     python -m train.shipped run parcel --output runs/shipped --minutes 4                  # where the GPU is
 
 `pack` writes what the other machine needs besides this checkout and its packages: the base, the rows, and the
-features of the pictures. It writes them in pieces, for a way over that takes only small files.
+features of the pictures. It writes them in pieces, in case only small files can be sent there.
 
 `run` joins the pieces and trains the three adapters side by side, since one training of short rows leaves
 most of a large GPU idle. Each goes on from a shipped adapter. Its schedule fits the time, and it leaves an

@@ -11,9 +11,9 @@ if TYPE_CHECKING:  # slow to import
 
 
 def process_memory(device: torch.device, *, peak: bool) -> float | None:
-    """Bytes: the peak since the last call, or (`peak` False) the current use, which restarts the peak.
+    """The current use in bytes, or its peak since the last call with `peak` False.
 
-    None where the system does not report it.
+    A call with `peak` False starts a new peak. None where the system does not report it.
     """
     if device.type == "cuda":
         import torch

@@ -124,7 +124,7 @@ def read_row(row: Any, number: int, root: Path) -> RowContent:
 
 
 def _form(given: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
-    """The column with the conversation or its question. None for captions, or if the row has neither."""
+    """The column with the conversation or with the question. None if there are only captions, or nothing."""
     for names in (given, row):  # an empty column counts only if no other is filled
         for name in (*_CHATS, *_QUESTIONS):
             if name in names:

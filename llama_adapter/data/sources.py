@@ -114,7 +114,7 @@ def _metadata_files(folder: Path) -> dict[str | None, Path]:
 def _metadata_rows(folder: Path, tables: dict[str | None, Path]) -> Rows:
     """The rows of all tables.
 
-    A table in a split's folder adds the split, and its file names start at `folder`.
+    Rows of a table in a split's folder get that split, and their file names become relative to `folder`.
     """
     rows: list[tuple[int, Any]] = []
     digest = hashlib.sha256()

@@ -98,7 +98,7 @@ class _Template:
         stretches: gives a question's text before, between and after its earlier answers.
         stop_strings: texts that a decoder never trained on this format may write instead of the end token.
         before_answer: text tokenised together with the answer, so that " lamp" is one word and not "l",
-        "amp".
+            "amp".
     """
 
     stretches: Callable[[Sequence[Turn]], list[str]]

@@ -83,8 +83,7 @@ class AdaLora(SitePart):
     Attributes:
         NAME.right: Q, (L, r, in), and NAME.left: P, (L, out, r), drawn from N(0, 0.02^2).
         NAME.values: e, (L, r). It is zero at the start, so an untrained adapter leaves the decoder unchanged.
-        It
-            is also zero where a rank was taken away.
+            It is also zero where a rank was taken away.
     """
 
     kind = "adalora"

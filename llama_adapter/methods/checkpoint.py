@@ -143,8 +143,7 @@ def read_config(folder: str | Path, *, weights: str | Path | None = None) -> Ada
 
     Raises:
         UsageError: no adapter folder, not JSON, another version, or a missing or unknown key. For PEFT's
-        folders, as
-            `load_adapter`.
+            folders, as `load_adapter`.
     """
     folder = Path(folder)
     if is_peft(folder):
@@ -181,8 +180,9 @@ def load_adapter(
     template: str | None = None,
     weights: str | Path | None = None,
 ) -> Adapter:
-    """Load the adapter in a folder, in float32 on the CPU. If a trainer saved several, this is the active
-    one.
+    """Load the adapter in a folder, in float32 on the CPU.
+
+    If a trainer saved several adapters, it is the active one.
 
     The other arguments are only for PEFT's folders, which do not store the sizes of their base:
 
@@ -194,8 +194,7 @@ def load_adapter(
 
     Raises:
         UsageError: as `read_config`; also a truncated file, a missing or extra key, or a wrong size. For
-        PEFT's
-            folders, everything that `read_peft` refuses.
+            PEFT's folders, everything that `read_peft` refuses.
     """
     if is_peft(folder):
         named = base or peft_base(peft_config(folder) or {}, folder)

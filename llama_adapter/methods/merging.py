@@ -36,7 +36,7 @@ def merge_adapter(decoder: PreTrainedModel, adapter: Adapter) -> PreTrainedModel
 
     Raises:
         UsageError: a part that can't be folded, by name; quantised weights; or biases that the family can't
-        have.
+            have.
     """
     if (owner := adapter.find(WeightsPart)) is not None:
         return _plain(copy_decoder(owner.decoder(), owner.config.weights).requires_grad_(False))

@@ -32,7 +32,7 @@ from llama_adapter.methods.part import Inputs, Part, PartConfig, State
 from llama_adapter.methods.shape import Layout
 from llama_adapter.methods.sites import locate_projections, register_parameters
 
-_SAMPLED = 64  # values of each weight that go into the fingerprint of a base
+_SAMPLED = 64  # how many values of each weight go into the fingerprint of a base
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class WeightsConfig(PartConfig):
     Attributes:
         weights: the shape of each weight that may change, by its name in the decoder.
         fingerprint: identifies the values of these weights in the base. With another base the changes are
-        useless.
+            useless.
     """
 
     weights: dict[str, Any] = field(default_factory=dict, metadata={"derived": True})

@@ -62,11 +62,13 @@ class Part(nn.Module):
 
     Attributes:
         kind: the part's name: in method strings, in the adapter's config, and before the names of its
-        tensors. Config: the class of its settings. learning_rate: the peak rate at which the method is
-        usually trained. A comparison starts from it. size: the option that makes the part larger or smaller;
-        None if it has only one size. layout: what it was built for. differs_in_packs: whether rows of one
-        packed sequence may have different tensors of this part. alone: whether it has to be the only part of
-        an adapter.
+            tensors.
+        Config: the class of its settings.
+        learning_rate: the peak rate at which the method is usually trained. A comparison starts from it.
+        size: the option that makes the part larger or smaller; None if it has only one size.
+        layout: what it was built for.
+        differs_in_packs: whether rows of one packed sequence may have different tensors of this part.
+        alone: whether it has to be the only part of an adapter.
     """
 
     kind: ClassVar[str]

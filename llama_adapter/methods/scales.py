@@ -30,8 +30,7 @@ class ScalesConfig(PartConfig):
 
     Attributes:
         width: S, for an adapter that was stored without the names of its projections (format version 1). 0:
-        it
-            follows from the projections.
+            it follows from the projections.
     """
 
     width: int = field(default=0, metadata={"derived": True})
@@ -46,7 +45,7 @@ class Scales(SitePart):
 
     Attributes:
         values: (L, S). For each projection, sorted by name, its scales and then its biases. Zero at the
-        start.
+            start.
     """
 
     kind = "scales"

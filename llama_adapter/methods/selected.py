@@ -57,8 +57,7 @@ class Selected(WeightsPart):
     Attributes:
         changes: (n,), zero at the start.
         places: (n,), the index of each chosen weight if all weights are laid end to end, in rising order; -1
-        before
-            the choice.
+            before the choice.
     """
 
     kind = "selected"
@@ -102,7 +101,9 @@ class Selected(WeightsPart):
         end = max(last for _, last in self._ranges.values())
         rising = bool((self.places.diff() > 0).all()) and self.places[0] >= 0 and self.places[-1] < end
         if not rising and bool((self.places != -1).any()):
-            raise UsageError("selected: this base has no weights at its places; copy the adapter again")
+            raise UsageError(
+                "selected: its file has positions that the base's weights do not have; copy the adapter again"
+            )
 
     @property
     def chosen(self) -> bool:

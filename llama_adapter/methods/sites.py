@@ -210,7 +210,7 @@ def _size(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _mlp(layer: nn.Module, attention: nn.Module) -> nn.Module | None:
-    """The layer's other sub-layer. None if its projections belong to the layer itself, as in OPT."""
+    """The layer's MLP. None if the MLP's projections belong to the layer itself, as in OPT."""
     found = [
         child
         for child in layer.children()

@@ -30,8 +30,7 @@ class AdapterState:
     Attributes:
         num_layers: the number of layers of the decoder.
         parts: each part's tensors, (R, L, ...), by name, in the order in which the parts act. Empty for the
-        bare
-            base.
+            bare base.
         decoder: the decoder that computes, if it is not the base (`llama_adapter.methods.own_weights`).
     """
 

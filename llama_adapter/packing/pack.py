@@ -169,8 +169,8 @@ def split_by_tokens(examples: Sequence[Example], max_tokens: int) -> Iterator[li
 def deal(examples: Sequence[Example], processes: int) -> list[list[Example]]:
     """Share rows out to processes so that all get about equally many tokens.
 
-    The longest row is dealt first, each to the process that has the fewest tokens. Every process computes the
-    same shares, so nothing has to be sent.
+    Rows are dealt from the longest to the shortest, each to the process that has the fewest tokens so far.
+    Every process computes the same shares, so nothing has to be sent.
     """
     if processes == 1:
         return [list(examples)]

@@ -10,8 +10,8 @@ Q8_0 (without offset, numbers from -127 to 127), int4 its Q4_1 (numbers from 0 t
 
 A decoder in int4 has its embedding and its head in int8: four bits would lose most there.
 
-The matrices of a GGUF file keep the file's own blocks, where scales and offsets stand among the numbers.
-gguf-py does their arithmetic.
+The matrices of a GGUF file keep the file's own blocks, in which scales, offsets and numbers lie together.
+Without the kernels, gguf-py dequantises them.
 
 Shapes: N rows, K columns, C = ceil(K / 32) blocks of a row.
 """
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from llama_adapter.common.errors import UsageError
 
 BLOCK = 32
-SLICE = 1 << 22  # weights that are quantised at a time: each takes some floats meanwhile
+SLICE = 1 << 22  # weights that are quantised at a time, since each needs several floats meanwhile
 INT8, INT4 = "int8", "int4"
 FORMATS = (INT8, INT4)  # ours
 NF4 = "nf4"  # bitsandbytes'
@@ -45,10 +45,9 @@ class Quantized:
     Attributes:
         format: one of `FORMATS` or of `GGUF_KINDS`.
         columns: K.
-        numbers: for int8: int8 (N, K). For int4: uint8 (N, 16 C). Each block has 16 bytes, whose low halves
-        are the
-            numbers of columns 0 to 15 and whose high halves those of columns 16 to 31. For a GGUF kind: uint8
-            (N, bytes of a row), as in the file.
+        numbers: for int8: int8 (N, K). For int4: uint8 (N, 16 C). Each block has 16 bytes. Their low
+            nibbles are the numbers of its columns 0 to 15, their high nibbles those of columns 16 to 31. For
+            a GGUF kind: uint8 (N, bytes of a row), as in the file.
         scales: float16 (N, C); None for a GGUF kind.
         offsets: float16 (N, C), or None.
     """

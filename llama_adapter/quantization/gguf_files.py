@@ -92,7 +92,7 @@ def _read_floats(path: Path, tensor: Any, processor: Any) -> Tensor:
     if found is None:
         raise UsageError(
             f"{path.name}: {tensor.name} {values.shape} is of a family whose GGUF files are only read whole; "
-            "--quantize int8 quantises the file's weights anew"
+            "--quantize int8 quantises the file's weights again"
         )
     return torch.from_numpy(np.array(found, dtype=np.float32))
 
@@ -132,7 +132,7 @@ def _replace(
     if type(module) not in (nn.Linear, nn.Embedding) or module.weight.shape != weight.shape:
         raise UsageError(
             f"{tensor} {tuple(weight.shape)} does not fit {name}; --quantize int8 quantises the file's "
-            "weights anew"
+            "weights again"
         )
     if isinstance(module, nn.Embedding):
         decoder.set_submodule(name, QuantizedEmbedding(weight, dtype, module.padding_idx))

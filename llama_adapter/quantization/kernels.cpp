@@ -1,14 +1,19 @@
 // Products with quantised matrices, and one decoding step of a LLaMA-like decoder, on a CPU.
 //
 // Plain C++ with the vector extensions of GCC and Clang: the same lines become AVX2, AVX-512 or NEON. Weights
-// are turned into floats in registers, so memory is read at the quantised size and the arithmetic is float32.
+// are converted to floats in registers. So only the quantised weights are read from memory, and all
+// arithmetic is float32.
 //
-// A matrix is (rows, columns), row after row, each cut into blocks of 32 inputs. A weight is
-// scale * number + offset, with one scale (Q6_K has two) and in some formats one offset a block. The formats of
-// GGUF are read as their files have them: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
+// A matrix has the shape (rows, columns); rows are outputs, columns are inputs. It is stored row by row, and
+// each row is cut into blocks of 32 columns. A weight is scale * number + offset. Each block has one scale
+// (Q6_K: one for each half of it), and in some formats an offset. The formats of GGUF are read as they are in
+// their files: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. A block number below always
+// counts blocks of 32 columns, even where the format's own blocks have 256.
 //
-// Shapes: B rows of a batch, D hidden size, H heads, G key-value heads, d head width, S places of the cache,
-// K prompts.
+// A range "first..last" includes first and excludes last. A nibble is half a byte, 4 bits.
+//
+// Shapes: B rows of a batch, D hidden size, H heads, G key-value heads, d head width, S positions in the
+// cache, K prompts.
 
 #include <algorithm>
 #include <cmath>
@@ -23,7 +28,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 32;
-constexpr int64_t CHUNK = 32;  // rows of a matrix that a thread takes at a time
+constexpr int64_t CHUNK = 32;  // outputs that a thread computes at a time
 
 typedef float Floats __attribute__((vector_size(32)));
 
@@ -33,7 +38,8 @@ inline Floats load(const float* from) {
     return to;
 }
 
-// Eight bytes as floats: what GCC 12 makes of plain code here is an order slower on x86.
+// Eight signed bytes as floats. On x86, GCC 12 compiles the plain loop to code that is about ten times
+// slower.
 inline Floats floats_of(const int8_t* from) {
 #ifdef __AVX2__
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
@@ -44,7 +50,7 @@ inline Floats floats_of(const int8_t* from) {
 #endif
 }
 
-// The low and the high halves of eight bytes as floats.
+// The low and the high nibbles of eight bytes as floats.
 inline void floats_of_halves(const uint8_t* from, Floats& low, Floats& high) {
 #ifdef __AVX2__
     const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
@@ -58,8 +64,9 @@ inline void floats_of_halves(const uint8_t* from, Floats& low, Floats& high) {
 #endif
 }
 
-// Eight weights of a 4, 5 or 6 bit format: the low or high halves of eight bytes, and on top of each the bits
-// under `mask` of eight more bytes. Both are shifted to the right first.
+// Eight numbers of 5 or 6 bits, minus `less`. Their lower 4 bits are nibbles of eight bytes, `halves`:
+// `shift` is 0 for the low nibbles and 4 for the high ones. Their upper bits come from eight other bytes,
+// `tops`, which are shifted right by `top_shift` and then masked.
 inline Floats floats_of_bits(const uint8_t* halves, int shift, const uint8_t* tops, int top_shift, int mask, int less) {
 #ifdef __AVX2__
     const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(halves)));
@@ -77,7 +84,8 @@ inline Floats floats_of_bits(const uint8_t* halves, int shift, const uint8_t* to
 #endif
 }
 
-// Eight weights of a 5 bit format whose fifth bits are those of one byte.
+// Eight numbers of 5 bits, minus `less`. Their lower 4 bits are as above; bit i of `tops` is the fifth of
+// number i.
 inline Floats floats_of_five(const uint8_t* halves, int shift, uint8_t tops, int less) {
 #ifdef __AVX2__
     const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(halves)));
@@ -97,7 +105,7 @@ inline float sum(Floats v) {
     return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
 }
 
-// A finite float16, given by its bits.
+// The value of a float16, given as its bits. It must be finite.
 inline float to_float(uint16_t half) {
 #ifdef __F16C__
     return _cvtsh_ss(half);
@@ -105,18 +113,18 @@ inline float to_float(uint16_t half) {
     const uint32_t bits = static_cast<uint32_t>(half & 0x7fff) << 13;
     float value;
     std::memcpy(&value, &bits, sizeof value);
-    value *= 0x1p112f;  // the exponents' biases differ by 112; right for the smallest numbers too
+    value *= 0x1p112f;  // the exponents' biases differ by 112; subnormals come out right too
     return half & 0x8000 ? -value : value;
 #endif
 }
 
 }  // namespace
 
-// A matrix as Python passes it. kernels.py has the same fields.
+// A matrix as Python passes it. `Matrix` in kernels.py must have the same fields.
 extern "C" struct Matrix {
-    int64_t format;  // 0 float32, 1 int8, 2 int4, 3 to 10 those of GGUF (CODES of formats.py)
+    int64_t format;  // 0 float32, 1 int8, 2 int4, 3 to 10 GGUF's (CODES in formats.py)
     int64_t rows, columns;
-    const void* numbers;      // of GGUF: (rows, bytes of a row), scales and offsets among them
+    const void* numbers;      // GGUF's: (rows, bytes of a row), which include scales and offsets
     const uint16_t* scales;   // float16, (rows, blocks); int8 and int4 only
     const uint16_t* offsets;  // float16, (rows, blocks); int4 only
     const float* bias;        // (rows,) or null
@@ -124,8 +132,10 @@ extern "C" struct Matrix {
 
 namespace {
 
-// One row of a matrix; unpack() gives the 32 numbers of a block, scale() and offset() what they are to be
-// multiplied by and added to. Where there are two scales, second_scale() is that of the last 16.
+// The classes below read one row of a matrix. unpack() gives the 32 numbers of a block. scale() and offset()
+// turn them into weights: scale * number + offset. If `two_scales` is true, scale() is for the first 16
+// numbers and second_scale() for the last 16. number() gives a single number, for a last block that is not
+// full.
 struct Int8Row {
     const int8_t* numbers;
     const uint16_t* scales;
@@ -141,7 +151,8 @@ struct Int8Row {
     inline float number(int64_t column) const { return numbers[column]; }
 };
 
-// Two numbers a byte: of each block first those of inputs 0..15 (low halves) and 16..31 (high halves).
+// Two numbers in each byte. A block has 16 bytes: their low nibbles are its first 16 numbers, their high
+// nibbles its last 16.
 struct Int4Row {
     const uint8_t* numbers;
     const uint16_t *scales, *offsets;
@@ -177,14 +188,15 @@ struct FloatRow {
     inline float number(int64_t column) const { return numbers[column]; }
 };
 
-// A row as GGUF stores it: blocks of `Size` weights in `Bytes` bytes. All blocks are full.
+// A row as GGUF stores it, in blocks of `Size` weights and `Bytes` bytes. All blocks are full. The comments
+// on the structs below list the fields of such a block in their order.
 template <int64_t Size, int64_t Bytes>
 struct GgufRow {
     const uint8_t* blocks;
     GgufRow(const Matrix& m, int64_t row)
         : blocks(static_cast<const uint8_t*>(m.numbers) + row * (m.columns / Size) * Bytes) {}
     static constexpr bool has_offset = false, two_scales = false;
-    inline float number(int64_t) const { return 0; }  // of a block that is not full
+    inline float number(int64_t) const { return 0; }  // never called: all blocks are full
     inline float offset(int64_t) const { return 0; }
 
    protected:
@@ -205,7 +217,7 @@ struct Q8_0Row : GgufRow<32, 34> {  // scale, 32 numbers
     }
 };
 
-struct Q4_0Row : GgufRow<32, 18> {  // scale, 16 bytes of halves
+struct Q4_0Row : GgufRow<32, 18> {  // scale, 16 bytes of nibbles
     using GgufRow::GgufRow;
     inline float scale(int64_t block) const { return half(at(block)); }
     inline void unpack(int64_t block, Floats to[4]) const {
@@ -217,7 +229,7 @@ struct Q4_0Row : GgufRow<32, 18> {  // scale, 16 bytes of halves
     }
 };
 
-struct Q4_1Row : GgufRow<32, 20> {  // scale, offset, 16 bytes of halves
+struct Q4_1Row : GgufRow<32, 20> {  // scale, offset, 16 bytes of nibbles
     using GgufRow::GgufRow;
     static constexpr bool has_offset = true;
     inline float scale(int64_t block) const { return half(at(block)); }
@@ -228,7 +240,7 @@ struct Q4_1Row : GgufRow<32, 20> {  // scale, offset, 16 bytes of halves
     }
 };
 
-struct Q5_0Row : GgufRow<32, 22> {  // scale, 4 bytes of fifth bits, 16 bytes of halves
+struct Q5_0Row : GgufRow<32, 22> {  // scale, 4 bytes of fifth bits, 16 bytes of nibbles
     using GgufRow::GgufRow;
     inline float scale(int64_t block) const { return half(at(block)); }
     inline void unpack(int64_t block, Floats to[4]) const {
@@ -238,7 +250,7 @@ struct Q5_0Row : GgufRow<32, 22> {  // scale, 4 bytes of fifth bits, 16 bytes of
     }
 };
 
-struct Q5_1Row : GgufRow<32, 24> {  // scale, offset, 4 bytes of fifth bits, 16 bytes of halves
+struct Q5_1Row : GgufRow<32, 24> {  // scale, offset, 4 bytes of fifth bits, 16 bytes of nibbles
     using GgufRow::GgufRow;
     static constexpr bool has_offset = true;
     inline float scale(int64_t block) const { return half(at(block)); }
@@ -250,7 +262,9 @@ struct Q5_1Row : GgufRow<32, 24> {  // scale, offset, 4 bytes of fifth bits, 16 
     }
 };
 
-// 256 weights: scale and offset of all, 12 bytes with 6 bits of scale and 6 of offset for each 32, the weights.
+// Q4_K and Q5_K have blocks of 256 weights, in 8 parts of 32. A block starts with two float16, d and e. Then
+// 12 bytes hold two 6-bit integers for each part, s and t. The part's scale is d * s and its offset -e * t.
+// The weights follow.
 template <int64_t Bytes>
 struct FourBitScales : GgufRow<256, Bytes> {
     using GgufRow<256, Bytes>::GgufRow;
@@ -271,7 +285,7 @@ struct FourBitScales : GgufRow<256, Bytes> {
     }
 };
 
-struct Q4_KRow : FourBitScales<144> {  // scales and offsets, 128 bytes of halves
+struct Q4_KRow : FourBitScales<144> {  // scales and offsets, 128 bytes of nibbles
     using FourBitScales::FourBitScales;
     inline void unpack(int64_t block, Floats to[4]) const {
         const uint8_t* from = at(block / 8 * 8) + 16 + block % 8 / 2 * 32;
@@ -283,7 +297,7 @@ struct Q4_KRow : FourBitScales<144> {  // scales and offsets, 128 bytes of halve
     }
 };
 
-struct Q5_KRow : FourBitScales<176> {  // scales and offsets, 32 bytes of fifth bits, 128 bytes of halves
+struct Q5_KRow : FourBitScales<176> {  // scales and offsets, 32 bytes of fifth bits, 128 bytes of nibbles
     using FourBitScales::FourBitScales;
     inline void unpack(int64_t block, Floats to[4]) const {
         const uint8_t* from = at(block / 8 * 8);
@@ -293,7 +307,7 @@ struct Q5_KRow : FourBitScales<176> {  // scales and offsets, 32 bytes of fifth 
     }
 };
 
-struct Q6_KRow : GgufRow<256, 210> {  // 128 bytes of halves, 64 of pairs of bits, 16 scales, scale of all
+struct Q6_KRow : GgufRow<256, 210> {  // 128 bytes of nibbles, 64 of upper 2 bits, 16 int8 scales, one float16
     using GgufRow::GgufRow;
     static constexpr bool two_scales = true;
     inline float scale(int64_t block) const { return scale_of(block, 0); }
@@ -313,7 +327,7 @@ struct Q6_KRow : GgufRow<256, 210> {  // 128 bytes of halves, 64 of pairs of bit
     }
 };
 
-// One row of a matrix times T vectors: to[t] = row . x[t]
+// The dot products of one row of a matrix with T vectors: to[t] = row . x[t]
 template <class Row, int T>
 inline void dot(const Row& row, int64_t columns, const float* x, float* to) {
     Floats total[T] = {};
@@ -341,7 +355,7 @@ inline void dot(const Row& row, int64_t columns, const float* x, float* to) {
     }
 }
 
-// Rows first..last of a matrix times `count` vectors: y[t][row], with `stride` between vectors of y.
+// Outputs first..last of a matrix for `count` vectors: y[t * stride + row] = row . x[t] + bias.
 template <class Row>
 void product(const Matrix& m, int64_t first, int64_t last, const float* x, int64_t count, float* y, int64_t stride) {
     for (int64_t row = first; row < last; row++) {
@@ -380,7 +394,7 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int6
     }
 }
 
-// The 32 weights of a full block.
+// The 32 weights of a full block, as floats.
 template <class Row>
 inline void expand_block(const Row& weights, int64_t block, Floats to[4]) {
     weights.unpack(block, to);
@@ -393,12 +407,13 @@ inline void expand_block(const Row& weights, int64_t block, Floats to[4]) {
     }
 }
 
-// One weight of a last block that is not full.
+// One weight of a last block that is not full, as a float.
 template <class Row>
 inline float expand_one(const Row& weights, int64_t column) {
     return weights.number(column) * weights.scale(column / BLOCK) + weights.offset(column / BLOCK);
 }
 
+// A whole row, as floats.
 template <class Row>
 void expand(const Matrix& m, int64_t row, float* to) {
     const Row weights(m, row);
@@ -415,7 +430,7 @@ int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
 
 }  // namespace
 
-// y (count, rows) = x (count, columns) times the matrix, plus its bias.
+// y = x @ matrix.T + bias, for few vectors: x (count, columns), y (count, rows).
 extern "C" void linear(const Matrix* m, const float* x, int64_t count, float* y, int64_t threads) {
     const int64_t parts = chunks(m->rows);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
@@ -423,7 +438,7 @@ extern "C" void linear(const Matrix* m, const float* x, int64_t count, float* y,
         multiply(*m, part * CHUNK, std::min(m->rows, (part + 1) * CHUNK), x, count, y, m->rows);
 }
 
-// Rows first..last of the matrix as floats, (last - first, columns).
+// Rows first..last of the matrix, as floats: to (last - first, columns).
 extern "C" void dequantize(const Matrix* m, int64_t first, int64_t last, float* to, int64_t threads) {
 #pragma omp parallel for schedule(dynamic, 32) num_threads(threads) if (threads > 1)
     for (int64_t row = first; row < last; row++) {
@@ -447,10 +462,11 @@ extern "C" void dequantize(const Matrix* m, int64_t first, int64_t last, float* 
 // --- products with many vectors ------------------------------------------------------------------------------
 //
 // A blocked matrix product (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008)
-// with quantised weights. It turns a small panel of them into floats and multiplies it by all vectors while it
-// is in the fastest cache. So the floats are never written to memory, as they are for a library's product.
+// with quantised weights. It converts a small panel of weights to floats and multiplies the panel by all
+// vectors while it is in the processor's cache. A library's product needs all weights as floats in memory;
+// this one does not.
 //
-// It is compiled for AVX2 and AVX-512 only. For other processors callers use torch's product.
+// It is compiled for AVX2 and AVX-512 only. On other processors callers use torch's product.
 
 #if defined(__AVX2__) && defined(__FMA__)
 
@@ -458,17 +474,17 @@ namespace {
 
 #ifdef __AVX512F__
 typedef float Lanes __attribute__((vector_size(64)));
-constexpr int64_t TILE = 12;  // vectors of x whose sums are kept in registers, 2 `Lanes` of outputs each
+constexpr int64_t TILE = 12;  // vectors whose sums are kept in registers, 2 `Lanes` of outputs each
 #else
 typedef float Lanes __attribute__((vector_size(32)));
 constexpr int64_t TILE = 6;
 #endif
 typedef Lanes Anywhere __attribute__((aligned(4), may_alias));
 constexpr int64_t WIDTH = sizeof(Lanes) / sizeof(float);
-constexpr int64_t PANEL = 2 * WIDTH;  // outputs
-constexpr int64_t DEPTH = 384;        // inputs that are summed up at a time, at most
+constexpr int64_t PANEL = 2 * WIDTH;  // outputs in a panel
+constexpr int64_t DEPTH = 384;        // inputs in a panel, at most
 
-// Eight vectors of eight, their rows made columns.
+// Transposes 8 x 8 floats in place.
 inline void transpose(Floats v[8]) {
     Floats pairs[8], fours[8];
     for (int i = 0; i < 8; i += 2) {
@@ -486,12 +502,14 @@ inline void transpose(Floats v[8]) {
     }
 }
 
-// Where the weight from input `k` to output `j` of 32 is kept: panels one after the other.
+// The address of a weight in the panels of 32 outputs, which lie one after the other: from input `k` to
+// output `j` of the 32.
 inline float* place(float* panels, int64_t k, int64_t j) {
     return panels + (j / PANEL * DEPTH + k) * PANEL + j % PANEL;
 }
 
-// Panels of x @ W.T: the outputs are 32 rows of the matrix, the inputs its columns first..last.
+// Fills the panels for x @ W.T: outputs are 32 rows of the matrix, from `row` on; inputs are its columns
+// first..last.
 template <class Row>
 void fill_from_rows(const Matrix& m, int64_t row, int64_t first, int64_t last, float* panels) {
     const int64_t whole = last / BLOCK;
@@ -518,7 +536,8 @@ void fill_from_rows(const Matrix& m, int64_t row, int64_t first, int64_t last, f
     }
 }
 
-// Panels of x @ W: the outputs are 32 columns of the matrix, the inputs its rows first..last.
+// Fills the panels for x @ W: outputs are 32 columns of the matrix, from `column` on; inputs are its rows
+// first..last.
 template <class Row>
 void fill_from_columns(const Matrix& m, int64_t column, int64_t first, int64_t last, float* panels) {
     for (int64_t row = first; row < last; row++) {
@@ -535,15 +554,17 @@ void fill_from_columns(const Matrix& m, int64_t column, int64_t first, int64_t l
     }
 }
 
-// A tile of y, (TILE, PANEL): that of x, (TILE, depth), times a panel, plus the bias or what y has.
+// Multiplies TILE vectors of x, (TILE, depth), by a panel, (depth, PANEL). The products are added to the bias
+// if one is given, else to y, and stored in y. At the edges of y only `rows` of the TILE vectors and
+// `columns` of the PANEL outputs exist.
 inline void multiply_tile(const float* x, const float* panel, int64_t depth, const float* bias, float* y,
                           int64_t stride, int64_t rows, int64_t columns) {
-    constexpr int64_t LINE = 16;  // floats that the cache fetches at a time
+    constexpr int64_t LINE = 16;  // floats in a line of the cache
     for (int64_t i = 0; i < rows; i++) __builtin_prefetch(y + i * stride, 1);
     Lanes left[TILE] = {}, right[TILE] = {};
     for (int64_t start = 0; start < depth; start += LINE) {
 #pragma GCC unroll 12
-        for (int64_t i = 0; i < TILE; i++) __builtin_prefetch(x + (TILE + i) * DEPTH + start);  // the next tile's
+        for (int64_t i = 0; i < TILE; i++) __builtin_prefetch(x + (TILE + i) * DEPTH + start);  // the next tile
         for (int64_t k = start; k < std::min(depth, start + LINE); k++) {
             const Lanes* weights = reinterpret_cast<const Lanes*>(panel + k * PANEL);
 #pragma GCC unroll 12
@@ -571,11 +592,12 @@ inline void multiply_tile(const float* x, const float* panel, int64_t depth, con
 
 typedef void (*Fill)(const Matrix&, int64_t, int64_t, int64_t, float*);
 
+// y (count, outputs) = x (count, inputs) times the panels that `fill` makes of the matrix, plus the bias.
 void multiply_panels(const Matrix& m, Fill fill, const float* x, int64_t count, int64_t inputs, float* y,
                      int64_t outputs, const float* bias, int64_t threads) {
-    const int64_t parts = (inputs + DEPTH - 1) / DEPTH;  // as equal as whole blocks allow
+    const int64_t parts = (inputs + DEPTH - 1) / DEPTH;  // of the inputs, as equal as whole blocks allow
     const int64_t step = ((inputs + parts - 1) / parts + BLOCK - 1) / BLOCK * BLOCK;
-    std::vector<float> copied((count + TILE - 1) / TILE * TILE * DEPTH);  // `step` inputs of all vectors
+    std::vector<float> copied((count + TILE - 1) / TILE * TILE * DEPTH);  // a part of every vector
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         alignas(64) float panels[CHUNK * DEPTH];
@@ -612,8 +634,8 @@ void multiply_many(const Matrix& m, const float* x, int64_t count, float* y, boo
 
 }  // namespace
 
-// With many vectors, `count` of them. Transposed: y (count, rows) = x (count, columns) times the transposed
-// matrix, plus its bias. Else y (count, columns) = x (count, rows) times the matrix.
+// Products with many vectors. If `transposed`: y = x @ matrix.T + bias, x (count, columns), y (count, rows),
+// as `linear`. Else, for the backward pass: y = x @ matrix, x (count, rows), y (count, columns).
 extern "C" void multiply_many(const Matrix* m, const float* x, int64_t count, float* y, int64_t transposed,
                               int64_t threads) {
     switch (m->format) {
@@ -646,14 +668,15 @@ extern "C" struct Layer {
     double scaling;
 };
 
-// A tensor of an adapter, for all rows of the batch or with a part for each.
+// A tensor of an adapter. Either all rows of the batch share it, or each has its own.
 extern "C" struct Rows {
     const float* start;  // null: there is none
-    int64_t stride;      // from one row of the batch to the next; 0: all read the same
+    int64_t stride;      // floats from one row of the batch to the next; 0: all rows share it
     const float* of(int64_t row) const { return start + row * stride; }
 };
 
-// Keys and values that are no token's; their keys are not rotated.
+// Additional keys and values that belong to no token (prompts or a prefix). Their keys have no rotary
+// embedding.
 extern "C" struct More {
     Rows keys, values;  // (1 or B, H or G, K, d)
     int64_t count;      // K
@@ -661,41 +684,48 @@ extern "C" struct More {
     int64_t mask_stride;
 };
 
-// y + scale * y + bias + up f(down z + down_bias), with z what a site reads or gives, f the identity or GELU.
+// One thing that an adapter does at a site (a projection, the attention or the MLP) with input x and output
+// y. It replaces y by
+//
+//     y + scale * y + bias + up f(down z + down_bias)
+//
+// where z is x or y, and f the identity or GELU. Tensors that are null are left out.
 extern "C" struct Term {
     Rows scale, bias;      // (1 or B, outputs)
     Rows down, down_bias;  // (1 or B, rank, inputs), (1 or B, rank)
     Rows up;               // (1 or B, rank, outputs)
     int64_t rank, inputs, outputs;
-    int64_t place;  // of its `rank` numbers f(...) among those of the layer's other terms
-    int64_t reads_output, gelu;
+    int64_t place;  // where its `rank` values of f(...) start among those of all terms of the layer
+    int64_t reads_output, gelu;  // z is y, not x (never at a projection); f is GELU
 };
 
 // What an adapter adds to one layer.
 extern "C" struct Added {
-    More prompts;       // in a softmax of their own, (H, K, d), the gate in the values
-    More prefix;        // in the tokens' softmax, (G, K, d)
+    More prompts;       // (H, K, d), in a softmax of their own; the values are multiplied by the gates
+    More prefix;        // (G, K, d), in the same softmax as the tokens
     const Term* terms;  // of all sites, one site after the other
-    int64_t first[10];  // of each site, and the end: projections as in Layer, the attention, the MLP
+    int64_t first[10];  // each site's first term, and the number of terms. The sites: the projections in
+                        // the order of Layer, the attention, the MLP
 };
 
 extern "C" struct Step {
     int64_t rows, threads;                // B
     int64_t heads, key_heads, head_dim;   // H, G, d
     int64_t hidden_size, layers;          // D
-    int64_t length, capacity;             // S, before this step; and how many places the cache has room for
-    const int64_t* starts;                // (B,) first place of each row that is no padding
+    int64_t length, capacity;             // S before this step; for how many positions the cache has room
+    const int64_t* starts;                // (B,) the first position of each row that is not padding
     const float *cosines, *sines;         // (B, d)
-    float* const* keys;                   // of each layer (B, G, capacity, d)
+    float* const* keys;                   // of each layer, (B, G, capacity, d)
     float* const* values;
-    const Added* added;                   // of each layer; null: nothing
-    int64_t ranks;                        // of all terms of a layer, in the layer where they are the most
-    float* hidden;                        // (B, D): embeddings in, the last norm's output out
+    const Added* added;                   // of each layer; null: there is no adapter
+    int64_t ranks;                        // the sum of a layer's ranks, in the layer where it is largest
+    float* hidden;                        // (B, D): first the embeddings, at the end the last norm's output
     Norm last;
 };
 
 namespace {
 
+// Root-mean-square norm of x (size,).
 void normalize(const Norm& norm, const float* x, int64_t size, float* to) {
     double squares = 0;
     for (int64_t i = 0; i < size; i++) squares += static_cast<double>(x[i]) * x[i];
@@ -712,7 +742,8 @@ float dot_floats(const float* a, const float* b, int64_t size) {
     return all;
 }
 
-// x (d,), normalised where the family does, rotated by halves.
+// Rotary embedding of x (d,), which is normalised first if there is a norm. Element i is rotated together
+// with element i + d / 2.
 void rotate(const Norm& norm, const float* x, const float* cosines, const float* sines, int64_t size, float* to) {
     float whole[1024];
     if (norm.weight) {
@@ -726,7 +757,7 @@ void rotate(const Norm& norm, const float* x, const float* cosines, const float*
     }
 }
 
-// scores (in place) -> their softmax, those that are -inf left out
+// Softmax in place. A score of -inf becomes 0.
 void softmax(float* scores, int64_t count) {
     float largest = -INFINITY, total = 0;
     for (int64_t i = 0; i < count; i++) largest = std::max(largest, scores[i]);
@@ -739,7 +770,7 @@ void add_scaled(float* to, const float* from, float factor, int64_t size) {
     for (int64_t i = 0; i < size; i++) to[i] += factor * from[i];
 }
 
-// The scores of further keys, -inf at padding.
+// The scores of a query with additional keys. They are -inf at padding.
 void score(const More& more, int64_t row, int64_t head, const float* query, int64_t d, float scaling, float* to) {
     const float* keys = more.keys.of(row) + head * more.count * d;
     const bool* mask = more.mask ? more.mask + row * more.mask_stride : nullptr;
@@ -747,14 +778,15 @@ void score(const More& more, int64_t row, int64_t head, const float* query, int6
         to[i] = mask && !mask[i] ? -INFINITY : dot_floats(query, keys + i * d, d) * scaling;
 }
 
-// Adds what is read from their values.
+// Adds the values of additional keys to `to`, multiplied by `weights`.
 void read(const More& more, int64_t row, int64_t head, const float* weights, int64_t d, float* to) {
     const float* values = more.values.of(row) + head * more.count * d;
     for (int64_t i = 0; i < more.count; i++) add_scaled(to, values + i * d, weights[i], d);
 }
 
-// What one head of one row reads from the tokens and from the prompts. Each head rotates its key itself, so
-// that none waits for another; the first of a group writes it to the cache.
+// The attention of one head in one row of the batch: over the tokens and the prefix, plus that over the
+// prompts. Heads that share a key each rotate it themselves, so that none waits for another. The first of
+// them writes it to the cache.
 void attend(const Step& step, const Layer& layer, int64_t index, int64_t row, int64_t head, const float* projected,
             std::vector<float>& scores, float* to) {
     const int64_t d = step.head_dim, group = head / (step.heads / step.key_heads);
@@ -791,9 +823,10 @@ void attend(const Step& step, const Layer& layer, int64_t index, int64_t row, in
     read(added->prompts, row, head, scores.data(), d, to);
 }
 
-constexpr int ATTENTION = 7, MLP = 8;  // sites behind the projections, which are numbered as in Layer
+constexpr int ATTENTION = 7, MLP = 8;  // the sites after the projections, 0 to 6 (see Added)
 
-// f(down z + down_bias) of a term for every row of the batch, z (B, inputs); each thread takes some of the ranks.
+// f(down z + down_bias) of a term for every row of the batch, z (B, inputs), into `to` (B, ranks). The
+// threads share the ranks out and do not wait for each other at the end.
 void reduce(const Step& step, const Term& term, const float* z, float* to) {
     Matrix m{0, term.rank, term.inputs, nullptr, nullptr, nullptr, nullptr};
     const bool same = !term.down.stride && !term.down_bias.stride;
@@ -813,7 +846,8 @@ void reduce(const Step& step, const Term& term, const float* z, float* to) {
         }
 }
 
-// The same for all terms of a projection. Returns whether there are any, so that threads have to wait.
+// The same for all terms of a projection. If it returns true, `to` has new values, and the threads have to
+// wait for each other before they read them.
 bool reduce_all(const Step& step, const Added* added, int site, const float* x, float* to) {
     bool any = false;
     for (int64_t i = added ? added->first[site] : 0; added && i < added->first[site + 1]; i++) {
@@ -824,7 +858,8 @@ bool reduce_all(const Step& step, const Added* added, int site, const float* x, 
     return any;
 }
 
-// What a term makes of outputs first..last of its site, y (B, y_stride), where `reduced` has its f(...).
+// Applies a term to outputs first..last of its site, y (B, y_stride), in place. `reduced` has the values of
+// f(...).
 void apply(const Step& step, const Term& term, const float* reduced, int64_t first, int64_t last, float* y,
            int64_t y_stride) {
     for (int64_t row = 0; row < step.rows; row++) {
@@ -846,7 +881,8 @@ void apply_all(const Step& step, const Added* added, int site, const float* redu
         apply(step, added->terms[i], reduced, first, last, y, y_stride);
 }
 
-// All terms of a sub-layer that reads x and gives y, (B, D) each; threads wait for each other within it.
+// Applies all terms of a sub-layer (the attention or the MLP) with input x and output y, (B, D) each. The
+// threads wait for each other inside.
 void apply_to_sublayer(const Step& step, const Added* added, int site, const float* x, float* y, float* reduced) {
     for (int64_t i = added ? added->first[site] : 0; added && i < added->first[site + 1]; i++) {
         const Term& term = added->terms[i];
@@ -859,7 +895,7 @@ void apply_to_sublayer(const Step& step, const Added* added, int site, const flo
     }
 }
 
-// hidden += sums, (B, D), in columns first..last
+// Adds sums (B, D) to the hidden states, in columns first..last.
 void add_columns(const Step& step, const float* sums, int64_t first, int64_t last) {
     for (int64_t row = 0; row < step.rows; row++)
         add_scaled(step.hidden + row * step.hidden_size + first, sums + row * step.hidden_size + first, 1,
@@ -868,7 +904,7 @@ void add_columns(const Step& step, const float* sums, int64_t first, int64_t las
 
 }  // namespace
 
-// One token of every row through all layers and the last norm. Called with the cache's room already made.
+// Takes one token of every row through all layers and the last norm. The cache must have room for it.
 extern "C" void decode(const Layer* layers, const Step* given) {
     const Step& step = *given;
     const int64_t B = step.rows, D = step.hidden_size, d = step.head_dim;

@@ -23,7 +23,7 @@ from llama_adapter.weights.locations import cache_folder
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 OPTIMISATION = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-# For this processor, with threads. If the compiler refuses an option, it is left out, starting from the last.
+# Options for this processor and for threads. They are tried in this order until the compiler accepts them.
 WISHES = (
     ("-march=native", "-fopenmp"),
     ("-mcpu=native", "-fopenmp"),

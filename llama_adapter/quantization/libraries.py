@@ -1,6 +1,7 @@
 """Quantised weights of other libraries, through transformers' own quantizers.
 
-They serve devices that our kernels do not: int8 and nf4 are bitsandbytes', int4 is torchao's.
+On CUDA, int8 is bitsandbytes' and int4 is torchao's; on a CPU, our kernels compute both. nf4 is always
+bitsandbytes'.
 """
 
 from __future__ import annotations

@@ -260,8 +260,8 @@ def format_of(decoder: nn.Module) -> str | None:
 def quantize_decoder(decoder: PreTrainedModel, format: str) -> None:
     """Replace every ``nn.Linear`` and the token embedding of a decoder by modules with quantised weights.
 
-    One after the other, so that each float weight is freed before the next is quantised. A head that is tied
-    to the embedding stays tied. Norms, biases and modules other than ``nn.Linear`` (a mixture's experts) are
+    They are replaced one after the other, so that each float weight is freed before the next is quantised. A
+    head that is tied to the embedding stays tied. Norms, biases and other modules (a mixture's experts) are
     not changed. In int4 the embedding and the head are int8.
     """
     embedding, head = decoder.get_input_embeddings(), decoder.get_output_embeddings()

@@ -191,7 +191,7 @@ def examine(
     Args:
         output: a results file, updated as results come. None writes no file.
         made_from: identifies adapter, data and settings. A file is continued only if it was made from the
-        same.
+            same.
 
     Raises:
         UsageError: ``output`` is no results file, or was made from something else.

@@ -188,7 +188,7 @@ def _picture(
     Args:
         folders: where a file of its name may be.
         same: the pictures so far by their SHA-256, so that equal pictures become the same. New ones are
-        added.
+            added.
     """
     named = row.get("image")
     plain = not isinstance(named, dict)

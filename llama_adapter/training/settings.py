@@ -46,7 +46,9 @@ class TrainingSettings:
     )
     max_minutes: float | None = field(
         default=None,
-        metadata={"help": "end the run, and its schedule, after so many minutes, if its steps last longer"},
+        metadata={
+            "help": "end the run, and its schedule, after so many minutes, if its steps would take longer"
+        },
     )
     validate_every: int | None = field(
         default=None,

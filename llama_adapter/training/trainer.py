@@ -94,8 +94,9 @@ class Trainer:
     occurrences: Sequence[float] | None = None
 
     def run(self, *, resume: bool = False) -> float:
-        """Train to the end, or resume from the last checkpoint. Returns the best validation loss, nats a
-        token.
+        """Train to the end, or resume from the last checkpoint.
+
+        Returns the best validation loss, in nats a token.
 
         The first Ctrl-C (or SIGTERM) ends the run after the current step, with a checkpoint. A resumed run
         gives the same result as one that was never stopped. A second Ctrl-C ends the run at once.

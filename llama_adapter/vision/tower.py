@@ -31,8 +31,8 @@ MAX_DEPTHS = 4  # M: how many depths are used by default
 MAX_ASPECT = 20  # of a picture. A thinner one loses its ends: resized by its short side it would be huge.
 
 COLOUR_BINS = 4  # of depth 0, for each of red, green and blue
-_HISTOGRAM_SIDE = 64  # a picture is averaged to this many places a side
-_BORDER = 3  # how many of them its border is wide
+_HISTOGRAM_SIDE = 64  # a picture is averaged down to this many pixels a side
+_BORDER = 3  # the width of its border, in these pixels
 
 _EXTRACTION = 1  # raise it with each change to what `encode` computes, so that cached features are not reused
 

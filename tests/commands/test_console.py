@@ -623,7 +623,7 @@ def test_pictures_of_a_chat_are_added_up_and_forgotten(seeing: LlamaAdapter, col
 
 def test_a_bad_picture_is_told_and_the_chat_goes_on(seeing: LlamaAdapter) -> None:
     for line, expected in (
-        ("/image", "/image wants a picture's file: /image photo.jpg"),
+        ("/image", "/image needs a picture's file: /image photo.jpg"),
         ("/image missing.png", "missing.png: there is no such file"),
         ("/image https://example.org/cat.jpg", "URLs are not fetched unless allowed"),
     ):

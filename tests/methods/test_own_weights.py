@@ -160,7 +160,7 @@ def test_places_that_are_none_of_the_base_are_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     tensors["selected.places"][-1] = 2**30
     save_file(tensors, tmp_path / WEIGHTS_FILE)
-    with pytest.raises(UsageError, match="this base has no weights at its places"):
+    with pytest.raises(UsageError, match="its file has positions that the base's weights do not have"):
         model.load_adapter(tmp_path, "again")
     tensors["selected.places"] = tensors["selected.places"].float()
     save_file(tensors, tmp_path / WEIGHTS_FILE)
