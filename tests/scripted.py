@@ -55,11 +55,13 @@ class ScriptedModel(LlamaAdapter):
 
     Attributes:
         delay: seconds for each token.
+        held: while it is set, no token is made.
         made: tokens made so far, in all answers together.
     """
 
     delay = 0.0
     made = 0
+    held = False
 
     def prepare_request(self, question: Question) -> Request:
         request = super().prepare_request(question)
@@ -83,6 +85,8 @@ class ScriptedModel(LlamaAdapter):
         if not isinstance(adapter, AdapterState) or Script not in adapter.parts:
             return super().forward(input_ids, **kwargs)
         time.sleep(self.delay)
+        while self.held:
+            time.sleep(0.01)
         rows, length = input_ids.shape
         self.made += rows
         cache = kwargs["past_key_values"]

@@ -339,11 +339,11 @@ def test_a_question_that_is_too_long_or_empty_is_told(page: Page) -> None:
 
 
 def test_dots_move_until_the_first_word(page: Page, model: ScriptedModel) -> None:
-    model.delay = 2
-    _ask(page, "Count")
-    playwright.expect(page.get_by_label("Loading response")).to_be_visible()
-    _shoot(page, "waiting")
-    model.delay = 0.02
+    with pytest.MonkeyPatch.context() as patch:  # undone even if the test fails: all tests share the model
+        patch.setattr(model, "held", True)
+        _ask(page, "Count")
+        playwright.expect(page.get_by_label("Loading response")).to_be_visible()
+        _shoot(page, "waiting")
     playwright.expect(_answer(page)).to_contain_text("1 2 3")
     playwright.expect(page.get_by_label("Loading response")).to_have_count(0)
     _stop(page)
