@@ -222,8 +222,8 @@ def _grey(image: Image.Image, name: str) -> Image.Image:
     whites = (65535,) if sixteen_bits else (1, 255, 65535) if image.mode == "F" else (255, 65535)
     fitting = [white for white in whites if low >= 0 and high <= white]
     black, span = (0.0, fitting[0]) if fitting else (low, (high - low) or 1.0)
-    values -= black
-    values *= 255 / span
+    np.subtract(values, black, out=values)
+    np.multiply(values, 255 / span, out=values)
     grey = np.rint(values).astype(np.uint8)
     return Image.fromarray(np.where(transparent, np.uint8(255), grey))
 

@@ -266,7 +266,8 @@ class DecodingStep:
         kernels.decode(ctypes.addressof(frozen), ctypes.addressof(step))
         room.show(layers, length + 1)
         self.calls += 1
-        return BaseModelOutputWithPast(hidden, past_key_values)
+        output: Any = hidden  # transformers before 5.21 names a narrower type than it takes
+        return BaseModelOutputWithPast(output, past_key_values)
 
     def _added(self, adapter: Any, rows: int) -> _Added | None:
         """What an adapter adds; None if its tensors are neither for this many rows nor for one."""
