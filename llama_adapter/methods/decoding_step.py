@@ -266,7 +266,7 @@ class DecodingStep:
         kernels.decode(ctypes.addressof(frozen), ctypes.addressof(step))
         room.show(layers, length + 1)
         self.calls += 1
-        output: Any = hidden  # transformers before 5.21 names a narrower type than it takes
+        output: Any = hidden  # transformers 5.20 names a narrower type than it takes
         return BaseModelOutputWithPast(output, past_key_values)
 
     def _added(self, adapter: Any, rows: int) -> _Added | None:
