@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_adapter.common.errors import UsageError
@@ -230,7 +231,11 @@ def test_stopping_a_trial_run_stays_a_stop() -> None:
     assert decoder.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("family", ["afmoe", "moshi", "jetmoe"])
+# The layers of Moshi do not get what they are passed.
+OLD_MOSHI = pytest.mark.skipif(transformers.__version__.startswith("5.20."), reason="mended after 5.20")
+
+
+@pytest.mark.parametrize("family", ["afmoe", pytest.param("moshi", marks=OLD_MOSHI), "jetmoe"])
 @torch.no_grad()
 def test_families_with_unusual_modules_or_views_work(family: str) -> None:
     experts = {
