@@ -312,8 +312,8 @@ def restore_base(unpacked: Path, folder: Path) -> None:
                 shutil.copyfile(path, place / path.name)
 
 
-def _command(script: str, options: str, output: Path, *more: str) -> list[str]:
-    command = [sys.executable, "-m", script, *options.split(), "--output", str(output), *more]
+def _command(script: str, options: str, output: Path) -> list[str]:
+    command = [sys.executable, "-m", script, *options.split(), "--output", str(output)]
     return [*command, "--resume"] if (output / "run.json").exists() else command
 
 

@@ -133,7 +133,7 @@ class _Asking:
             "colour": "colour" if self.british else "color",
             "picture": draws.choice(_PICTURES),
         }
-        self.words["a_picture"] = _article(self.words["picture"])
+        self.words["a_picture"] = with_article(self.words["picture"])
 
     def name(self, colour: str) -> str:
         return "gray" if colour == "grey" and not self.british else colour
@@ -173,19 +173,18 @@ class _Asking:
         if alone and self.draws.random() < 0.07:
             names = [shape.name, self.other_shape()]
             self.draws.shuffle(names)
-            return f"Is the shape {_article(names[0])} or {_article(names[1])}?", shape.name
+            return f"Is the shape {with_article(names[0])} or {with_article(names[1])}?", shape.name
         if alone and self.draws.random() < 0.75:
             return self.word(_SHAPE_QUESTIONS_FOR_ONE), shape.name
         return self.word(_SHAPE_QUESTIONS, named=self.name(shape.colour)), shape.name
 
     def description(self) -> tuple[str, str]:
         self.british = False  # the question does not show which spelling is wanted
-        text = self.shapes()
-        return self.word(_DESCRIPTION_QUESTIONS), f"{text[0].upper()}{text[1:]}."
+        return self.word(_DESCRIPTION_QUESTIONS), sentence(self.shapes())
 
     def shapes(self) -> str:
         """All shapes with their colours: "a red circle and a blue square"."""
-        shapes = [_article(f"{self.name(shape.colour)} {shape.name}") for shape in self.drawing.shapes]
+        shapes = [with_article(f"{self.name(shape.colour)} {shape.name}") for shape in self.drawing.shapes]
         return " and ".join([", ".join(shapes[:-1]), shapes[-1]] if len(shapes) > 1 else shapes)
 
     def background(self) -> tuple[str, str]:
@@ -225,17 +224,17 @@ class _Asking:
             return self.word(self.whether_it_is(asks, colour, name, shape)), _yes(there)
         negated = self.draws.random() < 0.12
         questions = _ABSENCE_QUESTIONS if negated else _PRESENCE_QUESTIONS
-        return self.word(questions, a=_article(thing), thing=thing), _yes(there is not negated)
+        return self.word(questions, a=with_article(thing), thing=thing), _yes(there is not negated)
 
     def whether_it_is(self, asks: str, colour: str, name: str, shape: Shape) -> list[str]:
         """Questions about the only shape. The answer is yes if it has the colour, the name or both."""
         if asks == "colour":
             return [f"Is the shape {colour}?", f"Is it {colour}?", f"Is the {shape.name} {colour}?"]
         if asks == "shape":
-            a = _article(name)
+            a = with_article(name)
             own = self.name(shape.colour)
             return [f"Is the shape {a}?", f"Is it {a}?", f"Is this {a}?", f"Is the {own} shape {a}?"]
-        a = _article(f"{colour} {name}")
+        a = with_article(f"{colour} {name}")
         return [f"Is it {a}?", f"Is this {a}?", f"Is the shape {a}?"]
 
     def other_colour(self) -> str:
@@ -287,8 +286,8 @@ def caption(drawing: Drawing, draws: random.Random) -> tuple[str, ...]:
     asking = _Asking(drawing, draws)
     shapes = asking.shapes()
     ground = drawing.background
-    place = "" if ground is None else f" on {_article(f'{asking.name(ground)} background')}"
-    return f"{shapes}{place}.", f"{shapes}.", f"{_article(asking.words['picture'])} of {shapes}{place}."
+    place = "" if ground is None else f" on {with_article(f'{asking.name(ground)} background')}"
+    return f"{shapes}{place}.", f"{shapes}.", f"{with_article(asking.words['picture'])} of {shapes}{place}."
 
 
 def _as_typed(question: str, answer: str, draws: random.Random) -> str:
@@ -306,8 +305,14 @@ def _as_typed(question: str, answer: str, draws: random.Random) -> str:
     return question
 
 
-def _article(thing: str) -> str:
-    return f"{'an' if thing[0] in 'aeio' else 'a'} {thing}"
+def with_article(thing: str) -> str:
+    """The thing with "a" or "an" before it, by its first letter."""
+    return f"{'an' if thing[0].lower() in 'aeiou' else 'a'} {thing}"
+
+
+def sentence(text: str) -> str:
+    """The text with a capital letter and a full stop."""
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _plural(thing: str) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.data.drawing_questions import sentence, with_article
+
 Row = dict[str, Any]
 
 CAPTIONS_EACH = 2  # of Flickr8k's five for each photo
@@ -57,7 +59,7 @@ def yes_no_rows(data: Path) -> list[Row]:
     draws = random.Random(1)
     answered: dict[str, list[Row]] = {"true": [], "false": []}
     for row in read_rows_of(data, "text/mcq/boolq.json"):
-        question = row["instruction"].split("question: ", 1)[1].split("\n\nAnswer format", 1)[0]
+        question = _question_in(row)
         question = question[0].upper() + question[1:]
         wish = draws.choice(("", "", " Answer yes or no.", " Yes or no?"))
         answer = {"true": "Yes", "false": "No"}[row["answer"]] + draws.choice(("", "."))
@@ -71,8 +73,7 @@ def choice_rows(data: Path) -> list[Row]:
     rows = []
     for file in ("arc-easy", "arc-challenge", "openbookqa"):
         for row in read_rows_of(data, f"text/mcq/{file}.json"):
-            asked = row["instruction"].split("question: ", 1)[1].split("\n\nAnswer format", 1)[0]
-            question, *parts = _CHOICE.split(asked)
+            question, *parts = _CHOICE.split(_question_in(row))
             options = dict(zip(parts[::2], (part.strip().rstrip(".") for part in parts[1::2]), strict=True))
             answer = options[row["answer"].removeprefix("answer")]
             alone = _OPEN.match(question) and not re.search(r"following|these|which of", question, re.I)
@@ -80,6 +81,12 @@ def choice_rows(data: Path) -> list[Row]:
                 question += f"\nOptions: {'; '.join(options.values())}"
             rows.append({"instruction": question, "input": "", "output": answer[:1].upper() + answer[1:]})
     return rows
+
+
+def _question_in(row: Row) -> str:
+    """The question of a row of multiple choice, without the instructions around it."""
+    instruction: str = row["instruction"]
+    return instruction.split("question: ", 1)[1].split("\n\nAnswer format", 1)[0]
 
 
 def sum_rows(count: int) -> list[Row]:
@@ -189,7 +196,7 @@ def picture_sources(data: Path) -> dict[str, list[Row]]:
             {
                 "image": f"imagenet_names/images/{file}",
                 "question": draws.choice(_NAME),
-                "answer": f"{'An' if name[0].lower() in 'aeiou' else 'A'} {name}.",
+                "answer": sentence(with_article(name)),
             }
             for file, name in names.items()
         ],
@@ -211,7 +218,7 @@ def _captioned(rows: list[Row], folder: str, draws: random.Random) -> Iterator[R
                 yield {
                     "image": f"{folder}/images/{row['image']}",
                     "question": draws.choice(_DESCRIBE),
-                    "answer": f"{answer[0].upper()}{answer[1:]}.",
+                    "answer": sentence(answer),
                 }
 
 

@@ -18,7 +18,8 @@ from llama_adapter.page.wiring import ANSWERING, AT_ONCE, PRIVATE, TAKING
 def offered(model: LlamaAdapter, adapter: str) -> list[dict[str, Any]]:
     """The questions that an empty chat suggests; equally many for every adapter."""
     pictured = fitting(PICTURE_EXAMPLES, model.base) if model.sees(adapter) else []
-    examples = [*pictured, *TEXT_EXAMPLES[: len(TEXT_EXAMPLES) - len(pictured)]]
+    plain = fitting(TEXT_EXAMPLES, model.base)
+    examples = [*pictured, *plain[: len(plain) - len(pictured)]]
     return [
         {"text": example.text}
         if example.picture is None

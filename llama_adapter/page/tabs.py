@@ -29,7 +29,7 @@ def comparison_tab(
     box = question_box("Ask both the same")
     waiting = gr.Markdown(elem_classes=["line", "waiting"])
     examples = gr.Examples(
-        [[{"text": example.text}] for example in TEXT_EXAMPLES],
+        [[{"text": example.text}] for example in fitting(TEXT_EXAMPLES, handlers.engine.model.base)],
         box,
         label="For example",
         api_visibility="private",

@@ -29,7 +29,7 @@ from llama_adapter.common.progress import clock
 from llama_adapter.data.pictures import open_picture
 from llama_adapter.training.run_folder import RunFolder
 from llama_adapter.training.schedule import warmup_cosine
-from llama_adapter.training.trainer import stop_request
+from llama_adapter.training.stopping import stop_request
 from llama_adapter.vision.contrastive import Pair, save_clip
 
 CROPS_FILE = "crops.f16"
@@ -157,7 +157,7 @@ def train_clip(
         folder.line.say(f"going on from step {step}")
     first, started = step, time.monotonic()
     with folder.metrics(step), stop_request() as stop, Crops(clip, pairs, settings, output) as crops:
-        for cut, said in _loader(_Steps(pairs, settings, crops), range(step, total), device):
+        for cut, said in _loader(crops, range(step, total), device):
             pixels = cut.to(device, memory_format=torch.channels_last)
             texts = tokenizer(said).to(device)
             rate = warmup_cosine(step, total, settings.warmup_steps)
@@ -203,21 +203,21 @@ def train_clip(
 class _Steps(Dataset[tuple[Tensor, list[str]]]):
     """The input of each step: the crops, and the texts that they are matched with."""
 
-    def __init__(self, pairs: Sequence[Pair], settings: ClipSettings, crops: Crops) -> None:
-        self.pairs, self.settings, self.crops = pairs, settings, crops
+    def __init__(self, crops: Crops) -> None:
+        self.crops = crops
 
     def __getitem__(self, step: int) -> tuple[Tensor, list[str]]:
-        batch = draw_batch(self.pairs, step, self.settings)
+        batch = draw_batch(self.crops.pairs, step, self.crops.settings)
         return self.crops.of_step([number for number, _ in batch], step), [text for _, text in batch]
 
 
 def _loader(
-    steps: _Steps, wanted: Sequence[int], device: torch.device
+    crops: Crops, wanted: Sequence[int], device: torch.device
 ) -> DataLoader[tuple[Tensor, list[str]]]:
     """Makes the steps' input. On a GPU all cores make it ahead; on a CPU they have enough to do."""
-    ahead = device.type == "cuda" and not steps.settings.frozen_blocks
+    ahead = device.type == "cuda" and not crops.settings.frozen_blocks
     workers = (os.cpu_count() or 1) if ahead else 0
-    return DataLoader(steps, batch_size=None, sampler=wanted, num_workers=workers, pin_memory=ahead)
+    return DataLoader(_Steps(crops), batch_size=None, sampler=wanted, num_workers=workers, pin_memory=ahead)
 
 
 def _freeze(clip: open_clip.CLIP, blocks: int) -> list[torch.nn.Module]:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from llama_adapter.packing.frozen_products import frozen_products
 from llama_adapter.packing.losses import accumulate_gradient, mean_answer_loss
 from llama_adapter.training.run_folder import Onlooker, RunFolder
 from llama_adapter.training.settings import TrainingSettings
+from llama_adapter.training.stopping import stop_request
 
 MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
 
@@ -386,24 +384,3 @@ class _Pace:
             spent / steps * (self._total - self._progress.step), max(0.0, self._limit - self.seconds())
         )
         return f"{speed:,.0f} tokens/s  {clock(left)} left"
-
-
-@contextmanager
-def stop_request() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets. The second one interrupts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread can receive signals
-        return
-
-    def request(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from llama_adapter.data.pictures import open_picture
 from llama_adapter.data.records import PictureFile, read_records
 from llama_adapter.data.sources import EASY_VQA, read_rows
 from llama_adapter.data.templates import CAPTION_QUESTIONS
+from llama_adapter.vision.tower import prepare_batches
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -203,14 +203,8 @@ def encode_images(clip: open_clip.CLIP, pictures: Sequence[PictureFile]) -> Tens
     preprocess = image_transform_v2(
         PreprocessCfg(**clip.llama_adapter_config["preprocess_cfg"]), is_train=False
     )
-    size = 64 if device.type == "cuda" else 8  # more at once is no faster on a CPU
-    encoded = []
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(pictures), size):
-            opened = pool.map(
-                lambda picture: preprocess(open_picture(picture)), pictures[start : start + size]
-            )
-            encoded.append(clip.encode_image(torch.stack(list(opened)).to(device), normalize=True))
+    batches = prepare_batches(pictures, lambda picture: preprocess(open_picture(picture)), device)
+    encoded = [clip.encode_image(pixels.to(device), normalize=True) for _, pixels in batches]
     return torch.cat(encoded).cpu()
 
 

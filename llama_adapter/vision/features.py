@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +23,11 @@ from llama_adapter.common.files import alone_in
 from llama_adapter.common.progress import RowProgress
 from llama_adapter.data.pictures import open_picture, read_picture
 from llama_adapter.data.row_pictures import PictureFile
-from llama_adapter.vision.tower import VisionTower
+from llama_adapter.vision.tower import VisionTower, prepare_batches
 from llama_adapter.weights.locations import cache_folder
 
 FEATURES_FILE = "features.f32"
 INDEX_FILE = "index.txt"
-_ENCODED_AT_ONCE = 8  # pictures; more at once is no faster on a CPU
-_ENCODED_AT_ONCE_CUDA = 128
 
 
 def default_cache_folder() -> Path:
@@ -93,14 +90,10 @@ class FeatureCache:
                 missing[name] = picture
         done = len(pictures) - len(missing)
         waiting = list(missing.items())
-        cuda = self.tower.device.type == "cuda"
-        size = _ENCODED_AT_ONCE_CUDA if cuda else _ENCODED_AT_ONCE
-        with ThreadPoolExecutor() as pool:  # reading and decoding leave Python's lock to others
-            for start in range(0, len(waiting), size):
-                progress(done + start)
-                some = waiting[start : start + size]
-                pixels = torch.cat(list(pool.map(self._pixels, some)))
-                self._append([name for name, _ in some], self.tower.encode(pixels).cpu())
+        for some, pixels in prepare_batches(waiting, self._pixels, self.tower.device):
+            progress(done)
+            self._append([name for name, _ in some], self.tower.encode(pixels).cpu())
+            done += len(some)
         progress(len(pictures))
         if not pictures:
             return torch.zeros(0, self.tower.feature_width)
@@ -110,7 +103,7 @@ class FeatureCache:
 
     def _pixels(self, entry: tuple[str, Path | bytes]) -> Tensor:
         name, picture = entry
-        pixels = self.tower.prepare([open_picture(picture)])
+        pixels = self.tower.prepare([open_picture(picture)])[0]
         if _name(picture) != name:  # or its features would be stored under its old content
             raise UsageError(f"{picture!s}: changed while pictures were encoded; start again")
         return pixels
