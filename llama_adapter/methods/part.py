@@ -110,6 +110,10 @@ class Part(nn.Module):
             input_sizes: (L,), the root mean square of the input of each adapted layer's attention.
         """
 
+    def take_over(self, other: Part) -> None:
+        """Copy the values of another part of this kind, from which a training starts."""
+        self.load_state_dict(other.state_dict())
+
     def attach(self, decoder: PreTrainedModel) -> None:
         """Register what the part needs on the decoder that it adapts. Does nothing by default.
 

@@ -101,6 +101,20 @@ class Projection(Part):
         # A channel that is constant in all of them would dominate for the first picture in which it is not.
         self.scale.copy_(1 / features.std(0, correction=0).clamp_min(1e-2))
 
+    def take_over(self, other: Part) -> None:
+        """Copy another projection's values. Its depths are this one's last.
+
+        The features of the depths that it lacks are the first. Their weights are zero at the start, so that
+        the tokens are the same.
+        """
+        with torch.no_grad():
+            for name, value in other.state_dict().items():
+                own = self.state_dict()[name]
+                added = own.shape[-1] - value.shape[-1]
+                own[..., added:] = value
+                if name == "down.weight":
+                    own[:, :added] = 0
+
     def forward(self, features: Tensor) -> Tensor:
         """Features (N, F) -> image tokens (N, 1 or K, D), the same for all layers."""
         hidden = self._normalise(self.down((features.to(self.mean) - self.mean) * self.scale))

@@ -156,9 +156,11 @@ def load_to_train(
     }
     sight = plan.given("tower", "depths", "bottleneck", "image_tokens")
     images = list(dict.fromkeys(images))
-    if sight and not plan.images:
+    if sight and not images:
         option = next(iter(sight)).replace("_", "-")
-        raise UsageError(f"--{option} is for pictures, which --no-images leaves out; give one of the two")
+        if not plan.images:
+            raise UsageError(f"--{option} is for pictures, which --no-images leaves out; give one of the two")
+        raise UsageError(f"--{option} is for pictures, and no row has one; leave it out")
     chosen = plan.given("adapted_layers", "template", "method")
     start = None
     if plan.start_from is None:
@@ -177,6 +179,8 @@ def load_to_train(
             tower, chosen["vision"] = _new_sight(plan, sight, model.decoder.device)
         else:
             tower = model.tower()
+            if sight:
+                tower, chosen["vision"] = _with_more_depths(plan, chosen["vision"], model.decoder.device)
     if start is not None:
         model.delete_adapter(model.active_adapter)  # the new one may have the same name
     adapter = model.new_adapter(TRAINED, seed=settings.seed, **chosen)
@@ -189,7 +193,8 @@ def load_to_train(
         assert projection is not None
         projection.fit(features.values())
     if start is not None:
-        adapter.load_state_dict(start.state_dict(), strict=False)  # parts that are new keep their values
+        for part in start.parts:
+            adapter.find(type(part)).take_over(part)
     if plan.gradient_checkpointing:
         checkpoint_activations(model.decoder)
     return model, features
@@ -202,7 +207,8 @@ def _inherited(config: AdapterConfig, plan: AdapterPlan, sight: Mapping[str, Any
         UsageError: the plan gives something that is settled by it, or leaves out a part of it.
     """
     kept = [name for name in plan.options if name in config.options]
-    if settled := [*plan.given("adapted_layers"), *kept, *(sight if config.vision is not None else ())]:
+    seen = [] if config.vision is None else [name for name in sight if name != "depths"]
+    if settled := [*plan.given("adapted_layers"), *kept, *seen]:
         option = settled[0].replace("_", "-")
         raise UsageError(f"--{option} is settled by --start-from {plan.start_from}; leave it out")
     kinds = config.method.split("+")
@@ -231,6 +237,21 @@ def _date_of_run(output: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None  # opening the run's folder will report what is wrong
     return adapter.get("template_date") if isinstance(adapter, dict) else None
+
+
+def _with_more_depths(
+    plan: AdapterPlan, vision: VisionConfig, device: torch.device
+) -> tuple[VisionTower, VisionConfig]:
+    """The tower with the plan's depths, where an adapter to start from sees with the last of them."""
+    assert plan.depths is not None
+    known = vision.depths
+    if tuple(plan.depths[-len(known) :]) != known:
+        raise UsageError(
+            f"--depths {' '.join(map(str, plan.depths))}: --start-from {plan.start_from} sees with the "
+            f"depths {' '.join(map(str, known))}; lower ones can be added, but none taken away"
+        )
+    tower = load_tower(vision.tower, depths=plan.depths, weights=plan.weights, device=device)
+    return tower, dataclasses.replace(vision, depths=tower.depths, feature_width=tower.feature_width)
 
 
 def _new_sight(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import eval.captions
 import eval.vqa
@@ -311,6 +312,30 @@ def test_training_starts_from_an_adapter(place: Path, trained: Path, tmp_path: P
     assert losses(tmp_path / "on")[0] < 0.8 * losses(trained)[0]
 
 
+def test_depths_can_be_added_to_the_adapter_that_it_starts_from(
+    place: Path, trained: Path, tmp_path: Path
+) -> None:
+    on = options(place, tmp_path / "on", "--start-from", str(trained), "--max-steps", "1")
+    pairs = dict(zip(on[::2], on[1::2], strict=True))
+    pairs |= {"--learning-rate": "1e-9", "--rate": "projection=1e-9"}
+    for settled in ("--template", "--bottleneck", "--prompt-length"):
+        del pairs[settled]
+    words = [word for pair in pairs.items() for word in pair]
+    assert "sees with the depths 1 2; lower ones can be added, but none taken away" in refusal(
+        train.vqa, [*words, "--depths", "0", "1"]
+    )
+    run(train.vqa, [*words, "--depths", "0", "1", "2"])
+    before, after = load_adapter(trained), load_adapter(tmp_path / "on")
+    assert before.config.vision and after.config.vision
+    assert before.config.vision.depths == (1, 2) and after.config.vision.depths == (0, 1, 2)
+    added = after.config.vision.feature_width - before.config.vision.feature_width
+    features = torch.randn(4, after.config.vision.feature_width)
+    found, expected = after.projection(features), before.projection(features[:, added:])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    weight = after.projection.down.weight[:, :added]
+    assert 0 < weight.abs().max() < 1e-6, "the colours are learnt"
+
+
 def test_an_adapter_is_trained_on_with_scales_and_biases_which_it_keeps(
     place: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -409,6 +434,12 @@ def test_parts_of_the_adapter_that_it_starts_from_are_kept(
 def test_what_start_from_settles_cannot_be_given(place: Path, trained: Path, tmp_path: Path) -> None:
     words = options(place, tmp_path / "run", "--start-from", str(trained))
     assert "--prompt-length is settled by --start-from" in refusal(train.vqa, words)
+
+
+def test_options_for_pictures_need_pictures(place: Path, tmp_path: Path) -> None:
+    words = options(place, tmp_path / "run")
+    words[words.index("--data") + 1] = str(TEXT)
+    assert refusal(train.vqa, words) == "--bottleneck is for pictures, and no row has one; leave it out"
 
 
 def test_what_cannot_be_scored_is_told(

@@ -154,7 +154,8 @@ def _choose(page: Page, adapter: str) -> None:
 
 
 def _stop(page: Page) -> None:
-    page.get_by_role("button", name="Stop").click()
+    """Stop the answer, unless it has ended by itself, as on a busy machine."""
+    page.get_by_role("button", name="Stop").evaluate_all("buttons => buttons.forEach(one => one.click())")
     _send(page).wait_for()
 
 
@@ -236,13 +237,15 @@ def test_an_answer_grows_and_stops_at_once(page: Page, model: ScriptedModel) -> 
 
 
 def test_a_closed_tab_stops_the_work(browser: Browser, address: str, model: ScriptedModel) -> None:
+    before = model.made
     with _opened(browser, address) as page:
         _ask(page, "Count")
         playwright.expect(_answer(page)).to_contain_text("1 2 3")
-    time.sleep(0.5)
-    made = model.made
-    time.sleep(0.5)
-    assert model.made == made
+    made = -1
+    while model.made != made:
+        made = model.made
+        time.sleep(1)
+    assert made - before < 256, "the whole answer was made"
 
 
 def test_retry_undo_edit_and_clear(page: Page) -> None:
@@ -518,13 +521,15 @@ def test_look_inside(page: Page) -> None:
     playwright.expect(gates).to_have_count(0)
 
 
-def test_a_question_waits_its_turn_and_code_is_drawn_as_code(page: Page) -> None:
+def test_a_question_waits_its_turn_and_code_is_drawn_as_code(page: Page, model: ScriptedModel) -> None:
     _shorten(page, 112)
     _ask(page, "Mend this:\ndef add(a, b):\n    return a * b * 2\nThanks.")
     playwright.expect(_answer(page)).to_contain_text("one heard")
-    _ask(page, "Second")
-    playwright.expect(page.get_by_text("Next: “Second”")).to_be_visible()
-    _shoot(page, "next")
+    with pytest.MonkeyPatch.context() as patch:  # the first answer does not end before the second question
+        patch.setattr(model, "held", True)
+        _ask(page, "Second")
+        playwright.expect(page.get_by_text("Next: “Second”")).to_be_visible()
+        _shoot(page, "next")
     playwright.expect(page.get_by_test_id("user").last).to_have_text("Second")
     playwright.expect(page.get_by_text("Next: ")).to_have_count(0)
     _finished(page, 112)
