@@ -2,6 +2,7 @@
 
     python -m train.shipped pack --data ../shared/data --gguf base.gguf --output parcel   # where the data are
     python -m train.shipped run parcel --output runs/shipped --minutes 4                  # where the GPU is
+    python -m train.shipped rows --data ../shared/data --output mix                       # without a GPU
 
 `pack` writes what the other machine needs besides this checkout and its packages: the base, the rows, and the
 features of the pictures. It writes them in pieces, in case only small files can be sent there.
@@ -9,6 +10,9 @@ features of the pictures. It writes them in pieces, in case only small files can
 `run` joins the pieces and trains the three adapters side by side, since one training of short rows leaves
 most of a large GPU idle. Each goes on from a shipped adapter. Its schedule fits the time, and it leaves an
 adapter in float16 that can be used. The same command goes on with what is not finished.
+
+`rows` writes only the rows, a file for each source. Then `train.vqa --image-root ../shared/data` reads those
+that you choose, such as `--data mix/coco.json`. The cards of the shipped adapters say which.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.common.files import replace_folder, sha256_file, write_json
 from llama_adapter.common.progress import RowProgress
 from llama_adapter.data.drawings import drawing_rows
-from llama_adapter.data.mixtures import picture_sources, share_scienceqa, text_sources
+from llama_adapter.data.mixtures import Row, picture_sources, share_scienceqa, text_sources
 from llama_adapter.methods.checkpoint import CONFIG_FILE, load_adapter, save_adapter
 from llama_adapter.vision.features import FeatureCache
 from llama_adapter.vision.tower import VisionTower, load_tower
@@ -109,6 +113,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     packing.add_argument("--gguf", required=True, type=Path, help="the file that the base is fetched as")
     packing.add_argument("--output", required=True, type=Path, help="folder for the pieces")
     packing.add_argument("--piece-mb", type=positive_int, default=60, help="largest piece, in MiB (60)")
+    writing = commands.add_parser("rows", help="write only the rows, a file for each source")
+    writing.add_argument("--data", required=True, type=Path, help=f"folder that has {', '.join(SETS)}")
+    writing.add_argument("--output", required=True, type=Path, help="folder for the files")
     running = commands.add_parser("run", help="join the pieces and train")
     running.add_argument("pieces", type=Path, help="folder that has the pieces")
     running.add_argument("--output", required=True, type=Path, help="folder for the runs and the adapters")
@@ -116,6 +123,8 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     arguments = parser.parse_args(words)
     if arguments.command == "pack":
         pack(arguments.data, arguments.gguf, arguments.output, arguments.piece_mb * 2**20)
+    elif arguments.command == "rows":
+        write_all_rows(arguments.data, arguments.output)
     else:
         run(arguments.pieces, arguments.output, arguments.minutes)
 
@@ -123,19 +132,29 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
 # --- packing ------------------------------------------------------------------------------------------------
 
 
-def pack(data: Path, gguf: Path, output: Path, piece_bytes: int) -> None:
-    """Write the pieces of the data and of the base.
+def write_all_rows(data: Path, output: Path) -> dict[str, list[Row]]:
+    """Write the rows of all sources, a JSON file each. Returns them by their names.
 
     Raises UsageError for a folder without the data.
     """
     if missing := [name for name in SETS if not (data / name).is_dir()]:
         raise UsageError(f"{data} has no folder {missing[0]!r}; expected {', '.join(SETS)}")
+    sources = {**text_sources(data), **picture_sources(data)}
+    output.mkdir(parents=True, exist_ok=True)
+    for name, rows in sources.items():
+        (output / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    return sources
+
+
+def pack(data: Path, gguf: Path, output: Path, piece_bytes: int) -> None:
+    """Write the pieces of the data and of the base.
+
+    Raises UsageError for a folder without the data.
+    """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        sources = {**text_sources(data), **picture_sources(data)}
+        sources = write_all_rows(data, folder)
         used = {Path(row["image"]).name for rows in sources.values() for row in rows if "image" in row}
-        for name, rows in sources.items():
-            (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
         for name in SETS[2:]:
             _copy(data / name, folder / name)
         for name, drawings in DRAWINGS.items():

@@ -259,6 +259,17 @@ def test_the_base_is_restored_byte_for_byte(carried: SimpleNamespace, tmp_path: 
     assert not (tmp_path / "base" / WEIGHTS_FILE).exists(), "it is not made again"
 
 
+def test_the_rows_alone_are_those_that_are_carried_over(carried: SimpleNamespace, tmp_path: Path) -> None:
+    train_shipped.main(["rows", "--data", str(carried.data), "--output", str(tmp_path / "mix")])
+    data = read_pieces(carried.pieces / "data", tmp_path / "data")
+    written = {path.name for path in (tmp_path / "mix").iterdir()}
+    assert {"alpaca.json", "coco.json", "sums.json"} < written
+    for name in written:
+        rows = json.loads((tmp_path / "mix" / name).read_text())
+        assert rows == json.loads((data / name).read_text()), name
+        assert all((carried.data / row["image"]).is_file() for row in rows if "image" in row), name
+
+
 def test_data_that_lack_a_set_are_refused(tmp_path: Path) -> None:
     for name in SETS[:-1]:
         (tmp_path / name).mkdir()
