@@ -24,6 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.common.gguf_reading import open_gguf
 from llama_adapter.quantization.formats import GGUF_KINDS, Quantized
 from llama_adapter.quantization.linear import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
@@ -41,7 +42,7 @@ def load_gguf(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTr
     Raises:
         UsageError: blocks of a kind that can't be kept, or a file that does not fill the decoder.
     """
-    reader = gguf.GGUFReader(path)
+    reader = open_gguf(path)
     architecture = reader.fields["general.architecture"].contents()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     with no_init_weights():  # memory that is never written takes no space

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.common.gguf_reading import gguf_read_once
 from llama_adapter.methods.card import write_card
 from llama_adapter.methods.checkpoint import (
     STATE_FILE,
@@ -93,12 +94,13 @@ class Folders(NamedAdapters):
             raise UsageError("device and device_map given; give one of them")
         found = locations.resolve(str(base), kind="base", weights=weights)
         chosen = choose_device(None if device is None else str(device))
-        decoder = load_decoder(
-            found, device=chosen, dtype=choose_dtype(dtype, chosen), quantize=quantize, **options
-        )
-        tokenizer = load_tokenizer(
-            found, **{n: v for n, v in options.items() if n in HUB_OPTIONS or n == "gguf_file"}
-        )
+        with gguf_read_once():
+            decoder = load_decoder(
+                found, device=chosen, dtype=choose_dtype(dtype, chosen), quantize=quantize, **options
+            )
+            tokenizer = load_tokenizer(
+                found, **{n: v for n, v in options.items() if n in HUB_OPTIONS or n == "gguf_file"}
+            )
         name = locations.name_of(found, kind="base", weights=weights)
         model = cls(decoder, tokenizer, base=name, weights=weights)
         if quantize == formats.AUTO:  # not chosen by anyone, and as good as what adapters were trained on

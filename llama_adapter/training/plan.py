@@ -194,7 +194,9 @@ def load_to_train(
         projection.fit(features.values())
     if start is not None:
         for part in start.parts:
-            adapter.find(type(part)).take_over(part)
+            own = adapter.find(type(part))
+            assert own is not None  # `_inherited` has kept it
+            own.take_over(part)
     if plan.gradient_checkpointing:
         checkpoint_activations(model.decoder)
     return model, features

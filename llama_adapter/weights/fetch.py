@@ -66,7 +66,9 @@ def fetch(
         finally:
             if not any(downloads.iterdir()):
                 downloads.rmdir()
-        with replace_folder(final) as folder:
+        from llama_adapter.common.gguf_reading import gguf_read_once  # a slow import
+
+        with replace_folder(final) as folder, gguf_read_once():
             progress(f"converting to {final}")
             wanted.convert(downloads / wanted.file, folder)
             _write_provenance(wanted, folder)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
+from llama_adapter.common import gguf_reading
 from llama_adapter.common.errors import UsageError
+from llama_adapter.common.gguf_reading import gguf_read_once, open_gguf
 from llama_adapter.methods import decoder as loading
 from llama_adapter.methods.decoder import load_decoder, load_shape, load_structure
 from llama_adapter.quantization import stored
@@ -83,6 +87,40 @@ def test_its_tokenizer_is_taken_from_the_files_beside_it(file: Path) -> None:
     build_tiny_gguf(file, vocab_size=320)
     build_tiny_tokenizer().save_pretrained(file.parent)
     assert loading.load_tokenizer(str(file)).eos_token == "<|im_end|>"
+
+
+def test_a_file_is_read_once_for_a_decoder_and_its_tokenizer(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_tiny_gguf(file, vocab_size=320)
+    opened: list[Path] = []
+    reader = gguf.GGUFReader
+    read = gguf_reading.PlainReader.__init__
+
+    def note(self: Any, path: Path) -> None:
+        opened.append(path)
+        read(self, path)
+
+    monkeypatch.setattr(gguf_reading.PlainReader, "__init__", note)
+    with gguf_read_once():
+        load_dense(file)
+        load_decoder(str(file), device=CPU, dtype=torch.float32)
+    assert opened == [file]
+    load_decoder(str(file), device=CPU, dtype=torch.float32)
+    assert opened == [file] * 2, "nothing is kept after a load"
+    assert gguf.GGUFReader is reader
+
+
+def test_our_reader_reads_what_gguf_py_reads(file: Path) -> None:
+    build_tiny_gguf(file, "qwen2")
+    ours, theirs = open_gguf(file), gguf.GGUFReader(file)
+    assert ours.fields.keys() == theirs.fields.keys()
+    for name, field in theirs.fields.items():
+        assert ours.fields[name].contents() == field.contents(), name
+    assert len(ours.tensors) == len(theirs.tensors) > 0
+    for own, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert own.name == other.name and own.tensor_type == other.tensor_type
+        assert (own.data == other.data).all(), own.name
 
 
 def test_it_is_quantised_anew_where_that_is_asked_for(
