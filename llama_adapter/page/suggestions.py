@@ -2,12 +2,12 @@
 
 What is shipped for our bases answers them rightly, whatever the seed, but for those marked as too hard for a
 base: change them together with it.
-The photos are free of rights: see photos/README.md.
+The photo is free of rights: see photos/README.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -58,10 +58,18 @@ def fitting(examples: Iterable[AnyExample], base: str) -> list[AnyExample]:
     return [example for example in examples if base not in example.too_hard_for]
 
 
-def _draw_triangle(colour: str) -> Image.Image:
-    """A triangle, drawn large and scaled down, so that its edges are smooth."""
+def _draw_triangle(canvas: ImageDraw.ImageDraw) -> None:
+    canvas.polygon([(250, 100), (90, 400), (420, 380)], fill="#2040d0")
+
+
+def _draw_circle(canvas: ImageDraw.ImageDraw) -> None:
+    canvas.ellipse((100, 100, 400, 400), fill="#f0d020")
+
+
+def _drawn(draw: Callable[[ImageDraw.ImageDraw], None]) -> Image.Image:
+    """A shape, drawn large and scaled down, so that its edges are smooth."""
     image = Image.new("RGB", (512, 512), "#eef3f6")
-    ImageDraw.Draw(image).polygon([(250, 100), (90, 400), (420, 380)], fill=colour)
+    draw(ImageDraw.Draw(image))
     return image.resize((256, 256))
 
 
@@ -70,7 +78,7 @@ def _photo(name: str) -> Image.Image:
 
 
 _SMALL = (SMALL_BASE,)
-_TRIANGLE = _draw_triangle("#2040d0")
+_TRIANGLE = _drawn(_draw_triangle)
 
 TEXT_EXAMPLES = (
     Example("What is the capital of France?", Check(words=["paris"])),
@@ -86,7 +94,7 @@ TEXT_EXAMPLES = (
 )
 PICTURE_EXAMPLES = (
     Example("What animal is this?", Check(words=["cat", "kitten"]), _photo("cat.jpg"), _SMALL),
-    Example("What is on the plate?", Check(first=["cup", "mug", "coffee"]), _photo("coffee.jpg"), _SMALL),
+    Example("What is in this picture?", Check(all=["yellow", "circle"]), _drawn(_draw_circle), _SMALL),
     Example(
         "What shape is in the image?",
         Check(first=["triangle"], others=["square", "circle", "rectangle"]),
