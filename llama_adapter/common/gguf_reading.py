@@ -1,6 +1,6 @@
-"""Reads GGUF files faster than gguf-py alone: once for each load, and from plain arrays.
+"""Reads GGUF files faster than gguf-py alone: only once for each load, and with plain arrays.
 
-gguf-py makes two arrays of each word of the vocabulary, and slices of a mapped file are slow to make.
+gguf-py makes two arrays for each word of the vocabulary, and slices of a mapped file are slow to make.
 transformers opens the file anew for the config, for the tokenizer and for the weights. For the 150,000 words
 and as many merges of Qwen, this took longer than all else together.
 """
