@@ -8,8 +8,8 @@
 features of the pictures. It writes them in pieces, in case only small files can be sent there.
 
 `run` joins the pieces and trains the three adapters side by side, since one training of short rows leaves
-most of a large GPU idle. Each goes on from a shipped adapter. Its schedule is fitted to the time, and it leaves an
-adapter in float16 that can be used. The same command goes on with what is not finished.
+most of a large GPU idle. Each goes on from a shipped adapter. Its schedule is fitted to the time, and it
+leaves an adapter in float16 that can be used. The same command goes on with what is not finished.
 
 `rows` writes only the rows, a file for each source. Then `train.vqa --image-root ../shared/data` reads those
 that you choose, such as `--data mix/coco.json`. The cards of the shipped adapters say which.
