@@ -107,9 +107,10 @@ class Projection(Part):
         The features of the depths that it lacks are the first. Their weights are zero at the start, so that
         the tokens are the same.
         """
+        state = self.state_dict()  # shares the memory of parameters and buffers
         with torch.no_grad():
             for name, value in other.state_dict().items():
-                own = self.state_dict()[name]
+                own = state[name]
                 added = own.shape[-1] - value.shape[-1]
                 own[..., added:] = value
                 if name == "down.weight":

@@ -66,6 +66,14 @@ def options(place: Path, output: Path, *more: str) -> list[str]:
     return [str(part) for pair in given.items() for part in pair] + list(more)
 
 
+def options_to_go_on(place: Path, output: Path, start: Path, *more: str) -> list[str]:
+    """Options that start from an adapter, without those that it settles."""
+    words = options(place, output, "--start-from", str(start))
+    pairs = zip(words[::2], words[1::2], strict=True)
+    settled = {"--template", "--bottleneck", "--prompt-length"}
+    return [word for pair in pairs if pair[0] not in settled for word in pair] + list(more)
+
+
 def score(place: Path, adapter: Path, *more: str) -> list[str]:
     given = {"--adapter": adapter, "--weights": place / "weights", "--cache": place / "cache"}
     return [str(part) for pair in given.items() for part in pair] + list(more)
@@ -300,11 +308,8 @@ def test_yes_and_no_are_shown_as_often(place: Path, tmp_path: Path, monkeypatch:
 
 
 def test_training_starts_from_an_adapter(place: Path, trained: Path, tmp_path: Path) -> None:
-    settled = {"--template", "--bottleneck", "--prompt-length"}
-    on = ("--start-from", str(trained), "--max-steps", "1", "--learning-rate", "1e-9")
-    words = options(place, tmp_path / "on", *on)
-    pairs = zip(words[::2], words[1::2], strict=True)
-    run(train.vqa, [word for pair in pairs if pair[0] not in settled for word in pair])
+    once = ("--max-steps", "1", "--learning-rate", "1e-9")
+    run(train.vqa, options_to_go_on(place, tmp_path / "on", trained, *once))
     before, after = load_adapter(trained), load_adapter(tmp_path / "on")
     assert after.config.vision == before.config.vision and after.config.template == "brief"
     for name, tensor in before.state_dict().items():
@@ -315,12 +320,8 @@ def test_training_starts_from_an_adapter(place: Path, trained: Path, tmp_path: P
 def test_depths_can_be_added_to_the_adapter_that_it_starts_from(
     place: Path, trained: Path, tmp_path: Path
 ) -> None:
-    on = options(place, tmp_path / "on", "--start-from", str(trained), "--max-steps", "1")
-    pairs = dict(zip(on[::2], on[1::2], strict=True))
-    pairs |= {"--learning-rate": "1e-9", "--rate": "projection=1e-9"}
-    for settled in ("--template", "--bottleneck", "--prompt-length"):
-        del pairs[settled]
-    words = [word for pair in pairs.items() for word in pair]
+    once = ("--max-steps", "1", "--learning-rate", "1e-9", "--rate", "projection=1e-9")
+    words = options_to_go_on(place, tmp_path / "on", trained, *once)
     assert "sees with the depths 1 2; lower ones can be added, but none taken away" in refusal(
         train.vqa, [*words, "--depths", "0", "1"]
     )
@@ -340,10 +341,7 @@ def test_an_adapter_is_trained_on_with_scales_and_biases_which_it_keeps(
     place: Path, trained: Path, tmp_path: Path
 ) -> None:
     def on(output: Path, start: Path, *more: str) -> list[str]:
-        settled = {"--template", "--bottleneck", "--prompt-length"}
-        words = options(place, output, "--start-from", str(start), "--max-steps", "2")
-        pairs = zip(words[::2], words[1::2], strict=True)
-        return [word for pair in pairs if pair[0] not in settled for word in pair] + list(more)
+        return options_to_go_on(place, output, start, "--max-steps", "2", *more)
 
     run(train.vqa, on(tmp_path / "tuned", trained, "--rate", "scales=0.01", "--method", "prompts+scales"))
     tuned = load_adapter(tmp_path / "tuned")
@@ -424,10 +422,7 @@ def test_mistakes_are_told_and_leave_nothing(more: list[str], told: str, place: 
 def test_parts_of_the_adapter_that_it_starts_from_are_kept(
     place: Path, trained: Path, tmp_path: Path
 ) -> None:
-    words = options(place, tmp_path / "run", "--start-from", str(trained), "--method", "scales")
-    for settled in ("--template", "--bottleneck", "--prompt-length"):
-        at = words.index(settled)
-        del words[at : at + 2]
+    words = options_to_go_on(place, tmp_path / "run", trained, "--method", "scales")
     assert "--method scales leaves out 'prompts'" in refusal(train.vqa, words)
 
 
