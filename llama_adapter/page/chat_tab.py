@@ -86,7 +86,7 @@ def chat_tab(
     bot.clear(handlers.delete, chats, view, **AT_ONCE)
     start.click(handlers.start, chats, view, **TAKING)
     picker.input(handlers.choose, [picker, chats], view, **AT_ONCE)
-    page.load(handlers.load, [kept, chats, expert], [expert, *view], **AT_ONCE)
+    page.load(handlers.load, [kept, chats], [expert, *view], **AT_ONCE)
     expert.input(handlers.choose_expert, [expert, chats], [chats, kept], **AT_ONCE)
     _more(handlers, chats, box, view)
     return chats

@@ -97,9 +97,10 @@ class ChatHandlers:
 
     def answer(self, chats: Chats | None) -> Iterator[tuple[Any, Any, Any]]:
         """Make the answer to the question, and to those that come meanwhile. Yields again and again the box,
-        the chat's messages, and the waiting questions."""
-        yield UNCHANGED[:3]
+        the chat's messages, and the waiting questions. Gradio's dots move until the first yield, so that one
+        comes with the first word."""
         if chats is None:
+            yield UNCHANGED[:3]
             return
         chat = chats.open
 
@@ -128,18 +129,17 @@ class ChatHandlers:
 
     # --- chats ---
 
-    def load(self, kept: Any, chats: Chats | None, adapter: str) -> tuple[Any, ...]:
+    def load(self, kept: Any, chats: Chats | None) -> tuple[Any, ...]:
         """The chats and the expert that the person's browser kept, for when the page is opened."""
-        if chats is not None:  # they asked something before the browser's chats arrived
+        if kept is None or chats is not None:  # nothing kept, or they asked something before it arrived
             return (gr.skip(), *UNCHANGED)
         try:
             chats = unpack(kept, self.new_conversation)
         except UsageError as error:
             warn(error)
-            chats = Chats(self.new_conversation)
-        known = chats.adapter if self._offers(chats.adapter) else adapter
+            return (gr.skip(), *UNCHANGED)
         look = self._view(chats)
-        return (known, look[0], gr.skip(), *look[2:])
+        return (chats.adapter if self._offers(chats.adapter) else gr.skip(), look[0], gr.skip(), *look[2:])
 
     def choose_expert(self, adapter: str, chats: Chats | None) -> tuple[Any, Any]:
         """Remember which expert was chosen."""

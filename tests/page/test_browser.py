@@ -342,10 +342,13 @@ def test_dots_move_until_the_first_word(page: Page, model: ScriptedModel) -> Non
     with pytest.MonkeyPatch.context() as patch:  # undone even if the test fails: all tests share the model
         patch.setattr(model, "held", True)
         _ask(page, "Count")
-        playwright.expect(page.get_by_label("Loading response")).to_be_visible()
+        dots = page.get_by_label("Loading response")
+        playwright.expect(dots).to_be_visible()
+        page.wait_for_timeout(1500)  # until all that the question set off is over
+        playwright.expect(dots).to_be_visible(timeout=1)
         _shoot(page, "waiting")
     playwright.expect(_answer(page)).to_contain_text("1 2 3")
-    playwright.expect(page.get_by_label("Loading response")).to_have_count(0)
+    playwright.expect(dots).to_have_count(0)
     _stop(page)
 
 
