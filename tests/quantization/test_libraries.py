@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
 from llama_adapter.common.errors import UsageError
@@ -103,6 +104,35 @@ def test_bitsandbytes_in_bfloat16_can_be_adapted_and_packed(base: str, name: str
 def test_bitsandbytes_in_bfloat16_takes_the_real_base(base_folder: Path, name: str) -> None:
     model = load_in_bfloat16(str(base_folder), name)
     assert all(attention_form(layer).unpackable is None for layer in attention_layers(model.decoder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "apart"),
+    [
+        (SETTINGS["int8"], True),  # outliers are chosen among the inputs of all tokens of a product
+        ({**SETTINGS["int8"], "llm_int8_threshold": 0.0}, False),
+        (SETTINGS["nf4"], False),
+    ],
+)
+def test_a_row_depends_on_the_row_beside_it_only_through_outliers(
+    base_folder: Path, settings: dict[str, Any], apart: bool
+) -> None:
+    """Prints how much, as a share of the largest logit; and how far both are from the base in float32."""
+    pytest.importorskip("bitsandbytes")
+    load = partial(AutoModelForCausalLM.from_pretrained, base_folder, device_map="cpu")
+    quantised = load(dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**settings))
+    rows = torch.randint(quantised.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = quantised(rows).logits.float()
+        alone = torch.cat([quantised(row[None]).logits.float() for row in rows])
+        plain = load(dtype=torch.float32)(rows).logits
+
+    def share(difference: torch.Tensor) -> float:
+        return float(difference.abs().amax(-1).median() / together.abs().max())
+
+    print(f"{settings}: {share(together - alone):.4f} from alone, {share(together - plain):.4f} from float32")
+    assert (share(together - alone) > 1e-3) is apart
 
 
 @pytest.mark.slow
