@@ -25,17 +25,6 @@ def choice_row(question: str, right: int, options: tuple[str, ...] = OPTIONS) ->
     }
 
 
-def yes_no_row(question: str, answer: bool) -> dict[str, str]:
-    """A question of BoolQ, as in text/mcq."""
-    return {
-        "instruction": f"Please answer the following question with true or false, question: {question}\n\n"
-        "Answer format: true/false",
-        "input": "",
-        "output": f"the correct answer is {str(answer).lower()}",
-        "answer": str(answer).lower(),
-    }
-
-
 def instruct_rows(name: str, count: int, longest: int = 10) -> list[dict[str, str]]:
     """Rows in Alpaca's format; answers have from 1 to ``longest`` characters."""
     return [
@@ -54,12 +43,6 @@ def write_sets(data: Path) -> Path:
     write_rows(data, "alpaca/alpaca_data.json", instruct_rows("Alpaca", ALPACA_KEPT_BACK + 12))
     for name, longest in (("dolly_no_context", 800), ("lima", 3000), ("gsm8k", 440)):
         write_rows(data, f"text/instruct/{name}.json", instruct_rows(name, 10 * longest // 100, longest))
-    answers = [True, True, False, True, True, False, True, False]
-    write_rows(
-        data,
-        "text/mcq/boolq.json",
-        [yes_no_row(f"is number {n} so", answer) for n, answer in enumerate(answers)],
-    )
     for name in ("arc-easy", "arc-challenge", "openbookqa"):
         rows = [choice_row(f"What does {name} number {n} code for?", 1 + n % 4) for n in range(20)]
         rows += [choice_row(f"Which of the following is {name}?", 2), choice_row(f"{name} codes for", 3)]

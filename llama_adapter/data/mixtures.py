@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.data.drawing_questions import sentence, with_article
+from llama_adapter.data.fact_questions import yes_no_facts
 
 Row = dict[str, Any]
 
@@ -52,19 +53,6 @@ def alpaca_rows(data: Path, most: int) -> list[Row]:
 def short_rows(data: Path, file: str, most: int) -> list[Row]:
     """Rows of a file whose answers have at most ``most`` characters."""
     return [row for row in read_rows_of(data, file) if len(row["output"]) <= most]
-
-
-def yes_no_rows(data: Path) -> list[Row]:
-    """BoolQ's questions, answered with yes or no, each as often as the other."""
-    draws = random.Random(1)
-    answered: dict[str, list[Row]] = {"true": [], "false": []}
-    for row in read_rows_of(data, "text/mcq/boolq.json"):
-        question = _question_in(row)
-        question = question[0].upper() + question[1:]
-        wish = draws.choice(("", "", " Answer yes or no.", " Yes or no?"))
-        answer = {"true": "Yes", "false": "No"}[row["answer"]] + draws.choice(("", "."))
-        answered[row["answer"]].append({"instruction": question + wish, "input": "", "output": answer})
-    return [row for pair in zip(*answered.values(), strict=False) for row in pair]
 
 
 def choice_rows(data: Path) -> list[Row]:
@@ -171,7 +159,7 @@ def text_sources(data: Path) -> dict[str, list[Row]]:
         "dolly": short_rows(data, "text/instruct/dolly_no_context.json", 400),
         "lima": short_rows(data, "text/instruct/lima.json", 1500),
         "gsm8k": short_rows(data, "text/instruct/gsm8k.json", 220),
-        "yes_no": yes_no_rows(data),
+        "yes_no": yes_no_facts(4000),
         "choices": choice_rows(data),
         "sums": sum_rows(4000),
     }

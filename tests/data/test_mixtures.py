@@ -21,10 +21,9 @@ from llama_adapter.data.mixtures import (
     short_rows,
     sum_rows,
     text_sources,
-    yes_no_rows,
 )
 from llama_adapter.scienceqa.reading import read_problems
-from tests.mixed_sets import OPTIONS, choice_row, write_rows, write_sets, yes_no_row
+from tests.mixed_sets import OPTIONS, choice_row, write_rows, write_sets
 from tests.science import build_problems, write_official
 
 YES_NO_WISHES = ("", " Answer yes or no.", " Yes or no?")
@@ -56,21 +55,6 @@ def test_long_answers_are_left_out(data: Path) -> None:
     short = short_rows(data, "text/instruct/dolly_no_context.json", 50)
     assert short == [row for row in rows if len(row["output"]) <= 50]
     assert 0 < len(short) < len(rows)
-
-
-def test_yes_and_no_are_equally_frequent_and_right(tmp_path: Path) -> None:
-    answers = {f"is number {n} even": n % 5 == 0 for n in range(30)}
-    write_rows(tmp_path, "text/mcq/boolq.json", [yes_no_row(f"{q}?", a) for q, a in answers.items()])
-    rows = yes_no_rows(tmp_path)
-    assert len(rows) == 2 * sum(answers.values())
-    asked = set()
-    for row in rows:
-        question, wish = row["instruction"].split("?", 1)
-        assert question.startswith("Is number") and wish in YES_NO_WISHES and row["input"] == ""
-        assert row["output"].removesuffix(".") == ("Yes" if answers[f"i{question[1:]}"] else "No")
-        asked.add(question)
-    assert len(asked) == len(rows)
-    assert sum(row["output"].startswith("Yes") for row in rows) == len(rows) / 2
 
 
 def test_choices_are_answered_by_the_options_text(data: Path) -> None:
