@@ -110,7 +110,9 @@ class ChatHandlers:
             look = messages(chat.conversation, waiting=chat.busy)
             return gr.update(**box) if box else gr.skip(), look, show_waiting(chat)
 
-        for _ in chat.rounds(warn):
+        for number, _ in enumerate(chat.rounds(warn)):
+            if number:
+                yield view()  # the whole previous answer, and the question whose turn has come
             with closing(chat.conversation.exchanges[-1].answer) as answer:  # also if the page is closed
                 for _ in pace(answer):
                     yield view()

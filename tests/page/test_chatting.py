@@ -91,7 +91,10 @@ def test_a_question_that_comes_while_an_answer_is_made_waits_its_turn(handlers: 
     # The second event finds that an answer is already being made.
     *_, (box, *_) = handlers.answer(chats)
     assert has(box, BUSY)
-    *_, (box, asked, waiting) = answering
+    steps = list(answering)
+    turn = next(look for _, look, waiting in steps if waiting == "")
+    assert texts(turn)[::2] == ["First", "Second"] and len(turn) == 3, "shown before its first word"
+    box, asked, waiting = steps[-1]
     assert has(box, IDLE) and waiting == ""
     assert texts(asked)[::2] == ["First", "Second"]
     assert [exchange.answer.tokens for exchange in chats.open.conversation.exchanges] == [12, 12]
