@@ -4,7 +4,7 @@ It prints memory by part, the traffic between GPUs in a step, and hours, by the 
 Tests compare the formulas with what small decoders really compute and hold in memory.
 
 With --data it counts batches of rows: their tokens packed and padded, and how many times more PEFT's
-AdaptionPrompt has to multiply on a base of this shape.
+AdaptionPrompt and LoRA have to multiply on a base of this shape. LoRA's own small products are left out.
 """
 
 from __future__ import annotations
@@ -184,15 +184,17 @@ def count_batches(data: str, base: str, size: int, shape: Shape) -> dict[str, fl
     labelled = sum(packed.targets.numel() for packed in packs) / count
     padded = sum(size * max(len(row.input_ids) for row in batch) for batch in batches) / count
     layers = shape.layers * shape.layer_parameters
-    # PEFT computes the logits of every token, and the queries of each adapted layer twice.
+    # PEFT computes the logits of every token and, with prompts, the queries of each adapted layer twice.
     adapted = shape.layers - shape.layers // 16
-    peft = layers + shape.head_parameters + adapted * shape.hidden * shape.heads * shape.head
+    lora = layers + shape.head_parameters
+    peft = lora + adapted * shape.hidden * shape.heads * shape.head
     packed_products = tokens * layers + labelled * shape.head_parameters
     return {
         "packed": tokens,
         "labelled": labelled,
         "padded": padded,
         "products_vs_peft": padded * peft / packed_products,
+        "products_vs_peft_lora": padded * lora / packed_products,
         "products_vs_pad512": size * ROW_TOKENS * peft / packed_products,
     }
 

@@ -127,7 +127,12 @@ def test_batches_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     scaling.main()
     counts = json.loads(figures.read_text())
     assert counts["labelled"] < counts["packed"] < counts["padded"] < 4 * 512
-    assert 1 < counts["products_vs_peft"] < counts["products_vs_pad512"]
+    assert 1 < counts["products_vs_peft_lora"] < counts["products_vs_peft"] < counts["products_vs_pad512"]
+    # LoRA reads each token with all matrices once: only tokens and logits are saved.
+    shape = SHAPES["smollm2-135m"]
+    layers, head = shape.layers * shape.layer_parameters, shape.head_parameters
+    saved = counts["padded"] * (layers + head) / (counts["packed"] * layers + counts["labelled"] * head)
+    assert counts["products_vs_peft_lora"] == pytest.approx(saved)
     monkeypatch.setattr(sys, "argv", ["scaling", *asked[:-4], "--batch-size", "99"])
     with pytest.raises(UsageError, match="24 rows are fewer than a batch of 99"):
         scaling.main()
