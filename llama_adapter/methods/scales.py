@@ -51,7 +51,7 @@ class Scales(SitePart):
     kind = "scales"
     foldable = True
     Config = ScalesConfig
-    learning_rate = 3e-3
+    learning_rate = 1e-3
 
     def __init__(
         self, config: ScalesConfig, layout: Layout, generator: torch.Generator | None = None
