@@ -2,14 +2,16 @@
 
 There are N pictures of one to four shapes, in many colours, sizes, positions and backgrounds, filled or as
 outlines. Each has four questions, in many wordings: about its colours; about its shapes; whether there is a
-certain shape (with yes as often as no); and about what it shows, how many shapes there are, or the colour of
-the background. American questions ("color") are answered with gray, British ones ("colour") with grey.
+certain shape or colour (with yes as often as no); and about what it shows, how many shapes there are, or the
+colour of the background. A question that can't be asked, such as for the colour of one of two circles, gives
+way to one with yes or no. Descriptions and American questions ("color") are answered with gray, British
+questions ("colour") with grey.
 
 ``drawings:N:colours`` is for learning colours first. Each picture has one large shape on a plain background,
 and three of its four questions are about colours.
 
-The split and a picture's number decide everything about it. ``drawings:100`` are the first hundred of
-``drawings:200``, and the split test has other pictures than train.
+The split, the variant and a picture's number decide everything about it. ``drawings:100`` are the first
+hundred of ``drawings:200``, and the split test has other pictures than train.
 """
 
 from __future__ import annotations

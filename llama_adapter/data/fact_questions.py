@@ -1,7 +1,7 @@
-"""Easy questions to answer with yes or no, made by code from small tables of facts.
+"""Easy questions to answer with yes or no, made by code from small tables of facts, and from numbers.
 
 Yes is right as often as no. A base of half a billion parameters knows most of these facts, so the questions
-teach it to answer by what it knows. Harder ones teach it to guess, and then it always says the same word.
+teach it to answer from what it knows. Harder ones teach it to guess, and then it always gives the same word.
 """
 
 from __future__ import annotations
@@ -74,6 +74,14 @@ IS = {
     "white": ("snow milk", "coal grass"),
     "a star": ("the_Sun", "the_Moon Mars Venus"),
 }
+# Kinds of which a thing may be both, such as gold, a metal and a colour.
+_OVERLAPPING = (
+    {"animal", "bird"},
+    {"shape", "musical instrument"},
+    {"country", "continent"},
+    {"metal", "colour"},
+    {"programming language", "language"},
+)
 _WISHES = ("", "", "", " Answer yes or no.", " Yes or no?")
 
 # A question, a sentence for yes, and one for no.
@@ -96,23 +104,23 @@ def yes_no_facts(count: int) -> list[dict[str, str]]:
 
 
 def _kind(draws: random.Random, there: bool) -> Asked:
-    kind, thing = _one_of(draws, KINDS)
-    apart = [other for other in KINDS if other != kind and {kind, other} != {"animal", "bird"}]
-    asked = kind if there else draws.choice(apart)
+    asked, thing = _kind_and_thing(draws, KINDS, there)
     a, an = with_article(thing), with_article(asked)
     return f"Is {a} {an}?", f"{a} is {an}", f"{a} is not {an}"
 
 
 def _mass(draws: random.Random, there: bool) -> Asked:
-    kind, thing = _one_of(draws, MASSES)
-    apart = [other for other in MASSES if other != kind and {kind, other} != {"country", "continent"}]
-    asked = with_article(kind if there else draws.choice(apart))
-    return f"Is {thing} {asked}?", f"{thing} is {asked}", f"{thing} is not {asked}"
+    asked, thing = _kind_and_thing(draws, MASSES, there)
+    an = with_article(asked)
+    return f"Is {thing} {an}?", f"{thing} is {an}", f"{thing} is not {an}"
 
 
-def _one_of(draws: random.Random, table: dict[str, str]) -> tuple[str, str]:
+def _kind_and_thing(draws: random.Random, table: dict[str, str], there: bool) -> tuple[str, str]:
+    """A thing, and a kind that it is of, or is not of."""
     kind = draws.choice(list(table))
-    return kind, draws.choice(table[kind].split())
+    thing = draws.choice(table[kind].split())
+    apart = [other for other in table if other != kind and {kind, other} not in _OVERLAPPING]
+    return kind if there else draws.choice(apart), thing
 
 
 def _capital(draws: random.Random, there: bool) -> Asked:
@@ -169,7 +177,7 @@ def _number(draws: random.Random, there: bool) -> Asked:
 
 _FORMS: tuple[Callable[[random.Random, bool], Asked], ...] = (
     _kind, _mass, _capital, _size, _number,
-    _of_many(CAN, "Can {} {}?", "{} can {}", "{} can not {}"),
+    _of_many(CAN, "Can {} {}?", "{} can {}", "{} cannot {}"),
     _of_many(HAVE, "Do {} have {}?", "{} have {}", "{} do not have {}"),
     _of_many(IS, "Is {} {}?", "{} is {}", "{} is not {}"),
 )  # fmt: skip
