@@ -38,6 +38,14 @@ def test_no_question_has_two_answers() -> None:
     assert [question for question, found in answers.items() if len(found) > 1] == []
 
 
+def test_nothing_is_denied_a_kind_that_it_is_of_as_well() -> None:
+    both = (
+        "Is (gold|silver|copper) a colour|Is (Python|Java|JavaScript|Ruby) a language|"
+        "Is a triangle a musical instrument|Is an? (eagle|owl|parrot|sparrow|duck|pigeon) an animal"
+    )
+    assert [row for row in ROWS if re.match(both, asked(row)) and not says_yes(row)] == []
+
+
 @pytest.mark.parametrize(
     ("form", "truth"),
     [
