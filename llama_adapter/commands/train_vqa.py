@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     )
     parser.add_argument("--max-length", type=positive_int, default=512, help="longest row, in tokens (512)")
     add_model_options(parser)
-    add_vision_options(parser)
+    add_vision_options(parser, more=["reader_epochs"])
     add_training_options(parser)
     arguments = parser.parse_args(words)
 

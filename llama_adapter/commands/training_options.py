@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +66,12 @@ def add_settings(group: Any, *, leave_out: Collection[str] = ()) -> None:
     add_fields(group, TrainingSettings, names, special)
 
 
-def add_vision_options(parser: argparse.ArgumentParser) -> None:
-    """Add options for the tower, its features, and how they reach the prompts."""
+def add_vision_options(parser: argparse.ArgumentParser, *, more: Sequence[str] = ()) -> None:
+    """Add options for the tower, its features, and how they reach the prompts.
+
+    Args:
+        more: other fields of `AdapterPlan` to add.
+    """
     from llama_adapter.training.plan import AdapterPlan
 
     group = parser.add_argument_group("pictures")
@@ -77,7 +81,7 @@ def add_vision_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="--no-images trains on only the text of the same rows",
     )
-    add_fields(group, AdapterPlan, VISION_FIELDS)
+    add_fields(group, AdapterPlan, (*VISION_FIELDS, *more))
 
 
 def _option(text: str) -> tuple[str, str]:

@@ -3,7 +3,8 @@
     I = Projection(concat of the tower's global features at M depths)        (eq. 9)
     P_l + I for each layer and prompt                                        (eq. 10)
 
-Shapes: L adapted layers, K prompts, D hidden size; N pictures, F features of one picture; R rows.
+Shapes: L adapted layers, K prompts, D hidden size; N pictures, F features of one picture; H
+hidden units; R rows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.part import Inputs, Part, PartConfig, State
 from llama_adapter.methods.prompts import Prompts
 from llama_adapter.methods.shape import Layout
+
+_RIDGE = 1e-3  # of `match`, a row: hidden values are about 1 in size
 
 
 @dataclass(frozen=True)
@@ -102,25 +105,56 @@ class Projection(Part):
         self.scale.copy_(1 / features.std(0, correction=0).clamp_min(1e-2))
 
     def take_over(self, other: Part) -> None:
-        """Copy another projection's values. Its depths are this one's last.
+        """Copy another projection's values.
 
-        The features of the depths that it lacks are the first. Their weights are zero at the start, so that
-        the tokens are the same.
+        Its depths are this one's last, and its hidden units are this one's first. The features of the depths
+        that it lacks are the first. Their weights are zero at the start, so that the tokens are the same.
+        With more hidden units the tokens differ, since a normalised hidden layer has other values. `match`
+        makes them alike.
         """
         state = self.state_dict()  # shares the memory of parameters and buffers
         with torch.no_grad():
             for name, value in other.state_dict().items():
                 own = state[name]
+                if name.startswith("down."):
+                    own = own[: len(value)]
+                if name == "up.weight":
+                    own[:, value.shape[1] :] = 0
+                    own = own[:, : value.shape[1]]
                 added = own.shape[-1] - value.shape[-1]
                 own[..., added:] = value
                 if name == "down.weight":
                     own[:, :added] = 0
 
+    def match(self, features: Tensor, tokens: Tensor) -> float:
+        """Choose the upper layer so that the tokens of pictures come close to given ones: ridge regression.
+
+        Args:
+            features: (N, F).
+            tokens: (N, 1 or K, D), such as another projection gives for these pictures.
+
+        Returns:
+            the share of the tokens' variance that this explains, 1 at most.
+        """
+        with torch.no_grad():
+            hidden, wanted = self.hidden(features).double(), tokens.flatten(1).double()
+            means = hidden.mean(0), wanted.mean(0)
+            hidden, wanted = hidden - means[0], wanted - means[1]
+            products = hidden.t() @ hidden
+            products.diagonal().add_(_RIDGE * len(hidden))
+            weight = torch.linalg.solve(products, hidden.t() @ wanted).t()
+            self.up.weight.copy_(weight)
+            self.up.bias.copy_(means[1] - weight @ means[0])
+            rest = wanted - hidden @ weight.t()
+            return 1 - float(rest.square().sum() / wanted.square().sum().clamp_min(1e-12))
+
+    def hidden(self, features: Tensor) -> Tensor:
+        """Features (N, F) -> the hidden layer, (N, H)."""
+        return F.gelu(self._normalise(self.down((features.to(self.mean) - self.mean) * self.scale)))
+
     def forward(self, features: Tensor) -> Tensor:
         """Features (N, F) -> image tokens (N, 1 or K, D), the same for all layers."""
-        hidden = self._normalise(self.down((features.to(self.mean) - self.mean) * self.scale))
-        tokens: Tensor = self.up(F.gelu(hidden)).unflatten(-1, (self.tokens, -1))
-        return self._normalise(tokens)
+        return self._normalise(self.up(self.hidden(features)).unflatten(-1, (self.tokens, -1)))
 
     def _normalise(self, values: Tensor) -> Tensor:
         return values if self.sizes is None else F.layer_norm(values, values.shape[-1:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,16 @@ from torch import Tensor
 
 from llama_adapter.common.errors import UsageError
 from llama_adapter.common.processes import running_processes
+from llama_adapter.common.progress import RowProgress
 from llama_adapter.data.records import PictureFile
+from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.methods.decoder import checkpoint_activations
 from llama_adapter.methods.projection import Projection, VisionConfig
 from llama_adapter.methods.table import METHODS, PARTS, option_names, parse_options
 from llama_adapter.model import LlamaAdapter
+from llama_adapter.training.reader import PictureRow, teach_projection
 from llama_adapter.training.settings import TrainingSettings
 from llama_adapter.training.trainer import parameter_groups
 from llama_adapter.vision.features import picture_features
@@ -85,6 +89,14 @@ class AdapterPlan:
     image_tokens: int | None = field(
         default=None, metadata={"help": "1 for all prompts, or K, one each (1)", "metavar": "N"}
     )
+    reader_epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "first teach the projection by a small reader in the decoder's place, in so many passes; "
+            "takes minutes (none)",
+            "metavar": "N",
+        },
+    )
     cache: Path | None = field(
         default=None, metadata={"help": "where features are kept (the user's cache)", "metavar": "DIR"}
     )
@@ -128,6 +140,8 @@ def load_to_train(
     *,
     output: Path,
     resume: bool = False,
+    asked: Sequence[PictureRow] = (),
+    kept_back: Sequence[PictureRow] = (),
 ) -> tuple[LlamaAdapter, dict[PictureFile, Tensor]]:
     """Load the model with the adapter that is to be trained.
 
@@ -137,6 +151,7 @@ def load_to_train(
         images: the pictures of all rows. Without any, a new adapter is for text only.
         output, resume: the run's folder, and whether to resume it. A resumed run keeps the date that its chat
             template wrote.
+        asked, kept_back: the rows about pictures for ``reader_epochs``.
 
     Returns:
         the model, whose active adapter is named "trained", and the features (F,) of each picture.
@@ -154,10 +169,12 @@ def load_to_train(
         "dtype": plan.dtype,
         "quantize": plan.quantize,
     }
+    if plan.reader_epochs is not None and plan.reader_epochs < 1:
+        raise UsageError(f"--reader-epochs is {plan.reader_epochs}; expected 1 or more")
     sight = plan.given("tower", "depths", "bottleneck", "image_tokens")
     images = list(dict.fromkeys(images))
-    if sight and not images:
-        option = next(iter(sight)).replace("_", "-")
+    if (of_pictures := {**sight, **plan.given("reader_epochs")}) and not images:
+        option = next(iter(of_pictures)).replace("_", "-")
         if not plan.images:
             raise UsageError(f"--{option} is for pictures, which --no-images leaves out; give one of the two")
         raise UsageError(f"--{option} is for pictures, and no row has one; leave it out")
@@ -179,7 +196,9 @@ def load_to_train(
             tower, chosen["vision"] = _new_sight(plan, sight, model.decoder.device)
         else:
             tower = model.tower()
-            if sight:
+            if plan.bottleneck is not None:
+                chosen["vision"] = _with_wider_bottleneck(plan, chosen["vision"])
+            if plan.depths is not None:
                 tower, chosen["vision"] = _with_more_depths(plan, chosen["vision"], model.decoder.device)
     if start is not None:
         model.delete_adapter(model.active_adapter)  # the new one may have the same name
@@ -197,6 +216,9 @@ def load_to_train(
             own = adapter.find(type(part))
             assert own is not None  # `_inherited` has kept it
             own.take_over(part)
+    if plan.reader_epochs is not None and not resume:  # a checkpoint has what the reader taught
+        former = None if start is None else start.find(Projection)
+        _teach_projection(adapter, former, features, asked, kept_back, plan.reader_epochs, settings.seed)
     if plan.gradient_checkpointing:
         checkpoint_activations(model.decoder)
     return model, features
@@ -209,7 +231,9 @@ def _inherited(config: AdapterConfig, plan: AdapterPlan, sight: Mapping[str, Any
         UsageError: the plan gives something that is settled by it, or leaves out a part of it.
     """
     kept = [name for name in plan.options if name in config.options]
-    seen = [] if config.vision is None else [name for name in sight if name != "depths"]
+    # The projection can be widened only if its tokens are matched again (`_teach_projection`).
+    grows = {"depths"} if plan.reader_epochs is None else {"depths", "bottleneck"}
+    seen = [] if config.vision is None else [name for name in sight if name not in grows]
     if settled := [*plan.given("adapted_layers"), *kept, *seen]:
         option = settled[0].replace("_", "-")
         raise UsageError(f"--{option} is settled by --start-from {plan.start_from}; leave it out")
@@ -254,6 +278,50 @@ def _with_more_depths(
         )
     tower = load_tower(vision.tower, depths=plan.depths, weights=plan.weights, device=device)
     return tower, dataclasses.replace(vision, depths=tower.depths, feature_width=tower.feature_width)
+
+
+def _with_wider_bottleneck(plan: AdapterPlan, vision: VisionConfig) -> VisionConfig:
+    """The config with the plan's bottleneck, if that is not narrower than ``start_from`` has it."""
+    assert plan.bottleneck is not None
+    if plan.bottleneck < vision.bottleneck:
+        raise UsageError(
+            f"--bottleneck {plan.bottleneck}: --start-from {plan.start_from} has {vision.bottleneck}; it can "
+            "be made wider, but not narrower"
+        )
+    return dataclasses.replace(vision, bottleneck=plan.bottleneck)
+
+
+def _teach_projection(
+    adapter: Adapter,
+    former: Projection | None,
+    features: Mapping[PictureFile, Tensor],
+    asked: Sequence[PictureRow],
+    kept_back: Sequence[PictureRow],
+    epochs: int,
+    seed: int,
+) -> None:
+    """Teach an adapter's projection with a reader, in place, and report how well that went.
+
+    The tokens are then matched to those of the ``former`` projection, if there is one, since the decoder can
+    read these.
+    """
+    projection, processes = adapter.find(Projection), running_processes()
+    assert projection is not None
+    seen = torch.stack(list(features.values()))
+
+    def teach() -> dict[str, Tensor]:
+        progress = RowProgress("reader", epochs * len(asked))
+        result = teach_projection(
+            projection, asked, kept_back, features, epochs=epochs, seed=seed, progress=progress
+        )
+        print(f"reader: {result}", file=sys.stderr)
+        if former is not None:
+            tokens = former(seen[:, -former.config.feature_width :])
+            explained = projection.match(seen, tokens)
+            print(f"reader: {explained:.1%} of the former image tokens' variance is kept", file=sys.stderr)
+        return projection.state_dict()
+
+    projection.load_state_dict(processes.from_main(teach))
 
 
 def _new_sight(

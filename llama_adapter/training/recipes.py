@@ -26,6 +26,7 @@ from llama_adapter.data.records import Record, read_records
 from llama_adapter.data.sources import source_name
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.training.plan import TRAINED, AdapterPlan, load_best, load_to_train
+from llama_adapter.training.reader import picture_rows
 from llama_adapter.training.settings import TrainingSettings
 from llama_adapter.training.trainer import Trainer
 
@@ -174,7 +175,11 @@ def train(
         for record in (*source.train, *source.validation)
         for image in record.images
     ]
-    model, features = load_to_train(plan, settings, pictures, output=Path(output), resume=resume)
+    asked = [row for source in sources for row in picture_rows(source.train)]
+    asked_later = [row for source in sources for row in picture_rows(source.validation)]
+    model, features = load_to_train(
+        plan, settings, pictures, output=Path(output), resume=resume, asked=asked, kept_back=asked_later
+    )
     assert model.tokenizer is not None
     train_examples: list[Example] = []
     occurrences: list[float] = []
