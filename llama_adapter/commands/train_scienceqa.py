@@ -84,7 +84,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
     from llama_adapter.data.examples import EncodeSummary
     from llama_adapter.methods.checkpoint import save_adapter
     from llama_adapter.methods.config import ScienceQAConfig
-    from llama_adapter.scienceqa.examining import WAYS, Examination, examine
+    from llama_adapter.scienceqa.examining import WAYS, Examination, best_way, examine
     from llama_adapter.scienceqa.grading import grade
     from llama_adapter.scienceqa.problem_texts import check_format, encode_problems, question_text
     from llama_adapter.scienceqa.problems import shuffle_choices, split_problems
@@ -164,7 +164,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m train.
         )
         right[way] = grade(validation, predictions).shares["AVG"].percent
         processes.say(f"{way:<10} {right[way]:.2f} % of {len(validation):,} problems kept back")
-    answer = max(WAYS, key=lambda way: right[way])
+    answer = best_way(right)
     rotations = False
     if answer != "generate":
         predictions, _ = examine(

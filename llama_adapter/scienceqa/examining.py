@@ -32,6 +32,14 @@ def trained_on_scienceqa(model: LlamaAdapter, adapter: str) -> bool:
     return adapter != NO_ADAPTER and model.get_adapter(adapter).config.scienceqa is not None
 
 
+def best_way(right: Mapping[str, float]) -> str:
+    """The way with the highest share of right answers.
+
+    Among equals it is one by likelihood if there is one: its mean over rotations may be better still.
+    """
+    return max(right, key=lambda way: (right[way], way != "generate"))
+
+
 @dataclass(frozen=True)
 class Examination:
     """How problems are asked and answers are read.

@@ -20,7 +20,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.methods.config import ScienceQAConfig
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.scienceqa.examining import WAYS, Examination, examine
+from llama_adapter.scienceqa.examining import WAYS, Examination, best_way, examine
 from llama_adapter.scienceqa.grading import grade
 from llama_adapter.scienceqa.problem_texts import answer_text, problem_records
 from llama_adapter.scienceqa.problems import Problem, rotate_choices, split_problems
@@ -120,6 +120,12 @@ def test_the_result_does_not_depend_on_the_batch(
     for problem in problems:
         alone |= examine(model, [problem], examination, features=features)[0]
     assert results[0][0] == alone
+
+
+def test_a_way_that_can_be_rotated_wins_a_tie() -> None:
+    assert best_way({"generate": 70.0, "letter": 30.0, "option": 70.0}) == "option"
+    assert best_way({"generate": 70.0, "letter": 70.0, "option": 60.0}) == "letter"
+    assert best_way({"generate": 70.1, "letter": 30.0, "option": 70.0}) == "generate"
 
 
 @pytest.mark.parametrize("way", ["letter", "option"])
