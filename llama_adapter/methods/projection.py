@@ -107,10 +107,9 @@ class Projection(Part):
     def take_over(self, other: Part) -> None:
         """Copy another projection's values.
 
-        Its depths are this one's last, and its hidden units are this one's first. The features of the depths
-        that it lacks are the first. Their weights are zero at the start, so that the tokens are the same.
-        With more hidden units the tokens differ, since a normalised hidden layer has other values. `match`
-        makes them alike.
+        The other's depths are the last ones here, and its hidden units the first ones. With as many hidden
+        units the tokens stay the same: the weights of the depths that it lacks are zero. With more of them
+        the tokens change, since a normalised hidden layer has other values. `match` then makes them alike.
         """
         state = self.state_dict()  # shares the memory of parameters and buffers
         with torch.no_grad():
@@ -134,10 +133,11 @@ class Projection(Part):
             tokens: (N, 1 or K, D), such as another projection gives for these pictures.
 
         Returns:
-            the share of the tokens' variance that this explains, 1 at most.
+            the share of these tokens' variance that this explains, 1 at most.
         """
         with torch.no_grad():
-            hidden, wanted = self.hidden(features).double(), tokens.flatten(1).double()
+            # On the CPU, in double precision, which not every accelerator has.
+            hidden, wanted = (part.cpu().double() for part in (self.hidden(features), tokens.flatten(1)))
             means = hidden.mean(0), wanted.mean(0)
             hidden, wanted = hidden - means[0], wanted - means[1]
             products = hidden.t() @ hidden

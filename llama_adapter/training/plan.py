@@ -20,14 +20,13 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.common.processes import running_processes
 from llama_adapter.common.progress import RowProgress
 from llama_adapter.data.records import PictureFile
-from llama_adapter.methods.adapter import Adapter
 from llama_adapter.methods.checkpoint import load_adapter
 from llama_adapter.methods.config import AdapterConfig
 from llama_adapter.methods.decoder import checkpoint_activations
 from llama_adapter.methods.projection import Projection, VisionConfig
 from llama_adapter.methods.table import METHODS, PARTS, option_names, parse_options
 from llama_adapter.model import LlamaAdapter
-from llama_adapter.training.reader import PictureRow, teach_projection
+from llama_adapter.training.reader import Lesson
 from llama_adapter.training.settings import TrainingSettings
 from llama_adapter.training.trainer import parameter_groups
 from llama_adapter.vision.features import picture_features
@@ -92,8 +91,8 @@ class AdapterPlan:
     reader_epochs: int | None = field(
         default=None,
         metadata={
-            "help": "first teach the projection by a small reader in the decoder's place, in so many passes; "
-            "takes minutes (none)",
+            "help": "before training, teach the projection with a small network, in N passes over the rows "
+            "with a picture (none)",
             "metavar": "N",
         },
     )
@@ -108,6 +107,10 @@ class AdapterPlan:
     device: str | None = None
     dtype: str | None = None
     quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.reader_epochs is not None and self.reader_epochs < 1:
+            raise UsageError(f"--reader-epochs is {self.reader_epochs}; expected 1 or more")
 
     def given(self, *names: str) -> dict[str, Any]:
         """The values of some fields, without those that are None."""
@@ -140,8 +143,7 @@ def load_to_train(
     *,
     output: Path,
     resume: bool = False,
-    asked: Sequence[PictureRow] = (),
-    kept_back: Sequence[PictureRow] = (),
+    lesson: Lesson | None = None,
 ) -> tuple[LlamaAdapter, dict[PictureFile, Tensor]]:
     """Load the model with the adapter that is to be trained.
 
@@ -151,7 +153,7 @@ def load_to_train(
         images: the pictures of all rows. Without any, a new adapter is for text only.
         output, resume: the run's folder, and whether to resume it. A resumed run keeps the date that its chat
             template wrote.
-        asked, kept_back: the rows about pictures for ``reader_epochs``.
+        lesson: what a reader teaches the projection first, in the plan's ``reader_epochs``.
 
     Returns:
         the model, whose active adapter is named "trained", and the features (F,) of each picture.
@@ -169,8 +171,6 @@ def load_to_train(
         "dtype": plan.dtype,
         "quantize": plan.quantize,
     }
-    if plan.reader_epochs is not None and plan.reader_epochs < 1:
-        raise UsageError(f"--reader-epochs is {plan.reader_epochs}; expected 1 or more")
     sight = plan.given("tower", "depths", "bottleneck", "image_tokens")
     images = list(dict.fromkeys(images))
     if (of_pictures := {**sight, **plan.given("reader_epochs")}) and not images:
@@ -216,9 +216,11 @@ def load_to_train(
             own = adapter.find(type(part))
             assert own is not None  # `_inherited` has kept it
             own.take_over(part)
-    if plan.reader_epochs is not None and not resume:  # a checkpoint has what the reader taught
-        former = None if start is None else start.find(Projection)
-        _teach_projection(adapter, former, features, asked, kept_back, plan.reader_epochs, settings.seed)
+    if lesson is not None and plan.reader_epochs is not None:
+        # Also if the run is resumed: it may have been cut off before its first checkpoint.
+        projection, former = adapter.find(Projection), None if start is None else start.find(Projection)
+        assert projection is not None
+        _teach_projection(projection, former, lesson, features, plan.reader_epochs, settings.seed)
     if plan.gradient_checkpointing:
         checkpoint_activations(model.decoder)
     return model, features
@@ -236,7 +238,8 @@ def _inherited(config: AdapterConfig, plan: AdapterPlan, sight: Mapping[str, Any
     seen = [] if config.vision is None else [name for name in sight if name not in grows]
     if settled := [*plan.given("adapted_layers"), *kept, *seen]:
         option = settled[0].replace("_", "-")
-        raise UsageError(f"--{option} is settled by --start-from {plan.start_from}; leave it out")
+        more = ", or widen it with --reader-epochs" if option == "bottleneck" else ""
+        raise UsageError(f"--{option} is settled by --start-from {plan.start_from}; leave it out{more}")
     kinds = config.method.split("+")
     if plan.method is not None and (missing := [k for k in kinds if k not in plan.method.split("+")]):
         raise UsageError(
@@ -292,36 +295,32 @@ def _with_wider_bottleneck(plan: AdapterPlan, vision: VisionConfig) -> VisionCon
 
 
 def _teach_projection(
-    adapter: Adapter,
+    projection: Projection,
     former: Projection | None,
+    lesson: Lesson,
     features: Mapping[PictureFile, Tensor],
-    asked: Sequence[PictureRow],
-    kept_back: Sequence[PictureRow],
     epochs: int,
     seed: int,
 ) -> None:
-    """Teach an adapter's projection with a reader, in place, and report how well that went.
+    """Teach a projection with a reader, in place, and report how well that went.
 
     The tokens are then matched to those of the ``former`` projection, if there is one, since the decoder can
     read these.
     """
-    projection, processes = adapter.find(Projection), running_processes()
-    assert projection is not None
-    seen = torch.stack(list(features.values()))
 
     def teach() -> dict[str, Tensor]:
-        progress = RowProgress("reader", epochs * len(asked))
-        result = teach_projection(
-            projection, asked, kept_back, features, epochs=epochs, seed=seed, progress=progress
-        )
+        progress = RowProgress("reader", epochs * len(lesson.rows))
+        result = lesson.teach(projection, features, epochs=epochs, seed=seed, progress=progress)
         print(f"reader: {result}", file=sys.stderr)
         if former is not None:
-            tokens = former(seen[:, -former.config.feature_width :])
-            explained = projection.match(seen, tokens)
-            print(f"reader: {explained:.1%} of the former image tokens' variance is kept", file=sys.stderr)
-        return projection.state_dict()
+            seen = torch.stack(list(features.values()))
+            with torch.no_grad():
+                tokens = former(seen[:, -former.config.feature_width :])
+            share = projection.match(seen, tokens)
+            print(f"reader: new image tokens explain {share:.1%} of the old ones' variance", file=sys.stderr)
+        return {name: value.cpu() for name, value in projection.state_dict().items()}
 
-    projection.load_state_dict(processes.from_main(teach))
+    projection.load_state_dict(running_processes().from_main(teach))
 
 
 def _new_sight(

@@ -26,7 +26,7 @@ from llama_adapter.data.records import Record, read_records
 from llama_adapter.data.sources import source_name
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.training.plan import TRAINED, AdapterPlan, load_best, load_to_train
-from llama_adapter.training.reader import picture_rows
+from llama_adapter.training.reader import Lesson, picture_rows
 from llama_adapter.training.settings import TrainingSettings
 from llama_adapter.training.trainer import Trainer
 
@@ -175,10 +175,12 @@ def train(
         for record in (*source.train, *source.validation)
         for image in record.images
     ]
-    asked = [row for source in sources for row in picture_rows(source.train)]
-    asked_later = [row for source in sources for row in picture_rows(source.validation)]
+    lesson = None
+    if plan.reader_epochs is not None and pictures:
+        asked = [row for source in sources for row in picture_rows(source.train)]
+        lesson = Lesson(asked, [row for source in sources for row in picture_rows(source.validation)])
     model, features = load_to_train(
-        plan, settings, pictures, output=Path(output), resume=resume, asked=asked, kept_back=asked_later
+        plan, settings, pictures, output=Path(output), resume=resume, lesson=lesson
     )
     assert model.tokenizer is not None
     train_examples: list[Example] = []
@@ -208,7 +210,13 @@ def train(
         validation_examples,
         settings,
         Path(output),
-        data={**described, "split": split, "max_length": max_length, "start_from": plan.start_from},
+        data={
+            **described,
+            "split": split,
+            "max_length": max_length,
+            "start_from": plan.start_from,
+            **plan.given("reader_epochs"),
+        },
         features=features or None,
         occurrences=occurrences if several or weighted else None,
     )

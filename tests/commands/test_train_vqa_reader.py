@@ -19,7 +19,7 @@ from tests.tiny_models import build_tiny_base, build_tiny_tower_folder, draw_pic
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 NO_STEP = ("--max-steps", "1", "--learning-rate", "1e-9", "--rate", "projection=1e-9")
 READER_LINE = re.compile(
-    r"reader: ([\d.]+) nats a word on 8 rows kept back, ([\d.]+) with another row's picture"
+    r"reader: loss ([\d.]+) nats a word on 8 rows kept back; ([\d.]+) with another row's picture"
 )
 
 
@@ -72,7 +72,7 @@ def test_an_adapter_that_sees_keeps_its_tokens_in_a_wider_projection(
     start = str(place / "start")
     on = ["--start-from", start, "--reader-epochs", "20", "--bottleneck", "24"]
     main(words(place, tmp_path / "on", *NO_STEP, *on))
-    share = re.search(r"reader: ([\d.]+)% of the former image tokens' variance", capsys.readouterr().err)
+    share = re.search(r"reader: new image tokens explain ([\d.]+)%", capsys.readouterr().err)
     assert share is not None and float(share[1]) > 90
     before, after = load_adapter(start), load_adapter(tmp_path / "on")
     assert before.config.vision is not None and after.config.vision is not None
@@ -80,16 +80,22 @@ def test_an_adapter_that_sees_keeps_its_tokens_in_a_wider_projection(
     assert torch.allclose(after.prompts.embeddings, before.prompts.embeddings, atol=1e-6)
 
 
-def test_a_run_that_was_cut_off_goes_on_from_what_the_reader_taught(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [1, 0])
+def test_a_run_that_was_cut_off_goes_on_from_what_the_reader_taught(
+    left: int, place: Path, tmp_path: Path
+) -> None:
+    """Also if it was cut off before its first checkpoint."""
     taught = ("--reader-epochs", "5", "--checkpoint-every", "2")
     main(words(place, tmp_path / "whole", *taught))
     main(words(place, tmp_path / "cut", *taught))
-    checkpoints = sorted((tmp_path / "cut" / "checkpoints").glob("step-*.pt"))
-    for file in (checkpoints[-1], checkpoints[-1].with_suffix(".json")):
+    for file in sorted((tmp_path / "cut" / "checkpoints").glob("step-*.pt"))[left:]:
         file.unlink()
+        file.with_suffix(".json").unlink()
     main(words(place, tmp_path / "cut", *taught, "--resume"))
     final = "adapter_model.safetensors"
     assert (tmp_path / "cut" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
+    changed = words(place, tmp_path / "cut", "--reader-epochs", "6", "--checkpoint-every", "2", "--resume")
+    assert "reader_epochs" in refusal(changed)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +106,12 @@ def test_a_run_that_was_cut_off_goes_on_from_what_the_reader_taught(place: Path,
             ["--reader-epochs", "1", "--no-images"],
             "--reader-epochs is for pictures, which --no-images leaves",
         ),
-        (["--start-from", "START", "--bottleneck", "9"], "--bottleneck is settled by --start-from"),
+        (["--start-from", "START", "--bottleneck", "9"], "leave it out, or widen it with --reader-epochs"),
         (
             ["--start-from", "START", "--bottleneck", "7", "--reader-epochs", "1"],
             "has 8; it can be made wider, but not narrower",
         ),
-        (["--limit", "11", "--reader-epochs", "1"], "no word is in 4 of their answers; give more rows"),
+        (["--limit", "11", "--reader-epochs", "1"], "no word is in 4 or more answers (3 questions"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

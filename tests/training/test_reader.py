@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from llama_adapter.common.errors import UsageError
 from llama_adapter.data.records import PictureFile, Record
 from llama_adapter.data.turns import Turn
 from llama_adapter.methods.projection import Projection
-from llama_adapter.training.reader import PictureRow, picture_rows, teach_projection
+from llama_adapter.training.reader import Lesson, PictureRow, picture_rows
 from tests.tiny_models import VISION, build_tiny_model
 
 FEATURES = VISION.feature_width
@@ -43,13 +44,16 @@ def test_a_projection_learns_what_pictures_show() -> None:
     rows, features = asked_pictures(300, seed=1)
     kept_back, more = asked_pictures(60, seed=2)
     told: list[int] = []
-    result = teach_projection(
-        new_projection(), rows, kept_back, {**features, **more}, epochs=40, seed=0, progress=told.append
-    )
+    lesson = Lesson(rows, kept_back)
+    result = lesson.teach(new_projection(), {**features, **more}, epochs=40, seed=0, progress=told.append)
     assert result.rows == len(kept_back)
+    assert result.exchanged is not None
     assert result.loss < 0.35 < 0.69 < result.exchanged  # nats; a guess between two words costs 0.69
-    assert told == sorted(told)
-    assert "on 120 rows kept back" in str(result)
+    assert told == sorted(told) and told[-1] == 40 * len(rows)
+    assert re.fullmatch(
+        r"loss 0\.\d{3} nats a word on 120 rows kept back; \d\.\d{3} with another row's picture \(.*\)",
+        str(result),
+    )
 
 
 def test_only_the_lower_layer_changes_and_a_seed_decides_how() -> None:
@@ -57,16 +61,25 @@ def test_only_the_lower_layer_changes_and_a_seed_decides_how() -> None:
     before, *after = (new_projection() for _ in range(4))
     state = torch.get_rng_state()
     for projection, seed in zip(after, (0, 0, 1), strict=True):
-        teach_projection(projection, rows, [], features, epochs=10, seed=seed)
+        Lesson(rows, []).teach(projection, features, epochs=10, seed=seed)
     assert torch.equal(torch.get_rng_state(), state)
     former, learnt = before.state_dict(), after[0].state_dict()
-    assert {name for name in former if not torch.equal(former[name], learnt[name])} == {
-        "down.weight",
-        "down.bias",
-    }
+    changed = {name for name in former if not torch.equal(former[name], learnt[name])}
+    assert changed == {"down.weight", "down.bias"}
     assert torch.equal(after[0].down.weight, after[1].down.weight)
     assert not torch.equal(after[0].down.weight, after[2].down.weight)
     assert after[0].down.weight.grad is None
+
+
+def test_each_pass_reads_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, features = asked_pictures(20, seed=1)
+    projection, read = new_projection(), []
+    hidden = projection.hidden
+    monkeypatch.setattr(projection, "hidden", lambda features: read.append(features) or hidden(features))
+    Lesson(rows, []).teach(projection, features, epochs=3, seed=0)
+    for pictures in read:
+        assert sorted(pictures[:, 0].tolist()) == sorted(features[row.picture][0].item() for row in rows)
+    assert len(read) == 3
 
 
 def test_rows_are_questions_about_one_picture() -> None:
@@ -81,16 +94,20 @@ def test_rows_are_questions_about_one_picture() -> None:
     assert picture_rows(records) == [PictureRow(one, ("what", "is", "it"), ("a", "dog"))]
 
 
-def test_words_that_are_too_rare_are_told() -> None:
+def test_words_that_are_too_rare_are_told_and_their_rows_left_out() -> None:
     rows, features = asked_pictures(1, seed=1)
-    with pytest.raises(
-        UsageError, match=r"the reader has 2 questions .* or leave out --reader-epochs"
-    ) as told:
-        teach_projection(new_projection(), rows, [], features, epochs=1, seed=0)
+    with pytest.raises(UsageError, match=r"no word is in 4 or more answers \(2 questions") as told:
+        Lesson(rows, [])
     assert "\n" not in str(told.value)
+    rare = PictureRow(rows[0].picture, ("what",), ("unique",))
+    lesson = Lesson([*rows * 4, rare], [rare])
+    assert lesson.rows == rows * 4 and lesson.kept_back == []
+    result = lesson.teach(new_projection(), features, epochs=1, seed=0)
+    assert str(result) == "no row kept back has a picture and a word that it knows"
 
 
-def test_nothing_kept_back_is_said() -> None:
+def test_a_single_picture_cannot_be_exchanged() -> None:
     rows, features = asked_pictures(20, seed=1)
-    result = teach_projection(new_projection(), rows, [], features, epochs=1, seed=0)
-    assert str(result) == "no row was kept back"
+    result = Lesson(rows, rows[:2]).teach(new_projection(), features, epochs=1, seed=0)
+    assert result.exchanged is None
+    assert str(result).endswith("nats a word on 2 rows kept back")
