@@ -29,6 +29,7 @@ from llama_adapter.methods.layer_forms import find_forms
 from llama_adapter.methods.packed_trial import probe_packed
 from llama_adapter.methods.prepared import computing_device
 from llama_adapter.methods.trial_pass import refuse, switch_attention
+from llama_adapter.quantization.libraries import keep_gradients
 
 
 def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
@@ -49,6 +50,7 @@ def prepare_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
             )
         if text_config.is_encoder_decoder:
             refuse(decoder, "it has an encoder; this method adapts decoders")
+        keep_gradients(decoder)
         with _restoring_on_failure(decoder):
             if current == "sdpa" and getattr(text_config, "attn_logit_softcapping", None) is not None:
                 current = "eager"  # sdpa leaves softcapping out; transformers 5.20 does so in silence

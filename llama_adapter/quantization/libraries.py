@@ -42,6 +42,26 @@ def library_config(format: str, device: torch.device, dtype: torch.dtype) -> Any
     return TorchAoConfig(Int4WeightOnlyConfig(group_size=GROUP))
 
 
+def keep_gradients(decoder: PreTrainedModel) -> None:
+    """Leave bitsandbytes' 4-bit weights in the form that gradients go through.
+
+    Where a CPU has AVX-512 with bfloat16, bitsandbytes packs them at the first pass in evaluation mode. The
+    products with packed weights have no backward pass: what lies below them would not be trained, in silence.
+
+    Raises:
+        UsageError: the weights are packed already.
+    """
+    for name, module in decoder.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UsageError(
+                f"{name}: its 4-bit weights were packed by bitsandbytes when the decoder was first used, and "
+                "gradients do not go through them; load the decoder again, and hand it over unused"
+            )
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
 def precision_of(decoder: PreTrainedModel) -> str | None:
     """What a decoder's weights are quantised to, by us or by a library; None if they are not.
 

@@ -30,9 +30,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The folder of a tiny base, with an empty place for what is quantised from it."""
     monkeypatch.setattr(stored, "cache_folder", lambda: tmp_path / "cache")
-    # Where a processor has AVX-512 with bfloat16, bitsandbytes needs widths that are multiples of 64 for nf4.
-    decoder = build_tiny_decoder(hidden_size=64, intermediate_size=128, head_dim=16)
-    decoder.save_pretrained(tmp_path / "base")
+    build_tiny_decoder().save_pretrained(tmp_path / "base")
     return str(tmp_path / "base")
 
 
@@ -61,22 +59,46 @@ def test_what_cannot_be_quantised_so_is_refused(base: str, monkeypatch: pytest.M
         precision(base, "nf4")
 
 
-def test_nf4_computes_on_a_cpu(base: str) -> None:
-    """As the matrices do that it multiplies by."""
+def test_nf4_computes_on_a_cpu_and_gradients_go_through_it(base: str) -> None:
+    """As the matrices do that it multiplies by; also after the trials have used it in evaluation mode."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    decoder = load_decoder(base, device=CPU, dtype=torch.float32, quantize="nf4")
-    assert precision_of(decoder) == "nf4"
-    plain = load_decoder(base, device=CPU, dtype=torch.float32)
-    kept = load_decoder(base, device=CPU, dtype=torch.float32)
-    for name, module in decoder.named_modules():
+    build_tiny_tokenizer().save_pretrained(base)
+    nf4 = LlamaAdapter.from_base(base, device="cpu", dtype="float32", quantize="nf4")
+    assert precision_of(nf4.decoder) == "nf4"
+    plain, kept = (LlamaAdapter.from_base(base, device="cpu", dtype="float32") for _ in range(2))
+    for name, module in nf4.decoder.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             weight = module(torch.eye(module.in_features)).t()
-            plain.get_submodule(name).weight.data.copy_(weight)
+            plain.decoder.get_submodule(name).weight.data.copy_(weight)
     ids = random_rows(9)[0][None]
-    found, expected, unrounded = (model(ids).logits for model in (decoder, plain, kept))
-    # Where a processor has AVX-512 with bfloat16, bitsandbytes computes these products in bfloat16.
-    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
-    assert (found - unrounded).abs().max() > 0.1 * expected.abs().max()
+    results = []
+    for model in (nf4, plain, kept):
+        adapter = model.new_adapter("mine", adapted_layers=2, seed=1)
+        torch.nn.init.normal_(adapter.prompts.gates, generator=torch.Generator().manual_seed(1))
+        logits = model(ids, adapter="mine").logits
+        logits.square().sum().backward()
+        results.append((logits.detach(), adapter.prompts.embeddings.grad))
+    for found, expected, unrounded in zip(*results, strict=True):
+        assert found is not None and expected is not None and unrounded is not None
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert (found - unrounded).abs().max() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="weights are packed there only"
+)
+def test_nf4_weights_that_were_packed_are_refused(base: str) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    if not functional.has_avx512bf16():
+        pytest.skip("no AVX-512 with bfloat16")
+    build_tiny_decoder(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(base)
+    decoder = AutoModelForCausalLM.from_pretrained(
+        base, device_map="cpu", quantization_config=BitsAndBytesConfig(**SETTINGS["nf4"])
+    )
+    with torch.no_grad():
+        decoder(random_rows(9)[0][None])
+    with pytest.raises(UsageError, match=r"q_proj: its 4-bit weights were packed .* hand it over unused"):
+        LlamaAdapter(decoder, base="tiny-base")
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
