@@ -3,8 +3,8 @@
     I = Projection(concat of the tower's global features at M depths)        (eq. 9)
     P_l + I for each layer and prompt                                        (eq. 10)
 
-Shapes: L adapted layers, K prompts, D hidden size; N pictures, F features of one picture; H
-hidden units; R rows.
+Shapes: L adapted layers, K prompts, D hidden size; N pictures, F features of one picture; H hidden
+units; R rows.
 """
 
 from __future__ import annotations

@@ -10,18 +10,9 @@ import pytest
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.quantization import stored
 from llama_adapter.weights.fetch import PROVENANCE
-from tests.commands.console import (
-    ADAPTER,
-    BASE,
-    SEEING,
-    make_adapter,
-)
+from tests.commands.console import ADAPTER, BASE, SEEING, make_adapter
 from tests.tiny import build_tiny_tokenizer
-from tests.tiny_models import (
-    build_tiny_decoder,
-    build_tiny_tower_folder,
-    sight_of,
-)
+from tests.tiny_models import build_tiny_decoder, build_tiny_tower_folder, sight_of
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,7 @@ import llama_adapter
 from llama_adapter.__main__ import main
 from llama_adapter.model import LlamaAdapter
 from llama_adapter.weights.catalogue import SMALL_BASE
-from tests.commands.console import (
-    BASE,
-    GREEDY,
-    refusal,
-)
+from tests.commands.console import BASE, GREEDY, refusal
 from tests.conftest import CHECKOUT
 
 pytestmark = pytest.mark.usefixtures("weights")

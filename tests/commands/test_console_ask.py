@@ -33,9 +33,7 @@ from tests.commands.console import (
     invoke,
     refusal,
 )
-from tests.tiny_models import (
-    draw_picture,
-)
+from tests.tiny_models import draw_picture
 
 pytestmark = pytest.mark.usefixtures("weights")
 

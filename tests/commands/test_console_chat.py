@@ -13,15 +13,7 @@ import pytest
 from llama_adapter.decoding.answer import Answer, Said, follow
 from llama_adapter.methods.checkpoint import load_adapter, save_adapter
 from llama_adapter.model import LlamaAdapter
-from tests.commands.console import (
-    ADAPTER,
-    AUTO_CUT_OFF,
-    CUT_OFF,
-    GREEDY,
-    chat,
-    greedy,
-    invoke,
-)
+from tests.commands.console import ADAPTER, AUTO_CUT_OFF, CUT_OFF, GREEDY, chat, greedy, invoke
 
 pytestmark = pytest.mark.usefixtures("weights")
 

@@ -11,11 +11,7 @@ import pytest
 
 from llama_adapter.weights.catalogue import DEFAULT_BASE, SMALL_BASE
 from llama_adapter.weights.fetch import PROVENANCE
-from tests.commands.console import (
-    BASE,
-    invoke,
-    refusal,
-)
+from tests.commands.console import BASE, invoke, refusal
 from tests.conftest import CHECKOUT
 
 pytestmark = pytest.mark.usefixtures("weights")

@@ -10,23 +10,10 @@ import pytest
 
 from llama_adapter.data.templates import Turn
 from llama_adapter.model import LlamaAdapter
-from tests.commands.console import (
-    ADAPTER,
-    CUT_OFF,
-    GREEDY,
-    SEEING,
-    Sudden,
-    chat,
-    greedy,
-    invoke,
-    refusal,
-)
-from tests.tiny_models import (
-    draw_picture,
-)
+from tests.commands.console import ADAPTER, CUT_OFF, GREEDY, SEEING, Sudden, chat, greedy, invoke, refusal
+from tests.tiny_models import draw_picture
 
 pytestmark = pytest.mark.usefixtures("weights")
-
 
 SEES = (*GREEDY, "--adapter", SEEING)
 

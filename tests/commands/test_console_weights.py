@@ -11,17 +11,8 @@ import torch
 
 from llama_adapter.methods.checkpoint import CONFIG_FILE, load_adapter, save_adapter
 from llama_adapter.weights.catalogue import CATALOGUE
-from tests.commands.console import (
-    ADAPTER,
-    BASE,
-    GREEDY,
-    SEEING,
-    invoke,
-    refusal,
-)
-from tests.tiny_models import (
-    build_tiny_model,
-)
+from tests.commands.console import ADAPTER, BASE, GREEDY, SEEING, invoke, refusal
+from tests.tiny_models import build_tiny_model
 
 pytestmark = pytest.mark.usefixtures("weights")
 

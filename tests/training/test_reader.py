@@ -27,7 +27,7 @@ def new_projection() -> Projection:
 
 
 def asked_pictures(count: int, *, seed: int) -> tuple[list[PictureRow], dict[PictureFile, Tensor]]:
-    """Pictures whose first feature is their size and whose second is their colour, asked for one of them."""
+    """Pictures whose first feature is their size and whose second is their colour, asked for each."""
     generator = torch.Generator().manual_seed(seed)
     rows: list[PictureRow] = []
     features: dict[PictureFile, Tensor] = {}
