@@ -4,8 +4,10 @@ All that a decoder learns of a picture goes through the projection's hidden laye
 layer sees few rows, since each costs a pass through all of the decoder's layers. A reader has a few small
 layers. It predicts the words of an answer from the question's words and the hidden layer, which it multiplies
 element by element ("low-rank bilinear pooling", Kim et al. 2017, arXiv 1610.04325). Predicting words is
-enough to learn good features of pictures (Joulin et al. 2016, arXiv 1511.02251). Then the reader is thrown
-away, and the projection is trained on through the decoder.
+enough to learn good features of pictures (Joulin et al. 2016, arXiv 1511.02251). It sees each picture many
+times and would learn pictures by heart, so noise is added to their features (Bishop 1995, "Training with
+noise is equivalent to Tikhonov regularization"). Then the reader is thrown away, and the projection is
+trained on through the decoder.
 
 Shapes: R rows, Q words of a question, A words of an answer, F features of a picture, H width of the
 projection's hidden layer, V known words of answers.
@@ -29,6 +31,7 @@ from llama_adapter.training.schedule import warmup_cosine
 
 _BATCH = 128  # rows a step
 _RATE, _WARMUP, _DECAY, _DROPOUT = 0.002, 0.1, 0.05, 0.1
+_NOISE = 0.3  # in standard deviations of each feature
 _WORD_WIDTH, _JOINED_WIDTH = 128, 512
 _LEAST = 4  # rows that a word has to be in; the reader does not know rarer ones
 _LONGEST = 16  # words of a question or an answer that are read
@@ -133,7 +136,7 @@ class Lesson:
         size = min(_BATCH, len(shown))
         steps = epochs * (len(shown) // size)
         done = 0
-        # The reader's first weights, its dropout and the order come from torch's own generator.
+        # The reader's first weights, its dropout, the noise and the order come from torch's own generator.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             reader = _Reader(projection.down.out_features, len(self._questions), len(self._answers))
@@ -145,7 +148,9 @@ class Lesson:
                 for some in order[: len(order) // size * size].view(-1, size):
                     for group in optimiser.param_groups:
                         group["lr"] = _RATE * warmup_cosine(done, steps, _WARMUP * steps)
-                    scores = reader(projection.hidden(seen[shown[some]]), asked[some])
+                    noise = _NOISE * torch.randn(size, seen.shape[1], device=device)
+                    noisy = seen[shown[some]] + noise / projection.scale
+                    scores = reader(projection.hidden(noisy), asked[some])
                     optimiser.zero_grad()
                     _losses(scores, wanted[some]).mean().backward()
                     optimiser.step()

@@ -71,15 +71,27 @@ def test_only_the_lower_layer_changes_and_a_seed_decides_how() -> None:
     assert after[0].down.weight.grad is None
 
 
-def test_each_pass_reads_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_pass_reads_every_row_once_with_new_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, features = asked_pictures(20, seed=1)
+    # Of very different sizes: the noise is measured in each feature's own standard deviations.
+    spread = torch.logspace(-1, 3, FEATURES)
+    features = {picture: values * spread for picture, values in features.items()}
     projection, read = new_projection(), []
+    projection.fit(features.values())
     hidden = projection.hidden
     monkeypatch.setattr(projection, "hidden", lambda features: read.append(features) or hidden(features))
     Lesson(rows, []).teach(projection, features, epochs=3, seed=0)
-    for pictures in read:
-        assert sorted(pictures[:, 0].tolist()) == sorted(features[row.picture][0].item() for row in rows)
-    assert len(read) == 3
+    pictures = torch.stack(list(features.values()))
+    noises = []
+    for noisy in read:
+        differences = (noisy[:, None] - pictures) * projection.scale  # (rows, pictures, F)
+        nearest = differences.square().sum(2).argmin(1)
+        assert nearest.bincount().tolist() == [2] * len(pictures)  # each is asked about twice
+        noises.append(differences[range(len(rows)), nearest])
+        deviations = noises[-1].std(0)
+        assert deviations.min() > 0.15 and deviations.max() < 0.5
+    assert len(noises) == 3
+    assert not torch.equal(noises[0].sort(0).values, noises[1].sort(0).values)
 
 
 def test_rows_are_questions_about_one_picture() -> None:
