@@ -49,7 +49,7 @@ from llama_adapter.weights.fetch import PROVENANCE
 
 BASE = "qwen2.5-coder-0.5b-instruct"
 DEPTHS = (0, 3, 4, 5, 6)
-DRAWINGS = {"drawings": "drawings:6000", "colours": "drawings:1500:colours"}
+DRAWINGS = {"drawings": "drawings:20000", "colours": "drawings:1500:colours"}
 SETS = ("alpaca", "text", "coco", "daquar", "flickr8k", "imagenet_names", "scienceqa")
 GGUF_FILE, WEIGHTS_FILE = "base.gguf", "model.safetensors"
 CONTENTS = "contents.json"  # the pieces in their order, with their hashes
@@ -82,13 +82,12 @@ TEXT = Stage(
 VISION = Stage(
     SHIPPED[BASE].vision,
     "train.vqa",
-    f"--start-from {SHIPPED[BASE].text} --method prompts+lora --data {{data}}/coco.json=2 "
+    f"--start-from {SHIPPED[BASE].vision} --reader-epochs 6 --data {{data}}/coco.json=2 "
     "--data {data}/daquar.json --data {data}/cococaps.json --data {data}/flickr.json "
     "--data {data}/names.json --data objects:{data}/cococaps.json --data {data}/some_text.json "
-    f"--data {{data}}/drawings.json --data {{data}}/colours.json --balance-yes-no --tower {DEFAULT_TOWER} "
-    f"--depths {' '.join(map(str, DEPTHS))} --image-tokens 10 --learning-rate 0.0006 --rate prompts=0.01 "
-    "--rate gates=0.01 --rate projection=0.002 --mean-over rows --batch-size 128 --max-length 300 "
-    "--validation-rows 120",
+    "--data {data}/drawings.json --data {data}/colours.json --balance-yes-no --learning-rate 0.0006 "
+    "--rate prompts=0.008 --rate gates=0.008 --rate projection=0.003 --mean-over rows --batch-size 128 "
+    "--max-length 300 --validation-rows 120",
 )
 SCIENCEQA = Stage(
     SHIPPED[BASE].scienceqa,
@@ -102,7 +101,7 @@ COMMON = (
     "--epochs 20 --warmup-epochs 0.8 --max-grad-norm 1 --max-tokens 16384 --checkpoint-every 100000 "
     "--validate-every 250"
 )
-STARTING = 60  # seconds of a stage that go by before its first step and after its last
+STARTING = 90  # seconds of a stage that go by before its first step, also in a reader, and after its last
 
 
 def main(words: Sequence[str] | None = None, *, program: str = "python -m train.shipped") -> None:
