@@ -26,6 +26,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 LONG_FILES = (
     "tests/page/test_browser.py",
     "tests/test_readme.py",
+    "tests/page/test_suggestions.py",
     "tests/benchmarks/test_throughput.py",
     "tests/test_wheel.py",
     "tests/commands/test_eval_methods.py",
@@ -63,7 +64,7 @@ def base_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def default_base() -> str:
-    """The name of the default base, which `make test` does not download either."""
+    """The name of the default base, which `make test` downloads if it can."""
     if DEFAULT_BASE not in locations.list_weights("base"):
         pytest.skip("the default base is not here: run `llama-adapter fetch`")
     return DEFAULT_BASE
@@ -71,7 +72,7 @@ def default_base() -> str:
 
 @pytest.fixture(scope="session")
 def qwen_folder() -> Path:
-    """The fetched base of half a billion parameters, which `make test` does not download."""
+    """The folder of the default base."""
     folder = CHECKOUT / "weights" / "qwen2.5-coder-0.5b-instruct"
     if not (folder / PROVENANCE).is_file():
         pytest.skip("no 0.5B base: run `llama-adapter fetch qwen2.5-coder-0.5b-instruct`")

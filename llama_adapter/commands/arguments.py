@@ -152,7 +152,7 @@ def load_model(arguments: argparse.Namespace) -> LlamaAdapter:
     base = DEFAULT_BASE if base is None else base
     model = LlamaAdapter.from_base(base, **options)
     if none_fits:  # said once the base is loaded, so that one that can't be is a single line
-        print(f"no shipped adapter fits base {base!r}; the bare base answers", file=sys.stderr)
+        print(f"no adapter is shipped for base {base!r}; the bare base answers", file=sys.stderr)
     return model
 
 

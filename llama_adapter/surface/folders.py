@@ -170,7 +170,7 @@ class Folders(NamedAdapters):
         folders = shipped_adapters(base, weights)
         if not folders:
             raise UsageError(
-                f"no shipped adapter fits base {base!r}; name one of your own, or take the "
+                f"no adapter is shipped for base {base!r}; name one of your own, or take the "
                 "bare base with from_base"
             )
         model = cls.from_base(base, weights=weights, **options)

@@ -7,6 +7,7 @@ The README's picture is made by the one test here that needs the real base and i
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import socket
@@ -17,14 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from llama_adapter.model import NO_ADAPTER, LlamaAdapter
+from llama_adapter.page.about import describe_limits
 from llama_adapter.page.compare_tab import Compared
+from llama_adapter.page.display import typed
 from llama_adapter.page.experts import load_experts
 from llama_adapter.page.layout import build_page
 from llama_adapter.page.server import serve
 from llama_adapter.page.suggestions import PICTURE_EXAMPLES, SCIENCE_EXAMPLES, TEXT_EXAMPLES
 from llama_adapter.page.wiring import PEOPLE
+from llama_adapter.surface.named_adapters import AUTO
 from tests.compared import build_results
 from tests.conftest import CHECKOUT
 from tests.drawn import png
@@ -698,7 +704,12 @@ def test_picture_for_the_readme(browser: Browser, default_base: str) -> None:
         page.get_by_placeholder("Ask something").wait_for()
         page.mouse.move(0, 0)
         page.wait_for_timeout(1000)
-        picture = CHECKOUT / "docs" / "page.png"
-        picture.parent.mkdir(exist_ok=True)
-        page.screenshot(path=picture)
+        shot = Image.open(io.BytesIO(page.screenshot()))
+        limits = describe_limits(model, AUTO)
+        assert limits in typed(page.locator("body").inner_text())
+    # The line is kept in the file, so that a fast test can tell whether the page still says it.
+    facts = PngInfo()
+    facts.add_text("limits", limits)
+    picture = CHECKOUT / "docs" / "page.png"
+    shot.save(picture, pnginfo=facts, optimize=True)
     assert picture.stat().st_size < 300_000

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
 from llama_adapter.answering.questions import CheckedQuestion
 from llama_adapter.model import LlamaAdapter
+from llama_adapter.page.about import describe_limits
 from llama_adapter.page.experts import load_experts
 from llama_adapter.page.science import score
 from llama_adapter.page.suggestions import (
@@ -19,9 +21,10 @@ from llama_adapter.page.suggestions import (
 from llama_adapter.page.uploads import data_url
 from llama_adapter.surface.named_adapters import AUTO
 from llama_adapter.weights.catalogue import DEFAULT_BASE, SMALL_BASE
+from tests.conftest import CHECKOUT
 
-# A test that takes more than one answer of a real base takes minutes.
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+# One seed in `make test`, three others in `make test-slow`: a real base takes a second or more for an answer.
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 CHAT_EXAMPLES = (*TEXT_EXAMPLES, *PICTURE_EXAMPLES)
 BASES = (DEFAULT_BASE, SMALL_BASE)
 
@@ -54,6 +57,15 @@ def test_the_problems_are_answered_rightly(example: ScienceExample, model: Llama
     chosen = max(range(len(example.options)), key=found.shares.__getitem__)
     assert example.options[chosen] == example.right, found
     assert len(set(found.favourites)) == 1, f"the order of the options decides: {found}"
+
+
+def test_the_readmes_picture_shows_these_adapters(model: LlamaAdapter) -> None:
+    if model.base != DEFAULT_BASE:
+        pytest.skip("the picture shows the default base")
+    with Image.open(CHECKOUT / "docs" / "page.png") as picture:
+        shown = picture.info["limits"]
+    redraw = "redraw it: pytest -m slow -k picture_for_the_readme tests/page/test_browser.py"
+    assert shown == describe_limits(model, AUTO), redraw
 
 
 def test_a_base_is_offered_what_is_not_too_hard_for_it() -> None:

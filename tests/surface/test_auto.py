@@ -140,7 +140,7 @@ def test_without_arguments_the_shipped_adapters_are_loaded(weights: Path) -> Non
 
 
 def test_a_base_without_shipped_adapters_is_refused(weights: Path) -> None:
-    with pytest.raises(UsageError, match="no shipped adapter fits base 'other-base'"):
+    with pytest.raises(UsageError, match="no adapter is shipped for base 'other-base'"):
         LlamaAdapter.from_pretrained(base="other-base", weights=weights)
     with pytest.raises(UsageError, match="adapter_name is 'mine'"):
         LlamaAdapter.from_pretrained(adapter_name="mine", weights=weights)
