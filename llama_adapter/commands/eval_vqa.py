@@ -72,9 +72,9 @@ def main(words: Sequence[str] | None = None, *, program: str = "python -m eval.v
     for side in ("yes", "no"):
         marks = [mark for mark, answer in zip(right["adapter"], wanted, strict=True) if answer == side]
         if marks:
-            sides.append(f"{sum(marks) / len(marks):.1%} of {len(marks):,} with {side}")
-    if sides:  # an adapter that always says yes is right as often as yes is
-        print(f"yes/no answered rightly: {', '.join(sides)}")
+            sides.append(f"where the answer is {side}: {sum(marks) / len(marks):.1%} of {len(marks):,}")
+    if sides:  # an adapter that always says yes is right as often as the answer is yes
+        print(f"right {'; '.join(sides)}")
     if missing:
         print(missing)
     low, high = accuracy_interval(sum(right["adapter"]), len(records))

@@ -164,7 +164,8 @@ def test_answers_are_scored_against_both_controls(
     out, err = capsys.readouterr()
     for told in ("picture of another row", "no picture", "yes/no", "colour", "95 % interval"):
         assert told in out
-    [sides] = re.findall(r"yes/no answered rightly: (\S+)% of (\d) with yes, (\S+)% of (\d) with no\n", out)
+    pattern = r"right where the answer is yes: (\S+)% of (\d); where the answer is no: (\S+)% of (\d)\n"
+    [sides] = re.findall(pattern, out)
     yes_share, yes, no_share, no = map(float, sides)
     [kinds] = re.findall(r"^ +all +colour +yes/no\nadapter +\S+ +\S+ +(\S+)%\n", out, re.MULTILINE)
     assert yes > 0 and no > 0
