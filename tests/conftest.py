@@ -48,6 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
+# Of answers to what the README and the page show: one seed in `make test`, three others in `make test-slow`.
+SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3)))
+
 # A slow example means that the machine is busy, not that the code is wrong.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")

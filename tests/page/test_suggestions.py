@@ -21,10 +21,8 @@ from llama_adapter.page.suggestions import (
 from llama_adapter.page.uploads import data_url
 from llama_adapter.surface.named_adapters import AUTO
 from llama_adapter.weights.catalogue import DEFAULT_BASE, SMALL_BASE
-from tests.conftest import CHECKOUT
+from tests.conftest import CHECKOUT, SEEDS
 
-# One seed in `make test`, three others in `make test-slow`: a real base takes a second or more for an answer.
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 CHAT_EXAMPLES = (*TEXT_EXAMPLES, *PICTURE_EXAMPLES)
 BASES = (DEFAULT_BASE, SMALL_BASE)
 
@@ -59,9 +57,8 @@ def test_the_problems_are_answered_rightly(example: ScienceExample, model: Llama
     assert len(set(found.favourites)) == 1, f"the order of the options decides: {found}"
 
 
+@pytest.mark.parametrize("model", [DEFAULT_BASE], indirect=True)
 def test_the_readmes_picture_shows_these_adapters(model: LlamaAdapter) -> None:
-    if model.base != DEFAULT_BASE:
-        pytest.skip("the picture shows the default base")
     with Image.open(CHECKOUT / "docs" / "page.png") as picture:
         shown = picture.info["limits"]
     redraw = "redraw it: pytest -m slow -k picture_for_the_readme tests/page/test_browser.py"
