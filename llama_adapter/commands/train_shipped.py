@@ -48,7 +48,7 @@ from llama_adapter.weights.catalogue import DEFAULT_TOWER, SHIPPED
 from llama_adapter.weights.fetch import PROVENANCE
 
 BASE = "qwen2.5-coder-0.5b-instruct"
-DEPTHS = (0, 3, 4, 5, 6)
+DEPTHS = (-1, 0, 3, 4, 5, 6)
 DRAWINGS = {"drawings": "drawings:20000", "colours": "drawings:1500:colours"}
 SETS = ("alpaca", "text", "coco", "daquar", "flickr8k", "imagenet_names", "scienceqa")
 GGUF_FILE, WEIGHTS_FILE = "base.gguf", "model.safetensors"

@@ -34,7 +34,7 @@ class VisionConfig(PartConfig):
         tower: name, folder, hub id or MODEL:TAG of the open_clip model that it was trained with.
         tower_fingerprint: identifies the tower's weights and preprocessing. Another tower is refused.
         depths: the depths of the tower whose global features are concatenated, lowest first. They count from
-            1; 0 is the picture's colours.
+            1; 0 is the picture's colours, -1 what stands out from its border.
         feature_width: F, the width of the concatenated features.
         bottleneck: width of the projection's hidden layer.
         image_tokens: 1, added to every prompt (eq. 10), or K, one for each, as in the authors' later code.
@@ -56,8 +56,8 @@ class VisionConfig(PartConfig):
                 raise UsageError(f"{name.replace('_', ' ')}: {getattr(self, name)} given; choose 1 or more")
         if self.normalised and self.bottleneck == 1:
             raise UsageError("bottleneck: 1 given; choose 2 or more, since one number normalised is always 0")
-        if not self.depths or any(not isinstance(depth, int) or depth < 0 for depth in self.depths):
-            raise UsageError(f"depths: {list(self.depths)} given; expected numbers from 0")
+        if not self.depths or any(not isinstance(depth, int) or depth < -1 for depth in self.depths):
+            raise UsageError(f"depths: {list(self.depths)} given; expected numbers from -1")
 
 
 class Projection(Part):

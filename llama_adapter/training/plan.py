@@ -78,7 +78,8 @@ class AdapterPlan:
     depths: Sequence[int] | None = field(
         default=None,
         metadata={
-            "help": "depths of the tower, 0 for the picture's colours (default: four, evenly spaced)",
+            "help": "depths of the tower, 0 for the picture's colours, -1 for what stands out in it "
+            "(default: four, evenly spaced)",
             "metavar": "N",
         },
     )

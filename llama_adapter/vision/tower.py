@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llama_adapter.common.errors import UsageError
+from llama_adapter.vision.colours import FIGURE_WIDTH, HISTOGRAMS_WIDTH, colour_histograms, figure
 from llama_adapter.weights import locations
 from llama_adapter.weights.hub import gated_error
 
@@ -33,9 +34,7 @@ MAX_ASPECT = 20  # of a picture. A thinner one loses its ends: resized by its sh
 
 ENCODED_AT_ONCE, ENCODED_AT_ONCE_CUDA = 8, 128  # pictures; more at once is no faster on a CPU
 
-COLOUR_BINS = 4  # of depth 0, for each of red, green and blue
-_HISTOGRAM_SIDE = 64  # a picture is averaged down to this many pixels a side
-_BORDER = 3  # the width of its border, in these pixels
+FIGURE_DEPTH, COLOURS_DEPTH = -1, 0  # of the pixels alone
 
 Entry = TypeVar("Entry")  # what stands for a picture
 
@@ -48,8 +47,9 @@ class VisionTower(nn.Module):
     A depth is a block of a transformer or a stage of a convolutional tower, counted from 1. Its vector is the
     class token, or the mean over the patches if there is none or timm does not give access to it. If a
     convolutional tower has more layers after its last stage (EfficientNet), the input of its classifier is
-    one more depth. Depth 0 is the picture's own colours (`colour_histograms`), of which a tower's means show
-    little. Each vector is scaled to a root mean square of 1, and all are concatenated.
+    one more depth. Each vector is scaled to a root mean square of 1. Two more come from the pixels alone, of
+    whose colours a tower's means show little: depth 0, the picture's colours (`colour_histograms`), scaled
+    likewise, and depth -1, what stands out from the border (`figure`). All are concatenated.
 
     Attributes:
         name: the name it was requested by.
@@ -92,12 +92,14 @@ class VisionTower(nn.Module):
         )
         self.register_buffer("_mean", mean, persistent=False)
         self.register_buffer("_std", std, persistent=False)
-        widths = [2 * COLOUR_BINS**3, *(vector.shape[1] for vector in self._vectors(self._probe(), None))]
-        deepest = len(widths) - 1
+        widths = dict(enumerate((vector.shape[1] for vector in self._vectors(self._probe(), None)), start=1))
+        deepest = len(widths)
+        widths |= {COLOURS_DEPTH: HISTOGRAMS_WIDTH, FIGURE_DEPTH: FIGURE_WIDTH}
         self.depths = _evenly_spaced(deepest) if depths is None else tuple(depths)
-        if not self.depths or list(self.depths) != sorted(set(self.depths) & set(range(len(widths)))):
+        if not self.depths or list(self.depths) != sorted(set(self.depths) & set(widths)):
             raise UsageError(
-                f"tower {name!r} has the depths 1 to {deepest}, lowest first, and 0, the picture's colours; "
+                f"tower {name!r} has the depths 1 to {deepest}, 0 (the picture's colours) and -1 (what "
+                "stands out from its border), lowest first; "
                 f"{', '.join(map(str, self.depths)) or 'none'} given (--depths)"
             )
         self.feature_width = sum(widths[depth] for depth in self.depths)
@@ -116,10 +118,12 @@ class VisionTower(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, S, S) -> features (N, F), float32, on the tower's device."""
         pixels = pixels.to(self.device)
-        vectors = [colour_histograms(pixels * self._std + self._mean)] if 0 in self.depths else []
+        plain = pixels * self._std + self._mean
+        vectors = [colour_histograms(plain)] if COLOURS_DEPTH in self.depths else []
         if inner := [depth for depth in self.depths if depth > 0]:
             vectors += self._vectors(pixels, inner)
-        return torch.cat([F.normalize(v, dim=1) * v.shape[1] ** 0.5 for v in vectors], dim=1)
+        scaled = [F.normalize(vector, dim=1) * vector.shape[1] ** 0.5 for vector in vectors]
+        return torch.cat([figure(plain), *scaled] if FIGURE_DEPTH in self.depths else scaled, dim=1)
 
     @property
     def device(self) -> torch.device:
@@ -140,25 +144,6 @@ class VisionTower(nn.Module):
 
     def _probe(self) -> Tensor:
         return self.prepare([Image.new("RGB", (8, 8))]).to(self.device)
-
-
-def colour_histograms(pixels: Tensor) -> Tensor:
-    """Which colours a picture has, and which of them its border has: (N, 3, S, S), 0 to 1 -> (N, 2 * bins).
-
-    The border is mostly background, so a thing's colour is one that the whole has and the border has not.
-    Red, green and blue have `COLOUR_BINS` bins each. A colour between two bins counts for both, according to
-    its distance. The square root of a bin's share makes small areas count.
-    """
-    small = F.adaptive_avg_pool2d(pixels, _HISTOGRAM_SIDE)
-    places = (small * COLOUR_BINS - 0.5).clamp(0, COLOUR_BINS - 1)
-    bins = torch.arange(COLOUR_BINS, device=pixels.device)[:, None, None]
-    weights = (1 - (places[:, :, None] - bins).abs()).clamp_min(0)  # (N, 3, bins, side, side)
-    border = torch.ones(_HISTOGRAM_SIDE, _HISTOGRAM_SIDE, dtype=torch.bool, device=pixels.device)
-    border[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
-    shares = []
-    for red, green, blue in (weights.flatten(3).unbind(1), weights[..., border].unbind(1)):
-        shares.append(torch.einsum("nrp,ngp,nbp->nrgb", red, green, blue).flatten(1) / red.shape[-1])
-    return torch.cat(shares, dim=1).sqrt()
 
 
 def prepare_batches(

@@ -324,24 +324,26 @@ def test_training_starts_from_an_adapter(place: Path, trained: Path, tmp_path: P
     assert losses(tmp_path / "on")[0] < 0.8 * losses(trained)[0]
 
 
+@pytest.mark.parametrize("more", [["0"], ["-1", "0"]], ids=["colours", "figure and colours"])
 def test_depths_can_be_added_to_the_adapter_that_it_starts_from(
-    place: Path, trained: Path, tmp_path: Path
+    place: Path, trained: Path, tmp_path: Path, more: list[str]
 ) -> None:
     once = ("--max-steps", "1", "--learning-rate", "1e-9", "--rate", "projection=1e-9")
     words = options_to_go_on(place, tmp_path / "on", trained, *once)
     assert "sees with the depths 1 2; lower ones can be added, but none taken away" in refusal(
         train.vqa, [*words, "--depths", "0", "1"]
     )
-    run(train.vqa, [*words, "--depths", "0", "1", "2"])
+    run(train.vqa, [*words, "--depths", *more, "1", "2"])
     before, after = load_adapter(trained), load_adapter(tmp_path / "on")
     assert before.config.vision and after.config.vision
-    assert before.config.vision.depths == (1, 2) and after.config.vision.depths == (0, 1, 2)
+    assert before.config.vision.depths == (1, 2)
+    assert after.config.vision.depths == (*map(int, more), 1, 2)
     added = after.config.vision.feature_width - before.config.vision.feature_width
     features = torch.randn(4, after.config.vision.feature_width)
     found, expected = after.projection(features), before.projection(features[:, added:])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     weight = after.projection.down.weight[:, :added]
-    assert 0 < weight.abs().max() < 1e-6, "the colours are learnt"
+    assert 0 < weight.abs().max() < 1e-6, "what is added is learnt"
 
 
 def test_an_adapter_is_trained_on_with_scales_and_biases_which_it_keeps(
@@ -404,7 +406,8 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(place: Path, tmp_pa
         (["--tower", "nothing"], "no tower 'nothing'"),
         (
             ["--depths", "1", "9"],
-            "has the depths 1 to 2, lowest first, and 0, the picture's colours; 1, 9 given",
+            "has the depths 1 to 2, 0 (the picture's colours) and -1 (what stands out from its border), "
+            "lowest first; 1, 9 given",
         ),
         (["--image-tokens", "2"], "image tokens: 2 given; choose 1, or one for each of the 3 prompts"),
         (["--bottleneck", "0"], "bottleneck: 0 given; choose 1 or more"),

@@ -257,7 +257,7 @@ def with_value(value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]
         ),
         (with_value("12", "parts", 1, "depths"), "'depths': expected a valid array, found '12'"),
         (with_value([], "parts", 1, "depths"), "depths: [] given"),
-        (with_value([-1, 1], "parts", 1, "depths"), "depths: [-1, 1] given; expected numbers from 0"),
+        (with_value([-2, 1], "parts", 1, "depths"), "depths: [-2, 1] given; expected numbers from -1"),
         (with_value([1, "2"], "parts", 1, "depths"), "'depths.1': expected a valid integer, found '2'"),
         (with_value([[1]], "parts", 1, "depths"), "'depths.0': expected a valid integer, found [1]"),
         (with_value(0, "parts", 1, "feature_width"), "feature width: 0 given; choose 1 or more"),

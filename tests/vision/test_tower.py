@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llama_adapter.common.errors import UsageError
-from llama_adapter.vision.tower import COLOUR_BINS, VisionTower, colour_histograms, load_tower
+from llama_adapter.vision.colours import colour_histograms, figure
+from llama_adapter.vision.tower import VisionTower, load_tower
 from tests.refusals import refusal
 from tests.tiny_models import build_tiny_tower_folder
 
@@ -143,31 +144,27 @@ def test_pictures_are_prepared_as_its_config_says(tmp_path: Path) -> None:
     assert tower.prepare(pictures((16, 16), (7, 90), (1, 1))).shape == (3, 3, 16, 16)
 
 
-@pytest.mark.parametrize("depths", [(), (0, 3), (3,), (-1,), (2, 1), (1, 1)])
+@pytest.mark.parametrize("depths", [(), (0, 3), (3,), (-2, 1), (0, -1), (2, 1), (1, 1)])
 def test_depths_that_it_does_not_have_are_refused(folder: Path, depths: tuple[int, ...]) -> None:
     message = tower_refusal(folder, depths=depths)
-    assert "has the depths 1 to 2, lowest first" in message
+    assert (
+        "has the depths 1 to 2, 0 (the picture's colours) and -1 (what stands out from its border)" in message
+    )
     assert (", ".join(map(str, depths)) or "none") in message
 
 
-def test_depth_0_is_the_colours_of_the_picture_and_of_its_border(folder: Path) -> None:
-    tower, colours = load_tower(str(folder), depths=(0, 2)), load_tower(str(folder), depths=(0,))
-    image = Image.new("RGB", (64, 64), "white")
-    image.paste("red", (16, 16, 48, 48))  # a quarter of the picture, none of its border
-    pixels = tower.prepare([image, Image.new("RGB", (64, 64), "red")])
-    features = tower.encode(pixels)
-    width = 2 * COLOUR_BINS**3
-    assert torch.equal(features[:, :width], colours.encode(pixels))
-    assert torch.equal(features[:, width:], load_tower(str(folder), depths=(2,)).encode(pixels))
-    whole, border = colour_histograms(torch.stack([tensor_of(image)])).square().unflatten(1, (2, -1))[0]
-    white, red = COLOUR_BINS**3 - 1, (COLOUR_BINS - 1) * COLOUR_BINS**2
-    expected = torch.zeros_like(whole)
-    expected[red], expected[white] = 0.25, 0.75
-    torch.testing.assert_close(whole, expected)
-    assert border[white] == 1 and border.sum() == 1
-    # A colour between two bins counts for both.
-    grey = colour_histograms(torch.full((1, 3, 8, 8), 0.5)).square()[0]
-    torch.testing.assert_close(grey.sort().values, torch.tensor([0.0] * (width - 16) + [0.125] * 16))
+def test_depths_0_and_minus_1_are_what_the_pixels_tell_without_the_tower(folder: Path) -> None:
+    towers = [load_tower(str(folder), depths=depths) for depths in ((-1, 0, 2), (-1,), (0,), (2,))]
+    image = Image.new("RGB", (16, 16), "white")
+    image.paste("red", (4, 4, 12, 12))
+    pixels = towers[0].prepare([image, *pictures((16, 16))])
+    features, *alone = (tower.encode(pixels) for tower in towers)
+    assert features.shape[1] == towers[0].feature_width
+    assert torch.equal(features, torch.cat(alone, dim=1))
+    plain = torch.stack([tensor_of(image), tensor_of(pictures((16, 16))[0])])
+    torch.testing.assert_close(alone[0], figure(plain), rtol=1e-4, atol=1e-4)
+    colours = colour_histograms(plain)  # of length sqrt(2), since both histograms' shares add up to 1
+    torch.testing.assert_close(alone[1], colours * (colours.shape[1] / 2) ** 0.5, rtol=1e-4, atol=1e-4)
 
 
 def test_a_tower_that_shows_no_depths_is_refused() -> None:
