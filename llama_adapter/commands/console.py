@@ -1,4 +1,4 @@
-"""The console command: llama-adapter list, fetch, ask, chat, info, convert, merge.
+"""The console command: llama-adapter list, fetch, ask, chat, info, convert, average, merge.
 
 torch and transformers take seconds to import, so each command imports them only when it needs them. Help, a
 mistyped option and an empty question are answered at once.
@@ -26,7 +26,14 @@ from llama_adapter.commands.arguments import (
     add_weights_option,
     load_model,
 )
-from llama_adapter.commands.conversion import add_convert_options, add_merge_options, convert, merge
+from llama_adapter.commands.conversion import (
+    add_average_options,
+    add_convert_options,
+    add_merge_options,
+    average,
+    convert,
+    merge,
+)
 from llama_adapter.commands.field_options import add_fields, given_fields
 from llama_adapter.commands.scripts import SCRIPTS, run_script
 from llama_adapter.commands.weights_shown import print_base_or_tower, print_list
@@ -125,6 +132,9 @@ def _parser() -> Parser:
 
     added = command("convert", convert, "convert an adapter: the authors' .pth, PEFT's folders, and back")
     add_convert_options(added)
+
+    added = command("average", average, "write the mean of adapters, such as stages of one training")
+    add_average_options(added)
 
     added = command("merge", merge, "write an adapter's base with the adapter folded in, as a plain decoder")
     add_merge_options(added)

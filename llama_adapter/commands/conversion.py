@@ -1,4 +1,4 @@
-"""llama-adapter convert and merge: read and write other programs' adapters, and fold one into its base."""
+"""llama-adapter convert, average and merge: other formats, the mean of adapters, one folded into its base."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from llama_adapter.weights import locations
 if TYPE_CHECKING:
     from llama_adapter.methods.adapter import Adapter
 
+DTYPES = ("float32", "float16")
 FORMATS = ("llama-adapter", "peft", "pth")
 
 
@@ -43,7 +44,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "float16"),
+        choices=DTYPES,
         help="of the weights in a folder of ours (float32); float16 makes the file half as large",
     )
     add_weights_option(parser)
@@ -98,6 +99,53 @@ def convert(arguments: argparse.Namespace) -> None:
     else:
         save_adapter(adapter, target, dtype=getattr(torch, arguments.dtype or "float32"))
     print(target)
+
+
+def add_average_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `average`."""
+    parser.add_argument(
+        "adapters",
+        metavar="ADAPTER",
+        nargs="+",
+        help="two or more names, folders or hub ids; the last one's config is kept",
+    )
+    parser.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", metavar="X", help="how much each adapter counts (all alike)"
+    )
+    parser.add_argument(
+        "--from-last",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="parts to take from the last adapter as they are, such as projection",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the weights in the folder (float32); float16 makes the file half as large",
+    )
+    add_weights_option(parser)
+
+
+def average(arguments: argparse.Namespace) -> None:
+    """llama-adapter average."""
+    import torch
+
+    from llama_adapter.methods.averaging import average
+    from llama_adapter.methods.checkpoint import load_adapter, save_adapter
+
+    _check_free(arguments.output)
+    adapters = {
+        name: load_adapter(locations.resolve(name, kind="adapter", weights=arguments.weights))
+        for name in arguments.adapters
+    }
+    if len(adapters) < len(arguments.adapters):
+        raise UsageError("an adapter is given twice; let it count more with --shares")
+    mean = average(adapters, arguments.shares, from_last=arguments.from_last)
+    save_adapter(mean, arguments.output, dtype=getattr(torch, arguments.dtype))
+    print(arguments.output)
 
 
 def add_merge_options(parser: argparse.ArgumentParser) -> None:

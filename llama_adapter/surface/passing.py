@@ -34,7 +34,10 @@ PASSED_METHODS = frozenset(
 
 _MERGING = "the base stays as it is here; merge() gives a decoder of its own with the adapter folded in"
 _SETTINGS = "an adapter's settings are in model.get_adapter(name).config"
-_MIXING = "adapters cannot be added up; give each row its own with adapter=, or train one adapter on all data"
+_MIXING = (
+    "adapters cannot be added up; give each row its own with adapter=, train one adapter on all data, or "
+    "write the mean of several with `llama-adapter average`"
+)
 _NEW_BASE = "this would change the frozen base; change model.decoder before an adapter is made"
 
 # Names that users of transformers and PEFT call, and that make no sense here.

@@ -1,4 +1,4 @@
-"""llama-adapter convert to and from PEFT's folders, and merge, on a tiny base in a weights folder."""
+"""llama-adapter convert to and from PEFT's folders, average and merge, on a tiny base in a weights folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_adapter.__main__ import main
-from llama_adapter.methods.checkpoint import load_adapter, read_config
+from llama_adapter.methods.checkpoint import load_adapter, read_config, save_adapter
 from llama_adapter.model import LlamaAdapter
 from tests.tiny_models import build_tiny_base
 
@@ -95,6 +95,22 @@ def test_a_folder_in_float16_is_half_as_large(
     assert small < 0.75 * large
 
 
+def test_average_writes_the_mean(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora, other, mean = load_adapter(weights / "lora"), tmp_path / "other", tmp_path / "mean"
+    for parameter in lora.parameters():
+        parameter.data.add_(1.0)
+    save_adapter(lora, other)
+    words = ["average", "lora", str(other), "--output", str(mean), "--shares", "1", "3"]
+    assert invoke(monkeypatch, *words, "--dtype", "float16") == 0
+    assert capsys.readouterr().out == f"{mean}\n"
+    before, after = load_adapter(weights / "lora").state_dict(), load_adapter(mean).state_dict()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value + 0.75, rtol=1e-3, atol=1e-3)
+    LlamaAdapter.from_pretrained(mean, device="cpu")
+
+
 def test_merge_writes_a_plain_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +133,11 @@ def test_merge_writes_a_plain_decoder(
         (["merge", "none", "OUT"], "there is no adapter to merge"),
         (["merge", "lora", "OUT", "--quantize", "int8"], "a quantised base can't be merged into"),
         (["merge", "lora", "THERE"], "is there already"),
+        (["average", "lora", "--output", "OUT"], "1 adapter given; expected two or more"),
+        (["average", "lora", "lora", "--output", "OUT"], "an adapter is given twice"),
+        (["average", "lora", "prompts", "--output", "OUT"], "their parts are lora and prompts"),
+        (["average", "lora", "prompts", "--output", "THERE"], "is there already"),
+        (["average", "lora", "nothing", "--output", "OUT"], "no adapter 'nothing'"),
         (["convert", "prompts", "OUT", "--to", "peft"], "this adapter's heads have gates of their own"),
         (["convert", "lora", "OUT.pth"], "the authors' layout"),
         (
