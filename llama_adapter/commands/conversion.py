@@ -103,28 +103,29 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def add_average_options(parser: argparse.ArgumentParser) -> None:
     """The options of `average`."""
+    parser.usage = "llama-adapter average ADAPTER ADAPTER [ADAPTER ...] --output FOLDER [options]"
     parser.add_argument(
         "adapters",
         metavar="ADAPTER",
         nargs="+",
-        help="two or more names, folders or hub ids; the last one's config is kept",
+        help="two or more names, folders or hub ids; the mean gets the last one's config",
     )
     parser.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="the folder to write")
     parser.add_argument(
-        "--shares", type=float, nargs="+", metavar="X", help="how much each adapter counts (all alike)"
+        "--shares", type=float, nargs="+", metavar="X", help="how much each adapter counts (all the same)"
     )
     parser.add_argument(
         "--from-last",
-        nargs="+",
+        action="append",
         default=[],
         metavar="PART",
-        help="parts to take from the last adapter as they are, such as projection",
+        help="a part to copy from the last adapter unchanged, such as projection; may be repeated",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of the weights in the folder (float32); float16 makes the file half as large",
+        help="how the weights are stored (float32); float16 makes the file half as large",
     )
     add_weights_option(parser)
 

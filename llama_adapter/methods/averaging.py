@@ -19,31 +19,33 @@ def average(
     """The mean of each weight. It is of use for stages of one training: others have little in common.
 
     Args:
-        adapters: two or more, by the names that messages call them. The mean gets the config of the last one.
-        shares: how much each counts; their sum does not matter. None: all alike.
-        from_last: kinds of parts, such as "projection", that are taken from the last adapter as they are.
+        adapters: two or more, each with the name that messages call it. The mean gets the last one's config.
+        shares: how much each counts; their sum does not matter. None: all the same.
+        from_last: kinds of parts, such as "projection", that are copied from the last adapter.
 
     Raises:
-        UsageError: fewer than two adapters, shares that are not positive or of another number, or adapters of
-            which no mean can be taken.
+        UsageError: fewer than two adapters, not one positive share for each, a part that the last one lacks
+            (in ``from_last``), or adapters of which no mean can be taken.
     """
     names, members = list(adapters), list(adapters.values())
     if len(members) < 2:
-        raise UsageError(f"{len(members)} adapter given; expected two or more, to take the mean of")
+        raise UsageError(f"a mean of {len(members)} given; name two or more adapters")
     shares = [1.0] * len(members) if shares is None else list(shares)
     if len(shares) != len(members) or not all(0 < share < float("inf") for share in shares):
         given = ", ".join(f"{share:g}" for share in shares)
         raise UsageError(
-            f"shares: {given} given for {len(members)} adapters; expected a positive number for each"
+            f"shares {given} given; expected {len(members)} positive numbers, one for each adapter"
         )
     last = members[-1]
     if unknown := sorted(set(from_last) - set(last)):
-        raise UsageError(f"{names[-1]} has no part {unknown[0]!r}; it has {', '.join(last)}")
+        raise UsageError(f"{names[-1]} has no part {unknown[0]!r} to copy; it has {', '.join(last)}")
     if not set(last) - set(from_last):
-        raise UsageError(f"all parts would be taken from {names[-1]}: there is nothing to take the mean of")
+        raise UsageError(
+            f"all parts of {names[-1]} are to be copied, which leaves nothing to average; copy fewer"
+        )
     for name, member in zip(names[:-1], members, strict=False):
         if difference := _difference(member.config, last.config, from_last):
-            raise UsageError(f"no mean of {name} and {names[-1]}: {difference}")
+            raise UsageError(f"{name} and {names[-1]} have no mean: {difference}")
     made = {"adapters": names, "shares": shares, "from_last": sorted(from_last)}
     mean = Adapter(dataclasses.replace(last.config, training={**last.config.training, "mean_of": made}))
     states = [member.state_dict() for member in members]
@@ -56,7 +58,10 @@ def average(
         elif all(torch.equal(state[key], own) for state in states):  # which weights `selected` has chosen
             values[key] = own
         else:
-            raise UsageError(f"no mean of {', '.join(names)}: their {key} differ")
+            raise UsageError(
+                f"{', '.join(names)} have no mean: they change different weights of the base ({key}); give "
+                "stages of one training"
+            )
     mean.load_state_dict(values)
     return mean
 
@@ -68,21 +73,28 @@ def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     return (total / sum(shares)).to(values[-1].dtype)
 
 
-def _difference(one: AdapterConfig, other: AdapterConfig, left_out: Collection[str]) -> str | None:
-    """In what two adapters differ so that there is no mean, or None."""
-    for name, mine, theirs in (
-        ("their bases are", one.base, other.base),
-        ("their adapted layers are", one.adapted_layers, other.adapted_layers),
-        ("their templates are", one.template, other.template),
+def _difference(one: AdapterConfig, last: AdapterConfig, left_out: Collection[str]) -> str | None:
+    """What prevents a mean of two adapters, and what to do about it; or None."""
+    for name, own, other in (
+        ("base", one.base, last.base),
+        ("number of adapted layers", one.adapted_layers, last.adapted_layers),
+        ("template", one.template, last.template),
     ):
-        if mine != theirs:
-            return f"{name} {mine} and {theirs}"
-    if one.shape != other.shape:
-        return "their bases have other shapes"
-    kept, others = (
+        if own != other:
+            return f"the first has the {name} {own}, the second {other}; give stages of one training"
+    if one.shape != last.shape:
+        return f"their bases, both called {last.base}, have different shapes; give stages of one training"
+    parts, others = (
         {kind: part for part in config.parts if (kind := config.kind_of(part)) not in left_out}
-        for config in (one, other)
+        for config in (one, last)
     )
-    if kept.keys() != others.keys():
-        return f"their parts are {', '.join(kept)} and {', '.join(others)}"
-    return next((f"their settings of {kind} differ" for kind in kept if kept[kind] != others[kind]), None)
+    if parts.keys() != others.keys():
+        return (
+            f"the first has {', '.join(parts)}, the second {', '.join(others)}; give stages of one training"
+        )
+    different = next((kind for kind in parts if parts[kind] != others[kind]), None)
+    if different is None:
+        return None
+    return (
+        f"the settings of their parts {different!r} differ; copy the last one's with --from-last {different}"
+    )

@@ -80,17 +80,25 @@ def test_weights_that_were_selected_differently_have_no_mean() -> None:
     average({"one": one, "other": other})
     places = next(places for _, places in other.named_buffers() if not places.is_floating_point())
     places.add_(1)
-    assert "no mean of one, other: their selected." in refusal(lambda: average({"one": one, "other": other}))
+    assert "one, other have no mean: they change different weights of the base (selected." in refusal(
+        lambda: average({"one": one, "other": other})
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"base": "another"}, "no mean of a and b: their bases are base and another"),
-        ({"adapted_layers": 5}, "their adapted layers are 6 and 5"),
-        ({"template": "brief"}, "their templates are alpaca and brief"),
-        ({"parts": (PromptsConfig(prompt_length=4),)}, "their settings of prompts differ"),
-        ({"parts": (PromptsConfig(), ScalesConfig())}, "their parts are prompts and prompts, scales"),
+        (
+            {"base": "another"},
+            "a and b have no mean: the first has the base base, the second another; give stages",
+        ),
+        ({"adapted_layers": 5}, "the first has the number of adapted layers 6, the second 5"),
+        ({"template": "brief"}, "the first has the template alpaca, the second brief"),
+        (
+            {"parts": (PromptsConfig(prompt_length=4),)},
+            "the settings of their parts 'prompts' differ; copy the last one's with --from-last prompts",
+        ),
+        ({"parts": (PromptsConfig(), ScalesConfig())}, "the first has prompts, the second prompts, scales"),
     ],
 )
 def test_adapters_that_do_not_go_together_are_refused(change: dict[str, object], said: str) -> None:
@@ -101,17 +109,19 @@ def test_adapters_that_do_not_go_together_are_refused(change: dict[str, object],
 
 def test_a_wrong_request_is_refused() -> None:
     stages = adapters(1, 2)
-    assert "1 adapter given; expected two or more" in refusal(lambda: average(adapters(1)))
+    assert "a mean of 1 given; name two or more adapters" in refusal(lambda: average(adapters(1)))
     for shares, told in (
         ([1.0], "1"),
         ([1.0, 0.0], "1, 0"),
         ([1.0, -1.0], "1, -1"),
         ([float("nan"), 1], "nan, 1"),
     ):
-        assert f"shares: {told} given for 2 adapters" in refusal(lambda s=shares: average(stages, s))
-    assert "stage-2 has no part 'lora'; it has prompts, projection" in refusal(
+        assert f"shares {told} given; expected 2 positive numbers" in refusal(
+            lambda s=shares: average(stages, s)
+        )
+    assert "stage-2 has no part 'lora' to copy; it has prompts, projection" in refusal(
         lambda: average(stages, from_last=["lora"])
     )
-    assert "there is nothing to take the mean of" in refusal(
+    assert "which leaves nothing to average; copy fewer" in refusal(
         lambda: average(stages, from_last=["prompts", "projection"])
     )
