@@ -78,7 +78,6 @@ def _difference(one: AdapterConfig, last: AdapterConfig, left_out: Collection[st
     for name, own, other in (
         ("base", one.base, last.base),
         ("number of adapted layers", one.adapted_layers, last.adapted_layers),
-        ("template", one.template, last.template),
     ):
         if own != other:
             return f"the first has the {name} {own}, the second {other}; give stages of one training"

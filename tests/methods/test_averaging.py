@@ -93,7 +93,6 @@ def test_weights_that_were_selected_differently_have_no_mean() -> None:
             "a and b have no mean: the first has the base base, the second another; give stages",
         ),
         ({"adapted_layers": 5}, "the first has the number of adapted layers 6, the second 5"),
-        ({"template": "brief"}, "the first has the template alpaca, the second brief"),
         (
             {"parts": (PromptsConfig(prompt_length=4),)},
             "the settings of their parts 'prompts' differ; copy the last one's with --from-last prompts",
