@@ -34,7 +34,7 @@ def colour_histograms(pixels: Tensor) -> Tensor:
     distance. The square root of a bin's share makes small areas count.
     """
     small = F.adaptive_avg_pool2d(pixels, _HISTOGRAM_SIDE)
-    border = small[..., _border(_HISTOGRAM_SIDE, _HISTOGRAM_BORDER)]
+    border = _border(small, _HISTOGRAM_BORDER)
     return torch.cat([_histogram(some) / some.shape[-1] for some in (small.flatten(2), border)], dim=1).sqrt()
 
 
@@ -48,7 +48,7 @@ def figure(pixels: Tensor) -> Tensor:
     clearly as a large one.
     """
     small = F.adaptive_avg_pool2d(pixels, _FIGURE_SIDE)
-    border = small[..., _border(_FIGURE_SIDE, _FIGURE_BORDER)]
+    border = _border(small, _FIGURE_BORDER)
     samples = border[..., :: border.shape[-1] // _SAMPLES]
     everywhere = small.flatten(2)
     distances = torch.cdist(everywhere.transpose(1, 2), samples.transpose(1, 2))
@@ -61,11 +61,11 @@ def figure(pixels: Tensor) -> Tensor:
     return torch.cat([colours, outlines, share, share.log()], dim=1)
 
 
-def _border(side: int, width: int) -> Tensor:
-    """Which pixels are within ``width`` of an edge: (side, side)."""
-    border = torch.ones(side, side, dtype=torch.bool)
+def _border(pixels: Tensor, width: int) -> Tensor:
+    """The pixels within ``width`` of an edge: (N, 3, S, S) -> (N, 3, P)."""
+    border = torch.ones(pixels.shape[2:], dtype=torch.bool, device=pixels.device)
     border[width:-width, width:-width] = False
-    return border
+    return pixels[..., border]
 
 
 def _histogram(colours: Tensor, covers: Tensor | None = None) -> Tensor:

@@ -118,12 +118,15 @@ class VisionTower(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, S, S) -> features (N, F), float32, on the tower's device."""
         pixels = pixels.to(self.device)
-        plain = pixels * self._std + self._mean
-        vectors = [colour_histograms(plain)] if COLOURS_DEPTH in self.depths else []
+        features, vectors = [], []
+        if self.depths[0] <= COLOURS_DEPTH:
+            plain = pixels * self._std + self._mean
+            features = [figure(plain)] if FIGURE_DEPTH in self.depths else []
+            vectors = [colour_histograms(plain)] if COLOURS_DEPTH in self.depths else []
         if inner := [depth for depth in self.depths if depth > 0]:
             vectors += self._vectors(pixels, inner)
-        scaled = [F.normalize(vector, dim=1) * vector.shape[1] ** 0.5 for vector in vectors]
-        return torch.cat([figure(plain), *scaled] if FIGURE_DEPTH in self.depths else scaled, dim=1)
+        features += [F.normalize(vector, dim=1) * vector.shape[1] ** 0.5 for vector in vectors]
+        return torch.cat(features, dim=1)
 
     @property
     def device(self) -> torch.device:
