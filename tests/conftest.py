@@ -33,6 +33,7 @@ LONG_FILES = (
     "tests/test_model.py",
     "tests/common/test_processes.py",
     "tests/commands/test_train_vqa.py",
+    "tests/commands/test_eval_vqa.py",
     "tests/commands/test_train_scienceqa.py",
     "tests/page/test_server.py",
     "tests/training/test_safety.py",

@@ -42,11 +42,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
         help="the .pth is for code that applies no tanh to the gates, as the authors' inference code; "
         "else (their training code) tanh is applied",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of the weights in a folder of ours (float32); float16 makes the file half as large",
-    )
+    _add_dtype_option(parser)
     add_weights_option(parser)
 
 
@@ -121,12 +117,7 @@ def add_average_options(parser: argparse.ArgumentParser) -> None:
         metavar="PART",
         help="a part to copy from the last adapter unchanged, such as projection; may be repeated",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="how the weights are stored (float32); float16 makes the file half as large",
-    )
+    _add_dtype_option(parser)
     add_weights_option(parser)
 
 
@@ -145,7 +136,7 @@ def average(arguments: argparse.Namespace) -> None:
     if len(adapters) < len(arguments.adapters):
         raise UsageError("an adapter is given twice; let it count more with --shares")
     mean = average(adapters, arguments.shares, from_last=arguments.from_last)
-    save_adapter(mean, arguments.output, dtype=getattr(torch, arguments.dtype))
+    save_adapter(mean, arguments.output, dtype=getattr(torch, arguments.dtype or "float32"))
     print(arguments.output)
 
 
@@ -180,6 +171,14 @@ def merge(arguments: argparse.Namespace) -> None:
         shutil.move(whole, output)
     print(f"ask it in the text format of its training: template {template}", file=sys.stderr)
     print(output)
+
+
+def _add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights in a folder of ours (float32); float16 makes the file half as large",
+    )
 
 
 def _check_free(target: Path) -> None:

@@ -210,16 +210,11 @@ def replace_pictures(folder: Path, cache: FeatureCache) -> None:
     np.save(folder / "features.npy", features.half().numpy())
 
 
-def restore_features(folder: Path, *towers: VisionTower) -> Path:
-    """Fill a cache with the features that `replace_pictures` wrote. Returns its folder.
-
-    Args:
-        towers: that which made them; others have some of its depths, the last ones.
-    """
+def restore_features(folder: Path, tower: VisionTower) -> Path:
+    """Fill a cache with the features that `replace_pictures` wrote with this tower. Returns its folder."""
     pictures = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _PICTURES]
     features = torch.from_numpy(np.load(folder / "features.npy")).float()
-    for tower in towers:
-        FeatureCache(tower, folder / "cache").store(pictures, features[:, -tower.feature_width :])
+    FeatureCache(tower, folder / "cache").store(pictures, features)
     return folder / "cache"
 
 
@@ -298,9 +293,7 @@ def run(pieces: Path, output: Path, minutes: float) -> None:
     ends = time.monotonic() + 60 * minutes
     restore_base(read_pieces(pieces / "base", output / "base"), locations.weights_folders()[0] / BASE)
     data = read_pieces(pieces / "data", output / "data")
-    cache = restore_features(
-        data, *(load_tower(DEFAULT_TOWER, depths=depths) for depths in (DEPTHS, DEPTHS[1:]))
-    )
+    cache = restore_features(data, load_tower(DEFAULT_TOWER, depths=DEPTHS))
     with ExitStack() as stack:
         started = [
             (stage, stack.enter_context(_training(stage, output, data, cache, ends))) for stage in STAGES

@@ -110,25 +110,10 @@ def test_features_stand_in_for_pictures(tmp_path: Path) -> None:
     wanted = FeatureCache(tower, tmp_path / "here").encode(pictures)
     replace_pictures(data, FeatureCache(tower, tmp_path / "here"))
     assert all(path.stat().st_size < 100 for path in pictures)
-    there = FeatureCache(tower, restore_features(data, tower))
+    restore_features(data, tower)
+    there = FeatureCache(tower, restore_features(data, tower))  # again, as a second call of the command does
     torch.testing.assert_close(there.encode(pictures), wanted, rtol=1e-3, atol=1e-3)
     assert not torch.equal(wanted[0], wanted[1])
-
-
-def test_a_tower_of_the_last_depths_gets_its_share_of_the_features(tmp_path: Path) -> None:
-    name = str(build_tiny_tower_folder(tmp_path / "tower"))
-    whole, last = load_tower(name, depths=(0, 1, 2)), load_tower(name, depths=(1, 2))
-    data = tmp_path / "data"
-    pictures = [draw_picture(data / f"{colour}.png", colour) for colour in ("red", "green", "blue")]
-    wanted = [FeatureCache(tower, tmp_path / "here").encode(pictures) for tower in (whole, last)]
-    replace_pictures(data, FeatureCache(whole, tmp_path / "here"))
-    cache = restore_features(data, whole, last)
-    for tower, features in zip((whole, last), wanted, strict=True):
-        torch.testing.assert_close(
-            FeatureCache(tower, cache).encode(pictures), features, rtol=1e-3, atol=1e-3
-        )
-    restore_features(data, whole, last)  # again, as a second call of the command does
-    assert len(FeatureCache(last, cache).encode(pictures)) == 3
 
 
 # --- the base -----------------------------------------------------------------------------------------------
@@ -325,7 +310,7 @@ def train(
         "tiny",
         "train.vqa",
         f"--base {BASE} --data {{data}}/coco.json --data {{data}}/names.json --template chat "
-        f"--data {{data}}/alpaca.json --tower {carried.tower} --depths 1 2 --batch-size 8 --max-length 300 "
+        f"--data {{data}}/alpaca.json --tower {carried.tower} --depths 0 1 2 --batch-size 8 --max-length 300 "
         "--method prompts+lora --validation-rows 1 --learning-rate 0.01 --device cpu",
     )
     monkeypatch.setattr(train_shipped, "STAGES", (stage,))

@@ -22,7 +22,7 @@ from llama_adapter.data.choosing import split_records
 from llama_adapter.data.records import read_records
 from llama_adapter.data.teacher import QuestionRow, Teacher, answer_from_other_rows, directions
 from llama_adapter.weights.catalogue import DEFAULT_TOWER
-from tests.commands.test_train_vqa import COLOURS, refusal, run
+from tests.commands.vqa_runs import COLOURS, refusal, run
 from tests.tiny_models import build_tiny_tower_folder, draw_picture
 
 NO_PICTURES: Mapping[Path, Tensor] = {}
