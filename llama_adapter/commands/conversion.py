@@ -48,15 +48,12 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
 
 def convert(arguments: argparse.Namespace) -> None:
     """llama-adapter convert."""
-    import torch
-
     from llama_adapter.methods.checkpoint import (
         adapter_folder,
         export_pth,
         import_pth,
         is_peft,
         load_adapter,
-        save_adapter,
     )
     from llama_adapter.methods.decoder import load_shape, load_structure
     from llama_adapter.methods.peft_writing import write_peft
@@ -93,7 +90,7 @@ def convert(arguments: argparse.Namespace) -> None:
         base = locations.resolve(adapter.config.base, kind="base", weights=weights)
         write_peft(adapter, target, load_structure(base))
     else:
-        save_adapter(adapter, target, dtype=getattr(torch, arguments.dtype or "float32"))
+        _save(adapter, target, arguments.dtype)
     print(target)
 
 
@@ -123,10 +120,8 @@ def add_average_options(parser: argparse.ArgumentParser) -> None:
 
 def average(arguments: argparse.Namespace) -> None:
     """llama-adapter average."""
-    import torch
-
     from llama_adapter.methods.averaging import average
-    from llama_adapter.methods.checkpoint import load_adapter, save_adapter
+    from llama_adapter.methods.checkpoint import load_adapter
 
     _check_free(arguments.output)
     adapters = {
@@ -136,7 +131,7 @@ def average(arguments: argparse.Namespace) -> None:
     if len(adapters) < len(arguments.adapters):
         raise UsageError("an adapter is given twice; let it count more with --shares")
     mean = average(adapters, arguments.shares, from_last=arguments.from_last)
-    save_adapter(mean, arguments.output, dtype=getattr(torch, arguments.dtype or "float32"))
+    _save(mean, arguments.output, arguments.dtype)
     print(arguments.output)
 
 
@@ -179,6 +174,15 @@ def _add_dtype_option(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="of the weights in a folder of ours (float32); float16 makes the file half as large",
     )
+
+
+def _save(adapter: Adapter, folder: Path, dtype: str | None) -> None:
+    """Write a folder of ours with what --dtype says."""
+    import torch
+
+    from llama_adapter.methods.checkpoint import save_adapter
+
+    save_adapter(adapter, folder, dtype=getattr(torch, dtype or "float32"))
 
 
 def _check_free(target: Path) -> None:

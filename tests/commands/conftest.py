@@ -1,4 +1,4 @@
-"""Tiny weights for the tests of the console command."""
+"""Tiny weights for the tests of the commands, and what ``train.vqa`` makes of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from llama_adapter.model import LlamaAdapter
 from llama_adapter.quantization import stored
 from llama_adapter.weights.fetch import PROVENANCE
 from tests.commands.console import ADAPTER, BASE, SEEING, make_adapter
+from tests.commands.vqa_runs import build_place, train_all_kinds
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_models import build_tiny_decoder, build_tiny_tower_folder, sight_of
 
@@ -40,3 +41,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def model(weights: Path) -> LlamaAdapter:
     return LlamaAdapter.from_pretrained(ADAPTER, quantize="auto")  # as commands that answer load it
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with weights and data for ``train.vqa`` and ``eval.vqa``."""
+    return build_place(tmp_path_factory.mktemp("vqa"))
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
+    return train_all_kinds(place)

@@ -17,24 +17,12 @@ import train.vqa
 from llama_adapter.common.errors import run_command
 from tests.commands.vqa_runs import (
     TEXT,
-    build_place,
     options,
     refusal,
     run,
     score,
-    train_all_kinds,
 )
 from tests.conftest import CHECKOUT
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_place(tmp_path_factory.mktemp("vqa"))
-
-
-@pytest.fixture(scope="module")
-def trained(place: Path) -> Path:
-    return train_all_kinds(place)
 
 
 def test_answers_are_scored_against_both_controls(

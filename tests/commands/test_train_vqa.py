@@ -20,26 +20,14 @@ from llama_adapter.model import LlamaAdapter
 from llama_adapter.weights.catalogue import DEFAULT_TOWER
 from tests.commands.vqa_runs import (
     TEXT,
-    build_place,
     options,
     options_to_go_on,
     refusal,
     run,
     score,
-    train_all_kinds,
 )
 from tests.finished_runs import losses
 from tests.pasted import run_pasted
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_place(tmp_path_factory.mktemp("vqa"))
-
-
-@pytest.fixture(scope="module")
-def trained(place: Path) -> Path:
-    return train_all_kinds(place)
 
 
 @pytest.mark.parametrize(
